@@ -1,0 +1,16 @@
+"""diffusers_sde: diffusion samplers from one forward process, one coefficient table, one step.
+
+    import diffusers_sde
+    pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+"""
+
+from diffusers import SchedulerMixin
+from diffusers.pipelines import pipeline_loading_utils as _loading
+
+from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+
+__version__ = "0.1.0"
+__all__ = ["DPMSolverScheduler", "ProbabilityFlowScheduler", "ReverseSDEScheduler", "SchedulerMixin"]
+
+# `model_index.json` stores a component's module; diffusers finds base class and save method through this table.
+_loading.LOADABLE_CLASSES.setdefault("diffusers_sde", {"SchedulerMixin": ["save_pretrained", "from_pretrained"]})

@@ -1,0 +1,244 @@
+"""Time grids: where a sampler evaluates the network.
+
+Knows each named grid as a pure function ``(path, n) -> n decreasing-noise times`` (float64, nothing rounded, terminal
+node excluded) and how user ``timesteps=`` or ``sigmas=`` become :class:`Nodes`.  Knows nothing of solvers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import betaincinv
+
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Points of a path: ``n`` evaluations and the terminal node; float64 arrays of length n + 1.
+
+    ``time`` is what the network sees; at the terminal node it is never evaluated and may be any number.
+    """
+
+    time: Array
+    alpha: Array
+    sigma: Array
+
+    @property
+    def log_snr(self) -> Array:
+        """Half log-SNR; -inf where alpha = 0, +inf where sigma = 0."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha) - np.log(self.sigma)
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    def __getitem__(self, index: slice) -> Nodes:
+        return Nodes(self.time[index], self.alpha[index], self.sigma[index])
+
+
+# -- named grids --------------------------------------------------------------------------------------------------
+
+
+def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> Array:
+    """Trailing power grid ``t_i = T ((n-i)/n)^rho - 1``: starts at pure noise, its last step ends at clean data.
+
+    rho = 1 is diffusers' ``trailing``; rho > 1 puts steps near the data.  When that would pass t = 0 the grid ends
+    there instead, ``t_i = (T-1) ((n-1-i)/(n-1))^rho``.  Flow matching: ``u_i = ((n-i)/n)^rho``, then its shift.
+    Variance exploding: the same power law in ``sigma^(1/7)``-free form, ``sigma_i = sigma_max ((n-i)/n)^rho``
+    bounded below by ``sigma_min``.
+    """
+    u = (np.arange(n, 0, -1) / n) ** rho
+    if isinstance(path, FlowMatching):
+        return _shifted(path, u, mu)
+    if isinstance(path, VarianceExploding):
+        low, high = _noise_range(path)
+        return _times_of_noise(path, low + (high - low) * (np.arange(n - 1, -1, -1) / max(n - 1, 1)) ** rho)
+    t = (path.noisiest + 1) * u - 1
+    if t[-1] < path.cleanest:
+        t = path.noisiest * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
+    return t
+
+
+def trailing(path: Path, n: int, mu: float | None = None) -> Array:
+    """``t_i = T (n-i)/n - 1`` (Lin et al. 2023, arXiv:2305.08891, table 2)."""
+    return power(path, n, 1.0, mu)
+
+
+def linspace(path: Path, n: int, mu: float | None = None) -> Array:
+    """``n`` equally spaced times, both ends of the training range included."""
+    if isinstance(path, FlowMatching):
+        return _shifted(path, np.linspace(1, 1 / path.scale, n), mu)
+    return np.linspace(path.noisiest, path.cleanest, n)
+
+
+def leading(path: Path, n: int, mu: float | None = None, steps_offset: int = 0) -> Array:
+    """diffusers' ``leading``: ``t_i = (n-1-i) floor(T/n) + steps_offset``; it never sees the highest noise."""
+    if isinstance(path, FlowMatching):
+        stride = max(int(path.scale) // n, 1)
+        return _shifted(path, np.minimum((np.arange(n - 1, -1, -1) * stride + 1 + steps_offset) / path.scale, 1), mu)
+    if isinstance(path, VariancePreserving):
+        stride = int(path.noisiest + 1) // n
+        return np.minimum(np.arange(n - 1, -1, -1) * max(stride, 1) + float(steps_offset), path.noisiest)
+    return linspace(path, n)
+
+
+def log_snr(path: Path, n: int) -> Array:
+    """Equal steps of the log-SNR over the training range (Lu et al. 2022, arXiv:2206.00927; also ``exponential``)."""
+    low, high = _noise_range(path)
+    return _times_of_noise(path, np.exp(np.linspace(np.log(high), np.log(low), n)))
+
+
+def karras(path: Path, n: int, rho: float = 7.0) -> Array:
+    """``s_i = (s_max^(1/rho) + i/(n-1) (s_min^(1/rho) - s_max^(1/rho)))^rho`` (Karras et al. 2022, eq. 5)."""
+    low, high = _noise_range(path)
+    return _times_of_noise(path, np.linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho)
+
+
+def beta(path: Path, n: int, a: float = 0.6, b: float = 0.6) -> Array:
+    """Quantiles of Beta(0.6, 0.6) between the smallest and the largest noise level (Lee et al., arXiv:2407.12173)."""
+    low, high = _noise_range(path)
+    return _times_of_noise(path, low + (high - low) * betaincinv(a, b, 1 - np.linspace(0, 1, n)))
+
+
+# Noise levels of the 10-step schedule for Stable Diffusion 1.5 (Sabour et al. 2024, arXiv:2404.14507).
+_AYS_NOISE = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+
+
+def ays(path: Path, n: int) -> Array:
+    """Align Your Steps: the published noise levels, log-linearly interpolated to ``n`` steps and mapped onto this
+    path's range of log-SNR (exact for the betas they were optimised on)."""
+    published = np.log(_AYS_NOISE)
+    levels = np.interp(np.linspace(0, 1, n + 1)[:-1], np.linspace(0, 1, len(published)), published)
+    low, high = np.log(_noise_range(path))
+    unit = (levels - published[-1]) / (published[0] - published[-1])
+    return _times_of_noise(path, np.exp(low + (high - low) * unit))
+
+
+def _noise_range(path: Path) -> tuple[float, float]:
+    """Smallest and largest finite noise label of the training range."""
+    if isinstance(path, FlowMatching):
+        return 1 / path.scale, 1.0
+    high = float(path.log_snr(path.noisiest))
+    if not np.isfinite(high):  # zero terminal SNR
+        high = float(path.log_snr(path.noisiest - 1))
+    return float(np.exp(-path.log_snr(path.cleanest))), float(np.exp(-high))
+
+
+def _times_of_noise(path: Path, levels: Array) -> Array:
+    if isinstance(path, FlowMatching):
+        return path.scale * (1 - levels if path.inverted else levels)
+    t = path.time(-np.log(levels))
+    t = np.clip(t, *sorted((path.cleanest, path.noisiest)))  # the ends are exact up to rounding: make them exact
+    t[0] = path.noisiest
+    return t
+
+
+def _shifted(path: FlowMatching, u: Array, mu: float | None) -> Array:
+    return _times_of_noise(path, path.shift(u, mu))
+
+
+# -- from a config or a user's list to nodes ------------------------------------------------------------------------
+
+GRIDS: dict[str, Callable[..., Array]] = {
+    "power": power,
+    "trailing": trailing,
+    "leading": leading,
+    "linspace": linspace,
+    "log_snr": log_snr,
+    "exponential": log_snr,
+    "karras": karras,
+    "beta": beta,
+    "ays": ays,
+}
+_OPTIONS = {
+    "power": ("rho", "mu"),
+    "trailing": ("mu",),
+    "leading": ("mu", "steps_offset"),
+    "linspace": ("mu",),
+    "karras": ("rho",),
+}
+
+
+def make_grid(path: Path, name: str, n: int, **options: Any) -> Array:
+    """``n`` times of the grid ``name``; options that the grid does not have, or that are None, are left out.
+
+    Raises ``ValueError`` for an unknown name or ``n < 1``.
+    """
+    if name not in GRIDS:
+        raise ValueError(f"grid {name!r} is unknown: use one of {', '.join(GRIDS)}, or pass timesteps= or sigmas=.")
+    if n < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, not {n}.")
+    if n == 1:
+        return _single(path, options.get("mu"))
+    chosen = {k: options[k] for k in _OPTIONS.get(name, ()) if options.get(k) is not None}
+    return GRIDS[name](path, n, **chosen)
+
+
+def _single(path: Path, mu: float | None) -> Array:
+    return _shifted(path, np.ones(1), mu) if isinstance(path, FlowMatching) else np.array([path.noisiest])
+
+
+def nodes_from_times(path: Path, times: Any, final: str = "zero") -> Nodes:
+    """Evaluation times plus the terminal node: sigma = 0 (``final="zero"``) or the cleanest training time."""
+    times = np.asarray(times, np.float64)
+    end = path.cleanest
+    alpha, sigma = path.alpha_sigma(np.append(times, end))
+    if final == "zero":
+        alpha[-1], sigma[-1] = 1.0, 0.0
+    elif final != "sigma_min":
+        raise ValueError(f"final_sigmas_type must be 'zero' or 'sigma_min', not {final!r}.")
+    return Nodes(np.append(times, end), alpha, sigma)
+
+
+def nodes_from_user(
+    path: Path,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    *,
+    mu: float | None = None,
+    final: str = "zero",
+) -> Nodes:
+    """Nodes of a user's ``timesteps`` and/or ``sigmas``, in the meaning that diffusers' pipelines give them.
+
+    timesteps: what the network sees.  sigmas: ``sigma/alpha`` for variance preserving and exploding paths; unshifted
+    sigmas for flow matching (the shift is applied here, once); a ramp that rises from 0 to 1 for EDM.  A terminal 0 is
+    recognised and not evaluated.  With both, the network sees ``timesteps`` and the state has ``sigmas``.
+
+    Raises ``ValueError`` for lists that are empty, of unequal length, not finite, or not of decreasing noise.
+    """
+    if timesteps is not None:
+        times = _as_list(timesteps, "timesteps")
+    if sigmas is None:
+        nodes = nodes_from_times(path, times, final)
+    else:
+        labels = _as_list(sigmas, "sigmas")
+        if len(labels) > 1 and labels[-1] == 0 and np.all(np.diff(labels) <= 0):
+            labels = labels[:-1]
+        if isinstance(path, FlowMatching):
+            own = _shifted(path, labels, mu)
+        elif isinstance(path, VarianceExploding) and labels[0] == 0 and labels.max() <= 1:
+            low, high = (x ** (1 / 7) for x in _noise_range(path))
+            own = path.time(-7 * np.log(high + labels * (low - high)))
+        else:
+            own = path.time(path.log_snr_of_label(labels))
+        nodes = nodes_from_times(path, own, final)
+        if timesteps is not None:
+            if len(times) != len(own):
+                raise ValueError(f"{len(times)} timesteps but {len(own)} sigmas: pass as many of one as of the other.")
+            nodes = Nodes(np.append(times, nodes.time[-1]), nodes.alpha, nodes.sigma)
+    if np.any(np.diff(nodes.log_snr) < 0):
+        raise ValueError("timesteps and sigmas must run from high noise to low noise.")
+    return nodes
+
+
+def _as_list(values: Any, name: str) -> Array:
+    array = np.asarray(values.cpu() if hasattr(values, "cpu") else values, np.float64)
+    if array.ndim != 1 or len(array) == 0 or not np.all(np.isfinite(array)):
+        raise ValueError(f"{name} must be a non-empty list of finite numbers.")
+    return array

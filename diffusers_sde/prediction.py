@@ -1,0 +1,76 @@
+"""What the network says: every parameterisation is ``A x_0 + B eps``, so each converts to every other.
+
+Knows the coefficients ``(A, B)`` of ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction``, ``score`` and of
+EDM's preconditioned output, and the 2x2 linear algebra between them (Lai et al., arXiv:2510.21890, chapter 6).
+Floats and arrays only; knows nothing of tensors, grids or solvers.
+"""
+
+from __future__ import annotations
+
+import math
+
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction", "score")
+
+
+def prediction_coefficients(prediction_type: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """``(A, B)`` with ``prediction = A x_0 + B eps`` at the state ``x = alpha x_0 + sigma eps``.
+
+    epsilon (0, 1); sample (1, 0); v_prediction (-sigma, alpha); flow_prediction (-1, 1); score (0, -1/sigma).
+    Raises ``ValueError`` for an unknown type and for the score at sigma = 0, where it does not exist.
+    """
+    if prediction_type == "epsilon":
+        return 0.0, 1.0
+    if prediction_type == "sample":
+        return 1.0, 0.0
+    if prediction_type == "v_prediction":
+        return -sigma, alpha
+    if prediction_type == "flow_prediction":
+        return -1.0, 1.0
+    if prediction_type == "score":
+        if sigma == 0:
+            raise ValueError("The score does not exist at sigma = 0: stop at a positive noise level.")
+        return 0.0, -1.0 / sigma
+    raise ValueError(f"prediction_type {prediction_type!r} is unknown: use one of {', '.join(PREDICTION_TYPES)}.")
+
+
+def model_coefficients(path: Path, prediction_type: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """``(A, B)`` of what this path's network returns.
+
+    Variance exploding networks are preconditioned as in EDM (Karras et al. 2022, eq. 7 and table 1): the output F
+    with ``D = c_skip x + c_out F`` has ``A = sigma / (sigma_data r)``, ``B = -sigma_data / r``,
+    ``r = sqrt(sigma_data^2 + sigma^2)``; diffusers' ``v_prediction`` there is -F.  Inverted flow networks (Mochi)
+    return ``x_0 - eps``.
+    """
+    if isinstance(path, VarianceExploding) and prediction_type in ("epsilon", "v_prediction"):
+        r, sign = math.hypot(path.sigma_data, sigma), 1.0 if prediction_type == "epsilon" else -1.0
+        return sign * sigma / (path.sigma_data * r), -sign * path.sigma_data / r
+    a, b = prediction_coefficients(prediction_type, alpha, sigma)
+    if isinstance(path, FlowMatching) and path.inverted and prediction_type == "flow_prediction":
+        return -a, -b
+    return a, b
+
+
+def convert(
+    source: tuple[float, float], target: tuple[float, float], alpha: float, sigma: float
+) -> tuple[float, float]:
+    """``(k_x, k_m)`` with ``target prediction = k_x x + k_m (source prediction)``.
+
+    From ``x = alpha x_0 + sigma eps`` and ``m = A x_0 + B eps``, with ``det = alpha B - sigma A``:
+    ``x_0 = (B x - sigma m)/det``, ``eps = (alpha m - A x)/det``.
+
+    Raises ``ValueError`` where the source carries no information on the target: epsilon at alpha = 0, sample at
+    sigma = 0.
+    """
+    if source == target:
+        return 0.0, 1.0
+    (a, b), (ta, tb) = source, target
+    det = alpha * b - sigma * a
+    if det == 0:
+        raise ValueError(
+            f"This prediction says nothing new at alpha = {alpha:g}, sigma = {sigma:g}: epsilon prediction needs a "
+            "positive signal (use v_prediction, flow_prediction or sample with zero terminal SNR, or start below it), "
+            "sample prediction a positive noise level."
+        )
+    return (ta * b - tb * a) / det, (tb * alpha - ta * sigma) / det

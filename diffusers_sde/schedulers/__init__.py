@@ -1,0 +1,7 @@
+"""diffusers schedulers: thin shells that choose a table and let one shared base run it."""
+
+from diffusers_sde.schedulers.dpm_solver import DPMSolverScheduler
+from diffusers_sde.schedulers.probability_flow import ProbabilityFlowScheduler
+from diffusers_sde.schedulers.reverse_sde import ReverseSDEScheduler
+
+__all__ = ["DPMSolverScheduler", "ProbabilityFlowScheduler", "ReverseSDEScheduler"]

@@ -1,0 +1,468 @@
+"""The shared base of all schedulers: lays out a grid, compiles a table at the first step, executes one row per step.
+
+Knows diffusers' scheduler contract (arguments, indices, configs, dtypes, who synchronises with the device when).
+Knows no solver: a subclass says which table it builds and, if it is stochastic, the law of its noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+from diffusers_sde import noise
+from diffusers_sde.grids import Nodes, make_grid, nodes_from_times, nodes_from_user
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving, path_from_config
+from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.schedulers.config import canonical_config, grid_from_stock_flags
+from diffusers_sde.schedulers.data_prediction import limited, split_variance
+from diffusers_sde.schedulers.state import Compiled, PerThread, Run
+from diffusers_sde.tables import Table, evaluation_coefficients
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class SchedulerOutput(BaseOutput):
+    """One step: ``prev_sample ~ N(prev_sample_mean, noise_std^2 I)`` given the past, exactly.
+
+    prev_sample: the state at the next noise level, in the sample's dtype.  pred_original_sample: ``E[x_0 | x_t]`` at
+    this evaluation.  prev_sample_mean, noise_std: the Gaussian transition (noise_std = 0: ``prev_sample`` itself).
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+    prev_sample_mean: torch.Tensor | None = None
+    noise_std: float = 0.0
+
+
+class TableScheduler(SchedulerMixin, ConfigMixin):
+    """Base of the public schedulers.  A subclass implements :meth:`_table` and, if stochastic, :meth:`_noise_law`."""
+
+    config_name = "scheduler_config.json"
+    order = 1  # every model evaluation has its own timestep, whatever the solver
+    _own_keys: tuple[str, ...] = ()  # config keys of the solver, not inherited from other classes' configs
+
+    # -- what a subclass says -----------------------------------------------------------------------------------------
+
+    def _table(self, path: Path, nodes: Nodes) -> Table:
+        raise NotImplementedError
+
+    def _noise_law(self, nodes: Nodes) -> tuple[list[float], float, int | None] | None:
+        """``(tau per step, data_std, seed)`` of a stochastic scheduler; None for an ODE."""
+        return None
+
+    def _default_grid(self, path: Path, n: int) -> tuple[str, float | None]:
+        """``(grid, rho)`` for ``n`` evaluations where the config names none."""
+        if isinstance(path, VarianceExploding):
+            return ("exponential" if self.config.sigma_schedule == "exponential" else "karras"), None
+        return "power", 1.0
+
+    # -- config -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build from the config of any diffusers scheduler, keeping its process (path, prediction, data options).
+
+        Its solver and grid are not kept; pass ``grid=`` or diffusers' flags (``use_karras_sigmas=True``,
+        ``timestep_spacing="trailing"``) to choose.  Raises ``ValueError`` for a config without a diffusion process.
+        """
+        if isinstance(config, Mapping):
+            ours = "noise_conditioning" in config
+            config = canonical_config(config)
+            if not ours:
+                config = {k: v for k, v in config.items() if k not in cls._own_keys or cls._inherits(config, k)}
+            grid_from_stock_flags(kwargs)
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _inherits(cls, config: Mapping[str, Any], key: str) -> bool:
+        """Whether a solver key of a stock config means the same here."""
+        return False
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        names = (
+            "DDIMScheduler DDPMScheduler DEISMultistepScheduler DPMSolverMultistepScheduler "
+            "DPMSolverSinglestepScheduler EulerAncestralDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler "
+            "KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler LMSDiscreteScheduler PNDMScheduler "
+            "SASolverScheduler UniPCMultistepScheduler"
+        )
+        return [cls, *(getattr(diffusers, name) for name in names.split())]
+
+    def _setup(self) -> None:
+        """Validate what can be validated before a run; called by every ``__init__``."""
+        self._runs = PerThread()
+        path = path_from_config(self.config)  # raises on a process that does not exist
+        middle = 0.5 * (path.noisiest + path.cleanest)
+        alpha, sigma = (float(v) for v in path.alpha_sigma(middle))
+        model_coefficients(path, self.config.prediction_type, alpha, sigma)  # raises on an unknown prediction type
+
+    @property
+    def path(self) -> Path:
+        """The forward process of the current config (pipelines may change the config after construction)."""
+        return path_from_config(self.config)
+
+    # -- attributes that pipelines and training scripts read --------------------------------------------------------------
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        path = self.path
+        if not isinstance(path, VariancePreserving):
+            raise AttributeError("alphas_cumprod exists for variance preserving processes only.")
+        return torch.from_numpy(path.alphas_cumprod).float()
+
+    @property
+    def alphas(self) -> torch.Tensor:
+        abar = self.path.alphas_cumprod if isinstance(self.path, VariancePreserving) else None
+        if abar is None:
+            raise AttributeError("alphas exists for variance preserving processes only.")
+        return torch.from_numpy(np.append(abar[0], abar[1:] / abar[:-1])).float()
+
+    @property
+    def betas(self) -> torch.Tensor:
+        return 1 - self.alphas
+
+    @property
+    def final_alpha_cumprod(self) -> torch.Tensor:
+        return torch.tensor(1.0)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the state to start from: 1, or ``sqrt(sigma_max^2 + sigma_data^2)`` for EDM."""
+        path = self.path
+        if isinstance(path, VarianceExploding):
+            return float(np.hypot(path.alpha_sigma(path.noisiest)[1], path.sigma_data))
+        return 1.0
+
+    @property
+    def _run(self) -> Run:
+        run = self._runs.get()
+        if run is None:  # not laid out yet: the training grid, one timestep a row
+            path, n = self.path, self.config.num_train_timesteps
+            self._lay_out(nodes_from_times(path, make_grid(path, "linspace", n, mu=1.0), self.config.final_sigmas_type))
+            run = self._runs.get()
+            assert run is not None
+        return run
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """What the network is to be evaluated at, (n,), float32 (int64 with round_timesteps)."""
+        return self._run.timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: torch.Tensor) -> None:
+        self._run.timesteps = value
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """Noise levels, (n + 1,), float32, on the CPU; may be written to before the first step."""
+        return self._run.sigmas
+
+    @sigmas.setter
+    def sigmas(self, value: torch.Tensor) -> None:
+        self._run.sigmas = value
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        run = self._runs.get()
+        return None if run is None else len(run.timesteps)
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next row, None before the first step."""
+        run = self._runs.get()
+        return None if run is None else run.step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        run = self._runs.get()
+        return None if run is None else run.begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this index of ``timesteps`` (image-to-image); any index is a valid start."""
+        self._run.begin_index = begin_index
+
+    # -- layout ---------------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | torch.Tensor | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+    ) -> None:
+        """Lay out a run of ``num_inference_steps`` model evaluations on the config's grid, or on the user's
+        ``timesteps`` and/or ``sigmas`` (see :func:`diffusers_sde.grids.nodes_from_user`); ``mu`` is the dynamic shift
+        of flow models, ignored by models without one.
+
+        Raises ``ValueError`` for no or contradictory arguments.
+        """
+        path, config = self.path, self.config
+        if timesteps is not None or sigmas is not None:
+            nodes = nodes_from_user(path, timesteps, sigmas, mu=mu, final=config.final_sigmas_type)
+            given = len(timesteps if timesteps is not None else nodes.time[:-1])
+            if num_inference_steps not in (None, given, len(nodes) - 1):
+                raise ValueError(f"num_inference_steps is {num_inference_steps} but {given} steps were passed.")
+        elif num_inference_steps is None:
+            raise ValueError("Pass num_inference_steps, timesteps or sigmas to set_timesteps.")
+        else:
+            n = int(num_inference_steps)
+            grid, rho = self._default_grid(path, n)
+            if config.grid is not None:
+                grid, rho = config.grid, config.rho
+            elif config.rho is not None:
+                rho = config.rho
+            times = make_grid(path, grid, n, rho=rho, mu=mu, steps_offset=config.steps_offset)
+            if config.round_timesteps:
+                times = _distinct_integers(times)
+            nodes = nodes_from_times(path, times, config.final_sigmas_type)
+        self._lay_out(nodes, device)
+
+    def _lay_out(self, nodes: Nodes, device: str | torch.device | None = None) -> None:
+        dtype = torch.int64 if self.config.round_timesteps else torch.float32
+        labels = self.path.sigma_label(nodes.alpha, nodes.sigma).astype(np.float32)
+        times = torch.from_numpy(nodes.time[:-1]).to(dtype)
+        if device is not None:
+            times = times.to(device, non_blocking=True)
+        self._runs.set(Run(nodes, times, torch.from_numpy(labels.copy()), labels))
+
+    def _nodes(self, run: Run) -> Nodes:
+        """The run's nodes with whatever a pipeline wrote into ``sigmas``."""
+        now = run.sigmas.detach().cpu().double().numpy()
+        changed = np.flatnonzero(now != run.labels) if len(now) == len(run.labels) else np.arange(0)
+        if not len(changed):
+            return run.nodes
+        alpha, sigma = run.nodes.alpha.copy(), run.nodes.sigma.copy()
+        alpha[changed], sigma[changed] = self.path.alpha_sigma_of(self.path.log_snr_of_label(now[changed]))
+        return Nodes(run.nodes.time, alpha, sigma)
+
+    def _compile(self, run: Run, begin: int) -> Compiled:
+        """Build the table from grid index ``begin`` on; host floats only."""
+        path, kind, nodes = self.path, self.config.prediction_type, self._nodes(run)[begin:]
+        table = self._table(path, nodes)
+        to_evaluation, to_sample = [], []
+        for row in table.rows:
+            said = model_coefficients(path, kind, row.alpha, row.sigma)
+            own = evaluation_coefficients(table.data_std, row.alpha, row.sigma)
+            to_evaluation.append(convert(said, own, row.alpha, row.sigma))
+            to_sample.append(convert(own, (1.0, 0.0), row.alpha, row.sigma))
+        law = self._noise_law(nodes)
+        weights = None if law is None else noise.brownian_weights(nodes.log_snr, tau=law[0], data_std=law[1])
+        keep = [table.history(i) for i in range(len(table.rows))]
+        run.compiled = Compiled(begin, table, to_evaluation, to_sample, keep, weights)
+        run.history.clear()
+        return run.compiled
+
+    # -- indices ----------------------------------------------------------------------------------------------------------
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: torch.Tensor | None = None) -> int:
+        """Index of a timestep in the current grid: for an element of ``scheduler.timesteps`` its position in memory
+        (no synchronisation), else the nearest in value."""
+        run = self._run
+        if isinstance(timestep, torch.Tensor):
+            own = run.timesteps
+            if timestep.numel() == 1 and timestep.device == own.device and timestep.dtype == own.dtype:
+                mine, its = own.untyped_storage(), timestep.untyped_storage()
+                if mine.data_ptr() == its.data_ptr() and mine.nbytes() == its.nbytes():
+                    return timestep.storage_offset() - own.storage_offset()
+            timestep = timestep.flatten()[0].item()
+        return int(np.argmin(np.abs(run.nodes.time[:-1] - float(timestep))))
+
+    def _index(self, run: Run, timestep: Any) -> int:
+        """The row to run: the next one, else ``begin_index``, else where the timestep is."""
+        if run.step_index is not None and run.step_index < len(run.timesteps):
+            return run.step_index
+        if run.step_index is None and run.begin_index is not None:
+            return run.begin_index
+        return self.index_for_timestep(timestep)
+
+    # -- the step -----------------------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """The network's input: ``x / sqrt(sigma^2 + sigma_data^2)`` for EDM, the sample itself otherwise."""
+        path = self.path
+        if not isinstance(path, VarianceExploding):
+            return sample
+        run = self._run
+        sigma = float(self._nodes(run).sigma[self._index(run, timestep)])
+        return sample / float(np.hypot(sigma, path.sigma_data))
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> SchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Execute one row: ``x <- a x + sum_j b_j F_j + c z`` with F the model output in the table's terms.
+
+        Args: ``model_output`` of the config's prediction_type, ``timestep`` (an element of ``timesteps``), ``sample``
+        x of the same shape; ``generator`` seeds the noise of a stochastic scheduler at the first step.  Of the further
+        keywords of diffusers' schedulers ``pred_original_sample`` and ``per_token_timesteps`` are honoured.
+        Returns a :class:`SchedulerOutput`, or ``(prev_sample, pred_original_sample)`` with ``return_dict=False``.
+        Arithmetic is float32 for half precision samples, the result has the sample's dtype.
+        """
+        run = self._run
+        if kwargs.get("per_token_timesteps") is not None:
+            return self._step_per_token(run, model_output, timestep, sample, kwargs["per_token_timesteps"], return_dict)
+        i = self._index(run, timestep)
+        compiled = run.compiled
+        if compiled is None or i != run.step_index or len(compiled.table.rows[i - compiled.begin].b) > len(run.history) + 1:
+            compiled = self._compile(run, i)
+        k = i - compiled.begin
+        row, (k_x, k_m) = compiled.table.rows[k], compiled.to_evaluation[k]
+
+        dtype = sample.dtype
+        if model_output.shape != sample.shape:
+            model_output = split_variance(model_output, sample, self.config.variance_type)
+        if dtype in HALF:
+            sample = sample.float()
+        if model_output.dtype != sample.dtype:
+            model_output = model_output.to(sample.dtype)
+
+        given = kwargs.get("pred_original_sample")
+        if given is not None or self.config.clip_sample or self.config.thresholding:
+            x0 = given.to(sample.dtype) if given is not None else self._data_prediction(compiled, k, model_output, sample)
+            own = evaluation_coefficients(compiled.table.data_std, row.alpha, row.sigma)
+            k_x, k_m = convert((1.0, 0.0), own, row.alpha, row.sigma)
+            model_output = x0
+        evaluation = torch.mul(model_output, k_m)
+        if k_x:
+            evaluation.add_(sample, alpha=k_x)
+        mean = torch.mul(sample, row.a)
+        mean.add_(evaluation, alpha=row.b[0])
+        for weight, old in zip(row.b[1:], run.history, strict=False):
+            mean.add_(old, alpha=weight)
+        d_x, d_f = compiled.to_sample[k]
+        x0 = evaluation if d_f == 1.0 and not d_x else torch.mul(evaluation, d_f).add_(sample, alpha=d_x)
+
+        keep = compiled.keep[k]
+        run.history.insert(0, evaluation)
+        del run.history[keep:]
+        prev = mean
+        if compiled.noise is not None and row.c:
+            if run.seeds is None:
+                run.seeds = self._seeds(sample, generator)
+            z = noise.combine(compiled.noise[k], run.seeds, sample.shape)
+            prev = torch.add(mean, z.to(mean.dtype), alpha=row.c)
+        run.step_index = i + 1
+
+        if dtype in HALF:
+            prev, x0 = prev.to(dtype), x0.to(dtype)
+        if not return_dict:
+            return prev, x0
+        if dtype in HALF:
+            mean = mean.to(dtype) if row.c else prev
+        return SchedulerOutput(prev, x0, mean, row.c)
+
+    def _data_prediction(self, compiled: Compiled, k: int, model_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``E[x_0|x_t]`` with the config's clipping or thresholding."""
+        row = compiled.table.rows[k]
+        said = model_coefficients(self.path, self.config.prediction_type, row.alpha, row.sigma)
+        d_x, d_m = convert(said, (1.0, 0.0), row.alpha, row.sigma)
+        return limited(torch.mul(model_output, d_m).add_(x, alpha=d_x), self.config)
+
+    def _seeds(self, sample: torch.Tensor, generator: Any) -> torch.Tensor:
+        """One seed per sample: from the pipeline's generator, else ``noise_seed``, else the latents themselves."""
+        law = self._noise_law(self._run.nodes)
+        if generator is not None:
+            return noise.seeds_from_generator(generator, len(sample), sample.device)
+        if law is not None and law[2] is not None:
+            return noise.seeds_from_int(law[2], len(sample), sample.device)
+        return noise.seeds_from_latents(sample)
+
+    def _step_per_token(
+        self, run: Run, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, own: Any, return_dict: bool
+    ) -> SchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Flow matching where every token has a noise level of its own (LTX conditioning): an Euler step of each token
+        to the next level of the grid below its own; the sign convention is that of FlowMatchEuler."""
+        if not isinstance(self.path, FlowMatching):
+            raise ValueError("per_token_timesteps needs a flow matching scheduler.")
+        i = self._index(run, timestep)
+        sigma = own / self.config.num_train_timesteps
+        grid = run.sigmas.to(sample.device, sample.dtype)[:, None, None]
+        below = ((grid < sigma - 1e-6) * grid).amax(0)
+        prev = (sample.float() + (sigma - below)[..., None].float() * model_output.float()).to(sample.dtype)
+        run.step_index = i + 1
+        x0 = (sample.float() + sigma[..., None].float() * model_output.float()).to(sample.dtype)
+        return SchedulerOutput(prev, x0, prev, 0.0) if return_dict else (prev, x0)
+
+    # -- noising ------------------------------------------------------------------------------------------------------------
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Any) -> torch.Tensor:
+        """``alpha x_0 + sigma eps`` at the row a pipeline stands at (``step_index`` once stepping, else
+        ``begin_index``), else at ``timesteps`` (a number, or a tensor of one time per sample)."""
+        alpha, sigma = self._alpha_sigma(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def scale_noise(self, sample: torch.Tensor, timestep: Any, noise: torch.Tensor) -> torch.Tensor:
+        """:meth:`add_noise` in the argument order of the flow matching schedulers."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Any) -> torch.Tensor:
+        """The v-prediction target ``alpha eps - sigma x_0``."""
+        alpha, sigma = self._alpha_sigma(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def _alpha_sigma(self, timesteps: Any, like: torch.Tensor) -> tuple[Any, Any]:
+        run = self._runs.get()
+        if run is not None and run.begin_index is not None:
+            index = run.begin_index if run.step_index is None else min(run.step_index, len(run.timesteps))
+            nodes = self._nodes(run)
+            return float(nodes.alpha[index]), float(nodes.sigma[index])
+        t = timesteps if isinstance(timesteps, torch.Tensor) else torch.as_tensor(timesteps)
+        if t.device.type == "cpu":
+            times = t.double().numpy().reshape(-1)
+            alpha, sigma = self.path.alpha_sigma(times)
+            if run is not None:  # on the grid the run's own levels count: sigmas may have been given or written
+                nodes = self._nodes(run)
+                for j, time in enumerate(times):
+                    hit = np.flatnonzero(np.abs(nodes.time[:-1] - time) <= 1e-6 * max(abs(time), 1e-3))
+                    if len(hit):
+                        alpha[j], sigma[j] = nodes.alpha[hit[0]], nodes.sigma[hit[0]]
+            pair = (torch.from_numpy(np.asarray(v)).to(like.device, like.dtype) for v in (alpha, sigma))
+        else:
+            pair = (v.to(like.device, like.dtype) for v in _alpha_sigma_on_device(self.path, t.flatten()))
+        alpha_t, sigma_t = (v.reshape(-1, *[1] * (like.ndim - 1)) for v in pair)
+        return alpha_t, sigma_t
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def _alpha_sigma_on_device(path: Path, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``path.alpha_sigma`` for times that live on an accelerator, without bringing them to the host."""
+    t = t.float()
+    if isinstance(path, FlowMatching):
+        sigma = t / path.scale
+        return (sigma, 1 - sigma) if path.inverted else (1 - sigma, sigma)
+    if isinstance(path, VarianceExploding):
+        sigma = torch.exp(4 * t) if path.noise_conditioning == "log" else torch.tan(t * (np.pi / 2))
+        return torch.ones_like(sigma), sigma
+    assert isinstance(path, VariancePreserving)
+    # linear in the angle between integers: equal to the host's rule at integers, within 1e-6 of it elsewhere
+    angle = torch.from_numpy(np.arccos(np.sqrt(path.alphas_cumprod))).float().to(t.device, non_blocking=True)
+    low = t.floor().clamp(0, len(angle) - 2).long()
+    at = torch.lerp(angle[low], angle[low + 1], t - low)
+    return at.cos(), at.sin()
+
+
+def _distinct_integers(times: np.ndarray) -> np.ndarray:
+    """Rounded times without repetitions (a repeated timestep would be an empty step)."""
+    rounded = np.round(times)
+    for i in range(1, len(rounded)):
+        rounded[i] = min(rounded[i], rounded[i - 1] - 1)
+    if rounded[-1] < 0:
+        raise ValueError("round_timesteps leaves too few distinct timesteps: ask for fewer steps.")
+    return rounded

@@ -1,0 +1,75 @@
+"""DPM-Solver in its published variants, with exact weights: which table each algorithm_type is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers_sde.grids import Nodes
+from diffusers_sde.paths import Path
+from diffusers_sde.schedulers.base import TableScheduler
+from diffusers_sde.schedulers.config import scheduler_init
+from diffusers_sde.tables import Table, build_multistep, build_singlestep
+
+# algorithm_type -> (data_std, tau): noise or data prediction, ODE or SDE
+ALGORITHMS = {
+    "dpmsolver": (math.inf, 0.0),
+    "dpmsolver++": (0.0, 0.0),
+    "sde-dpmsolver": (math.inf, 1.0),
+    "sde-dpmsolver++": (0.0, 1.0),
+}
+
+
+class DPMSolverScheduler(TableScheduler):
+    r"""DPM-Solver (Lu et al. 2022, arXiv:2206.00927) and DPM-Solver++ (arXiv:2211.01095), ODE and SDE.
+
+    ``dpmsolver`` integrates ``x_t = alpha_t/alpha_s x_s - alpha_t Int e^-lambda eps dlambda``, ``dpmsolver++``
+    ``x_t = sigma_t/sigma_s x_s + sigma_t Int e^lambda D dlambda``; the sde variants are the same with tau = 1.
+
+    Args:
+        solver_order: 1 to 3.
+        algorithm_type: dpmsolver, dpmsolver++, sde-dpmsolver or sde-dpmsolver++.
+        solver_type: exact or heun (the exact integral of the interpolating line; the same thing), or midpoint (the
+            published default of order 2).  Order 3 always has exact weights.
+        singlestep: restart each step from its anchor instead of keeping a history.
+        noise_seed: as in :class:`ReverseSDEScheduler`.
+        kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
+    """
+
+    __module__ = "diffusers_sde"
+    _own_keys = ("solver_order", "algorithm_type", "solver_type", "singlestep", "noise_seed")
+
+    @scheduler_init
+    def __init__(
+        self,
+        solver_order: int = 2,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "exact",
+        singlestep: bool = False,
+        noise_seed: int | None = None,
+    ):
+        if solver_order not in (1, 2, 3):
+            raise ValueError(f"solver_order must be 1, 2 or 3, not {solver_order}.")
+        if algorithm_type not in ALGORITHMS:
+            raise ValueError(f"algorithm_type {algorithm_type!r} is unknown: use one of {', '.join(ALGORITHMS)}.")
+        if solver_type not in ("exact", "midpoint", "heun"):
+            raise ValueError(f"solver_type {solver_type!r} is unknown: use exact, midpoint or heun.")
+        self._setup()
+
+    @classmethod
+    def _inherits(cls, config: Mapping[str, Any], key: str) -> bool:
+        return config.get("algorithm_type") in ALGORITHMS and config.get("solver_type") in ("midpoint", "heun")
+
+    def _noise_law(self, nodes: Nodes) -> tuple[list[float], float, int | None] | None:
+        data_std, tau = ALGORITHMS[self.config.algorithm_type]
+        return ([tau] * (len(nodes) - 1), data_std, self.config.noise_seed) if tau else None
+
+    def _table(self, path: Path, nodes: Nodes) -> Table:
+        c = self.config
+        data_std, tau = ALGORITHMS[c.algorithm_type]
+        rule = "midpoint" if c.solver_type == "midpoint" and c.solver_order == 2 else "exact"
+        if c.singlestep and c.solver_order > 1:
+            method = f"grid{c.solver_order}"
+            return build_singlestep(path, nodes, method=method, data_std=data_std, tau=tau, rule=rule)
+        return build_multistep(path, nodes, order=c.solver_order, data_std=data_std, tau=tau, rule=rule)

@@ -1,0 +1,50 @@
+"""The probability-flow ODE scheduler: which table it builds, and with which measured defaults."""
+
+from __future__ import annotations
+
+from diffusers_sde.grids import Nodes
+from diffusers_sde.paths import Path
+from diffusers_sde.schedulers.base import TableScheduler
+from diffusers_sde.schedulers.config import scheduler_init
+from diffusers_sde.tables import Table, build_multistep
+
+
+class ProbabilityFlowScheduler(TableScheduler):
+    r"""Deterministic sampling: the probability-flow ODE ``dx = [f x - g^2/2 score] dt`` (Song et al. 2021,
+    arXiv:2011.13456, eq. 13), linear part exact, Adams-Bashforth in the nonlinear part (DESIGN of the table:
+    :mod:`diffusers_sde.tables`).
+
+    Args:
+        solver_order: 1 (DDIM) to 4.
+        corrector: redo each step with the next evaluation, one order more at no evaluation (UniC, arXiv:2302.04867).
+        data_std: the data scale c of the exact part: 0 data prediction, inf noise prediction; None: the default.
+        clock: coordinate of the extrapolation: log_snr, sigma, angle or time.
+        final: the step to sigma = 0: denoise, exact or second_order.
+        kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
+    """
+
+    __module__ = "diffusers_sde"
+    _own_keys = ("solver_order", "corrector", "data_std", "clock", "final")
+
+    @scheduler_init
+    def __init__(
+        self,
+        solver_order: int = 2,
+        corrector: bool = True,
+        data_std: float | None = None,
+        clock: str = "log_snr",
+        final: str = "denoise",
+    ):
+        self._setup()
+
+    def _table(self, path: Path, nodes: Nodes) -> Table:
+        c = self.config
+        return build_multistep(
+            path,
+            nodes,
+            order=c.solver_order,
+            corrector=c.corrector,
+            data_std=0.0 if c.data_std is None else c.data_std,
+            clock=c.clock,
+            final=c.final,
+        )

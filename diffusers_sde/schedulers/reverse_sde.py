@@ -1,0 +1,95 @@
+"""The reverse SDE scheduler: which table it builds, the law of its noise, and its measured defaults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from diffusers_sde.grids import Nodes
+from diffusers_sde.paths import Path
+from diffusers_sde.schedulers.base import TableScheduler
+from diffusers_sde.schedulers.config import scheduler_init
+from diffusers_sde.tables import Table, build_multistep, tau_from_eta
+
+
+class ReverseSDEScheduler(TableScheduler):
+    r"""Stochastic sampling: ``dx = [f x - (1 + tau^2)/2 g^2 score] dt + tau g dw`` backwards in time (Fu & Wang,
+    arXiv:2605.22586, section 3); every tau has the same marginals, tau = 0 is the ODE, tau = 1 the reverse SDE.
+
+    The noise is a Brownian path: one seed gives the same picture at 10, 20 and 40 steps, for any batch size.
+
+    Args:
+        tau: noise level, a number or one per step.
+        eta: DDIM's eta instead of tau (0 DDIM, 1 DDPM), None for tau.
+        solver_order: 1 (DDPM) to 3, in the deterministic part.
+        corrector: redo each step with the next evaluation and the same noise (SA-Solver, arXiv:2309.05019).
+        data_std: the data scale of the exact part; exact in law for N(0, data_std^2) data at any number of steps.
+        clock: coordinate of the extrapolation: log_snr, sigma, angle or time.
+        final: the step to sigma = 0: denoise, exact or second_order.
+        noise_seed: seed of the Brownian path where a pipeline passes no generator; None: a hash of the latents.
+        kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
+    """
+
+    __module__ = "diffusers_sde"
+    _own_keys = ("tau", "eta", "solver_order", "corrector", "data_std", "clock", "final", "noise_seed")
+
+    @scheduler_init
+    def __init__(
+        self,
+        tau: float | Sequence[float] = 1.0,
+        eta: float | None = None,
+        solver_order: int = 2,
+        corrector: bool = True,
+        data_std: float | None = None,
+        clock: str = "log_snr",
+        final: str = "denoise",
+        noise_seed: int | None = None,
+    ):
+        if solver_order not in (1, 2, 3):
+            raise ValueError(f"solver_order must be 1, 2 or 3, not {solver_order}.")
+        self._setup()
+
+    def _taus(self, nodes: Nodes) -> list[float]:
+        """tau of each step from here to the end; a list in the config is read from its end, so that a run may start
+        anywhere."""
+        c, steps = self.config, len(nodes) - 1
+        if c.eta is not None:
+            return tau_from_eta(c.eta, nodes)
+        if isinstance(c.tau, list | tuple):
+            whole = self._run.nodes
+            if len(c.tau) != len(whole) - 1:
+                raise ValueError(f"tau has {len(c.tau)} values for {len(whole) - 1} steps: pass one number, or one a step.")
+            return [float(x) for x in c.tau[len(c.tau) - steps :]]
+        return [float(c.tau)] * steps
+
+    @property
+    def _data_std(self) -> float:
+        return 0.0 if self.config.data_std is None else float(self.config.data_std)
+
+    def _noise_law(self, nodes: Nodes) -> tuple[list[float], float, int | None]:
+        return self._taus(nodes), self._data_std, self.config.noise_seed
+
+    def _table(self, path: Path, nodes: Nodes) -> Table:
+        c = self.config
+        table = build_multistep(
+            path,
+            nodes,
+            order=c.solver_order,
+            corrector=c.corrector,
+            data_std=self._data_std,
+            clock=c.clock,
+            tau=self._taus(nodes),
+            final=c.final,
+        )
+        if c.variance_type == "fixed_large" and c.solver_order == 1 and not c.corrector:
+            return _upper_variance(table, nodes)
+        return table
+
+
+def _upper_variance(table: Table, nodes: Nodes) -> Table:
+    """Replace the posterior variance by ``beta_t = 1 - (alpha_s/alpha_t)^2`` (Ho et al. 2020, section 3.2)."""
+    rows = []
+    for row, alpha in zip(table.rows, nodes.alpha[1:], strict=True):
+        rows.append(replace(row, c=math.sqrt(max(1 - (row.alpha / alpha) ** 2, 0.0)) if row.c else 0.0))
+    return Table(tuple(rows), table.data_std)

@@ -1,0 +1,424 @@
+"""Sampler tables: every known sampler is ``x <- a x + sum_j b_j F_j + c z`` with finished coefficients.
+
+Knows how to integrate the reverse family exactly in its linear part.  At half log-SNR ``lambda`` (``s = sigma/alpha``,
+``r^2 = data_std^2 + s^2``, ``A = 1 + tau^2``, ``xh = x/alpha``, ``D = E[x_0|x_t]``)
+
+    F = (D - data_std^2 xh / r^2) r / s
+    xh_t = (r_t/r_s)^A xh_s + A sum_j F_j Int_{lambda_s}^{lambda_t} (r_t/r_u)^A (s_u/r_u) L_j(u) dlambda_u
+           + r_t sqrt(1 - (r_t/r_s)^(2 tau^2)) z
+
+with ``L_j`` the Lagrange basis on earlier evaluations in the chosen clock.  The update is exact in law for
+``x_0 ~ N(0, data_std^2 I)``.  data_std = 0 is data prediction (DPM-Solver++, Lu et al. arXiv:2211.01095; with tau
+SA-Solver, Xue et al. arXiv:2309.05019), data_std = inf noise prediction (DPM-Solver, arXiv:2206.00927; DEIS, Zhang &
+Chen arXiv:2204.13902; then F is ``-eps``), variance preserving with data_std = 1 minus the velocity v in the TrigFlow
+angle (Lu & Song arXiv:2410.11081).
+
+Correctors (UniC, Zhao et al. arXiv:2302.04867) and the held anchors of single-step methods need no code of their own
+at run time: the anchor is an affine function of the current state and of stored evaluations, so redoing a step is
+another set of weights on the same evaluations.  Floats on the host only; knows nothing of networks or tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffusers_sde.grids import Nodes
+from diffusers_sde.paths import Path
+from diffusers_sde.prediction import convert
+
+CLOCKS = ("log_snr", "sigma", "angle", "time")
+MAX_TAU = 4.0  # beyond it the state forgets itself within a step and the noise clock exp(2 tau^2 log_snr) overflows
+_GAUSS = np.polynomial.legendre.leggauss(24)
+_PANEL = 2.0  # longest stretch of log-SNR (or angle) for one Gauss rule
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place on a path: ``alpha``, ``sigma`` and their half log-SNR."""
+
+    alpha: float
+    sigma: float
+
+    @property
+    def log_snr(self) -> float:
+        if self.alpha == 0:
+            return -math.inf
+        return math.inf if self.sigma == 0 else math.log(self.alpha) - math.log(self.sigma)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model evaluation: at ``(time, alpha, sigma)`` form F, then ``x <- a x + sum_j b[j] F_{i-j} + c z``.
+
+    ``b[0]`` multiplies the evaluation of this row, ``b[j]`` the one j rows earlier.
+    """
+
+    time: float
+    alpha: float
+    sigma: float
+    a: float
+    b: tuple[float, ...]
+    c: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one run, and ``data_std``, which says what F is."""
+
+    rows: tuple[Row, ...]
+    data_std: float
+
+    def history(self, i: int) -> int:
+        """How many evaluations, this row's included, later rows still read after row ``i``."""
+        return max((len(row.b) - 1 - k for k, row in enumerate(self.rows[i + 1 :])), default=0)
+
+
+def evaluation_coefficients(data_std: float, alpha: float, sigma: float) -> tuple[float, float]:
+    """``(A, B)`` with ``F = A x_0 + B eps``: ``(sigma, -data_std^2 alpha)/rho``, ``rho^2 = data_std^2 alpha^2 +
+    sigma^2``; ``(1, 0)`` at data_std = 0 and, rescaled, ``(0, -1)`` at data_std = inf."""
+    if data_std == 0:
+        return 1.0, 0.0
+    if math.isinf(data_std):
+        return 0.0, -1.0
+    rho = math.hypot(data_std * alpha, sigma)
+    return sigma / rho, -(data_std**2) * alpha / rho
+
+
+def linear_coefficients(start: Point, end: Point, data_std: float, tau: float) -> tuple[float, float]:
+    """``(a, c)``: the factor on the state and the standard deviation of the noise from ``start`` to ``end``."""
+    ratio = end.sigma * start.alpha, end.alpha * start.sigma  # s_t / s_s as a quotient, free of infinities
+    if math.isinf(data_std):
+        if start.alpha == 0:
+            raise ValueError(
+                "data_std=inf (noise prediction) cannot start at zero SNR: use a finite data_std or a smaller first t."
+            )
+        gap = (start.sigma / start.alpha) ** 2 - (end.sigma / end.alpha) ** 2
+        return end.alpha / start.alpha, end.alpha * abs(tau) * math.sqrt(max(gap, 0.0))
+    rho_s, rho_t = (math.hypot(data_std * p.alpha, p.sigma) for p in (start, end))
+    if data_std == 0:
+        shrink = ratio[0] / ratio[1] if ratio[1] else 1.0
+    else:
+        shrink = rho_t * start.alpha / (rho_s * end.alpha)
+    scale = rho_t / rho_s if rho_s else 1.0
+    return scale * shrink ** (tau**2), rho_t * math.sqrt(max(1 - shrink ** (2 * tau**2), 0.0))
+
+
+def quadrature(start: Point, end: Point, data_std: float, tau: float) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes ``lambda_u`` and weights ``w_u`` with ``sum_u w_u L(lambda_u)`` the integral of the module docstring times
+    ``alpha_t``: the weight of an evaluation with Lagrange basis L in ``x_t``."""
+    A = 1 + tau**2
+    low, high = start.log_snr, end.log_snr
+    finite = math.isfinite(low) and math.isfinite(high)
+    if data_std == 0:
+        if high == math.inf:  # the whole weight sits at the end: only constants are ever integrated here
+            return np.array([low if math.isfinite(low) else 0.0]), np.array([end.alpha])
+        lam, w = _gauss(max(low, high - 50.0 / A), high)  # e^-50 is below rounding
+        return lam, end.alpha * A * w * np.exp(-A * (high - lam))
+    if math.isinf(data_std):
+        if finite:
+            lam, w = _gauss(low, high)
+            return lam, end.alpha * A * w * np.exp(-lam)
+        s, w = _gauss(end.sigma / end.alpha, start.sigma / start.alpha)
+        return -np.log(s), end.alpha * A * w
+    rho_t = math.hypot(data_std * end.alpha, end.sigma)
+    cos_t = data_std * end.alpha / rho_t
+    if finite:
+        lam, w = _gauss(low, high)
+        # tan(theta) = e^-lambda / c, so d theta = -sin cos d lambda
+        cos = 1 / np.sqrt(1 + np.exp(-2 * lam) / data_std**2)
+        w = w * cos * np.sqrt(1 - cos**2)
+    else:
+        angles = (math.atan2(p.sigma, data_std * p.alpha) for p in (end, start))
+        theta, w = _gauss(*angles)
+        cos, lam = np.cos(theta), -np.log(data_std * np.tan(theta))
+    return lam, rho_t / data_std * A * w * (cos / cos_t) ** (tau**2)
+
+
+def _gauss(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    x, w = _GAUSS
+    panels = max(1, math.ceil((high - low) / _PANEL))
+    edges = np.linspace(low, high, panels + 1)
+    half = (high - low) / panels / 2
+    return ((edges[:-1] + half)[:, None] + half * x).ravel(), np.tile(half * w, panels)
+
+
+def clock_values(path: Path | None, clock: str, log_snr: np.ndarray, data_std: float) -> np.ndarray:
+    """The coordinate in which evaluations are interpolated: ``log_snr``, ``sigma`` (s), ``angle``
+    (``atan(s / data_std)``, ``atan(s)`` at data_std 0 and inf) or ``time``."""
+    if clock == "log_snr":
+        return log_snr
+    s = np.exp(-log_snr)
+    if clock == "sigma":
+        return s
+    if clock == "angle":
+        return np.arctan(s / (data_std if 0 < data_std < math.inf else 1.0))
+    if clock == "time" and path is not None:
+        return path.time(log_snr)
+    raise ValueError(f"clock {clock!r} is unknown: use one of {', '.join(CLOCKS)}.")
+
+
+def lagrange_weights(
+    path: Path | None, start: Point, end: Point, basis: Sequence[Point], *, data_std: float, clock: str, tau: float
+) -> np.ndarray:
+    """Weights of the evaluations at ``basis`` in the step from ``start`` to ``end`` (exact up to quadrature)."""
+    lam, w = quadrature(start, end, data_std, tau)
+    if len(basis) == 1:
+        return np.array([w.sum()])
+    u = clock_values(path, clock, lam, data_std)
+    at = clock_values(path, clock, np.array([p.log_snr for p in basis]), data_std)
+    weights = [np.prod([(u - o) / (me - o) for k, o in enumerate(at) if k != j], axis=0) @ w for j, me in enumerate(at)]
+    return np.array(weights)
+
+
+def midpoint_weights(
+    path: Path | None, start: Point, end: Point, basis: Sequence[Point], *, data_std: float, tau: float
+) -> np.ndarray:
+    """The ``midpoint`` rule of DPM-Solver++ 2M and UniPC: the slope of F in log-SNR enters as if the kernel were flat,
+    ``total (F_0 + h/2 F')``.  Second order like the exact weights, with another error constant."""
+    total = lagrange_weights(path, start, end, basis[:1], data_std=data_std, clock="log_snr", tau=tau)[0]
+    slope = 0.5 * (end.log_snr - start.log_snr) / (basis[1].log_snr - basis[0].log_snr)
+    return np.array([total * (1 - slope), total * slope])
+
+
+# -- builders -------------------------------------------------------------------------------------------------------
+
+# Largest ratio of a step to the one before it, and largest sum |b| / |sum b| by order, at which a row may extrapolate.
+MAX_STEP_RATIO = 4.0
+MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to weigh evaluations: everything about a solver but the grid and the order.
+
+    data_std, clock, tau: see the module docstring; ``rule`` is ``exact`` or ``midpoint`` (two-node rules only).
+    """
+
+    path: Path | None
+    data_std: float
+    clock: str
+    rule: str = "exact"
+
+    def weights(self, start: Point, end: Point, basis: Sequence[Point], tau: float) -> np.ndarray:
+        if start.log_snr == end.log_snr:
+            return np.zeros(len(basis))
+        if self.rule == "midpoint" and len(basis) == 2 and end.sigma > 0 and start.alpha > 0:
+            return midpoint_weights(self.path, start, end, basis, data_std=self.data_std, tau=tau)
+        clock = self.clock
+        if end.sigma == 0 and clock == "log_snr":  # log-SNR has no finite coordinate there
+            clock = "angle"
+        return lagrange_weights(self.path, start, end, basis, data_std=self.data_std, clock=clock, tau=tau)
+
+    def usable(self, start: Point, end: Point, basis: Sequence[Point], weights: np.ndarray) -> bool:
+        """Whether extrapolating over these nodes is safe: distinct, finite in the clock, of bounded step ratio and
+        amplification."""
+        order = len(basis)
+        with np.errstate(invalid="ignore"):
+            at = clock_values(self.path, self.clock, np.array([p.log_snr for p in (end, *basis)]), self.data_std)
+        if not np.all(np.isfinite(at[1:])) or len(set(at[1:])) < order or not np.all(np.isfinite(weights)):
+            return False
+        previous = abs(at[1] - at[2])
+        if math.isfinite(at[0]) and abs(at[0] - at[1]) > MAX_STEP_RATIO * previous:
+            return False
+        return np.abs(weights).sum() <= MAX_AMPLIFICATION[order] * abs(weights.sum())
+
+
+def build_multistep(
+    path: Path | None,
+    nodes: Nodes,
+    *,
+    order: int = 2,
+    corrector: bool | int = False,
+    data_std: float = 0.0,
+    clock: str = "log_snr",
+    tau: float | Sequence[float] = 0.0,
+    rule: str = "exact",
+    final: str = "denoise",
+) -> Table:
+    """Exponential Adams table: predictor of ``order`` 1-4, optionally corrected when the next evaluation arrives.
+
+    corrector: True redoes each step with the new evaluation and ``order`` old ones (UniC, order + 1); an integer is
+    the number of nodes of that redone step (SA-Solver's corrector order).  No further model evaluation.
+    tau: one noise level, or one per step.  final: what a step to sigma = 0 does, ``denoise`` returns D (first order,
+    noise free), ``exact`` is the limit of the formula (needs data_std > 0), ``second_order`` its two-node version.
+
+    The order of a row is lowered where the history is short or where extrapolation would amplify errors.
+    Raises ``ValueError`` for an order, clock, rule, tau or final that does not exist or does not fit.
+    """
+    taus = _check(nodes, order, data_std, clock, tau, rule, final)
+    method = Method(path, float(data_std), clock, rule)
+    points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
+    rows: list[Row] = []
+    previous = np.zeros(0)  # weights that produced the current state, on F_{i-1}, F_{i-2}, ...
+    for i, (start, end) in enumerate(zip(points, points[1:], strict=False)):
+        if end.sigma == 0 and final == "denoise":
+            a, c, forward = _denoise(method, start, end)
+        else:
+            a, c = linear_coefficients(start, end, data_std, taus[i])
+            top = order if end.sigma > 0 else 1 + (final == "second_order")
+            forward = _explicit(method, start, end, points[max(i - top + 1, 0) : i + 1][::-1], taus[i])
+        b = forward
+        if i and corrector:
+            count = len(previous) + 1 if corrector is True else min(int(corrector), i + 1)
+            older = points[max(i - count + 1, 0) : i - 1][::-1]
+            redone = _implicit(method, points[i - 1], start, older, taus[i - 1])
+            if redone is not None:  # the corrected state is x + sum (redone - previous) F
+                b = _add(b, a * _add(redone, -np.append(0.0, previous)))
+        rows.append(Row(float(nodes.time[i]), start.alpha, start.sigma, a, tuple(map(float, b)), c))
+        previous = forward
+    return Table(tuple(rows), float(data_std))
+
+
+# name -> (evaluations per step, where the extra ones sit: None on the grid itself, else fractions of the step)
+SINGLESTEP_METHODS: dict[str, tuple[int, tuple[float, ...] | None]] = {
+    "heun": (2, (1.0,)),
+    "2s": (2, (0.5,)),
+    "3s": (3, (1 / 3, 2 / 3)),
+    "grid2": (2, None),
+    "grid3": (3, None),
+}
+
+
+def build_singlestep(
+    path: Path | None,
+    nodes: Nodes,
+    *,
+    method: str = "grid2",
+    data_std: float = 0.0,
+    clock: str = "log_snr",
+    tau: float | Sequence[float] = 0.0,
+    rule: str = "exact",
+    final: str = "denoise",
+) -> Table:
+    """Single-step table: each step restarts from its anchor with the evaluations made inside it.
+
+    ``grid2``, ``grid3``: consecutive grid nodes are the stages (DPM-Solver singlestep, arXiv:2206.00927, algorithm 2:
+    as many evaluations as nodes).  ``heun``: predictor and trapezoid (Karras et al. 2022, algorithm 1); ``2s``, ``3s``:
+    stages at log-SNR midpoint / thirds.  These put their extra evaluations into the table as rows of their own.
+
+    The anchor is not stored: the noise-free state of the stage before is an affine function of it, which makes
+    every row a row like any other (and Brownian increments add up).  Raises ``ValueError`` as build_multistep.
+    """
+    if method not in SINGLESTEP_METHODS:
+        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(SINGLESTEP_METHODS)}.")
+    order, fractions = SINGLESTEP_METHODS[method]
+    if fractions is not None:
+        nodes = insert_stages(path, nodes, fractions)
+    taus = _check(nodes, order, data_std, clock, tau, rule, final)
+    weigh = Method(path, float(data_std), clock, rule)
+    points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
+    rows: list[Row] = []
+    for first, size in _groups(len(points) - 1, order, points[-1].sigma == 0):
+        previous = np.zeros(0)
+        for i in range(first, first + size):
+            start, end = points[i], points[i + 1]
+            if end.sigma == 0 and final == "denoise":
+                a, c, forward = _denoise(weigh, start, end)
+            else:
+                a, c = linear_coefficients(start, end, data_std, taus[first])
+                stages = points[first : i + 1]
+                forward = weigh.weights(points[first], end, stages, taus[first])[::-1]
+            b = _add(forward, -a * np.append(0.0, previous))
+            rows.append(Row(float(nodes.time[i]), start.alpha, start.sigma, a, tuple(map(float, b)), c))
+            previous = forward
+    return Table(tuple(rows), float(data_std))
+
+
+def insert_stages(path: Path | None, nodes: Nodes, fractions: Sequence[float]) -> Nodes:
+    """Add an evaluation at each fraction (of log-SNR) of every step that ends at a finite log-SNR."""
+    time, alpha, sigma, lam = nodes.time, nodes.alpha, nodes.sigma, nodes.log_snr
+    out = []
+    for i in range(len(nodes) - 1):
+        out.append((time[i], alpha[i], sigma[i]))
+        for f in fractions if np.isfinite(lam[i : i + 2]).all() else ():
+            if f == 1.0:
+                out.append((time[i + 1], alpha[i + 1], sigma[i + 1]))
+            else:
+                if path is None:
+                    raise ValueError("Stages between grid nodes need the path: pass it.")
+                stage = (1 - f) * lam[i] + f * lam[i + 1]
+                out.append((float(path.time(stage)), *map(float, path.alpha_sigma_of(stage))))
+    out.append((time[-1], alpha[-1], sigma[-1]))
+    return Nodes(*(np.array(column, np.float64) for column in zip(*out, strict=True)))
+
+
+def tau_from_eta(eta: float, nodes: Nodes) -> list[float]:
+    """The per-step tau of DDIM's eta: ``exp(-2 tau^2 h) = 1 - eta^2 (1 - exp(-2h))`` with h the step in log-SNR
+    (Song et al. 2021, arXiv:2010.02502, eq. 16); eta = 1 is DDPM and Euler ancestral, tau = 1."""
+    h = np.diff(nodes.log_snr)
+    taus = []
+    for step in h:
+        if eta == 1 or not np.isfinite(step) or step <= 0:
+            taus.append(float(eta))
+        else:
+            taus.append(math.sqrt(max(-math.log1p(eta**2 * math.expm1(-2 * step)), 0.0) / (2 * step)))
+    return taus
+
+
+def _groups(evaluations: int, order: int, ends_clean: bool) -> list[tuple[int, int]]:
+    """``(first, size)`` of each step's evaluations; a step to sigma = 0 stands alone, since it is first order."""
+    body = evaluations - ends_clean
+    sizes = [order] * (body // order) + ([body % order] if body % order else []) + [1] * ends_clean
+    return list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
+
+
+def _check(
+    nodes: Nodes, order: int, data_std: float, clock: str, tau: float | Sequence[float], rule: str, final: str
+) -> list[float]:
+    if order not in (1, 2, 3, 4):
+        raise ValueError(f"solver_order must be 1, 2, 3 or 4, not {order}.")
+    if clock not in CLOCKS:
+        raise ValueError(f"clock {clock!r} is unknown: use one of {', '.join(CLOCKS)}.")
+    if rule not in ("exact", "midpoint"):
+        raise ValueError(f"rule must be 'exact' or 'midpoint', not {rule!r}.")
+    if final not in ("denoise", "exact", "second_order"):
+        raise ValueError(f"final must be 'denoise', 'exact' or 'second_order', not {final!r}.")
+    if not data_std >= 0:
+        raise ValueError(f"data_std must be 0 or more (inf for noise prediction), not {data_std}.")
+    steps = len(nodes) - 1
+    taus = [float(tau)] * steps if np.ndim(tau) == 0 else [float(x) for x in tau]  # type: ignore[arg-type, union-attr]
+    if len(taus) < steps or not all(0 <= x <= MAX_TAU for x in taus):
+        raise ValueError(f"tau must be one number from 0 to {MAX_TAU:g}, or one for each of the {steps} steps.")
+    return taus[:steps]
+
+
+def _explicit(method: Method, start: Point, end: Point, basis: list[Point], tau: float) -> np.ndarray:
+    """Weights of the longest usable prefix of ``basis`` (newest first)."""
+    while True:
+        weights = method.weights(start, end, basis, tau)
+        if len(basis) == 1 or method.usable(start, end, basis, weights):
+            return weights
+        basis = basis[:-1]
+
+
+def _implicit(method: Method, start: Point, end: Point, older: list[Point], tau: float) -> np.ndarray | None:
+    """Weights of the step redone with the evaluation at its end, on F_end, F_start, older; None where that is
+    impossible (the clock is infinite at a node or the step is empty)."""
+    while True:
+        basis = [start, end, *older]
+        weights = method.weights(start, end, basis, tau)
+        if method.usable(start, end, [end, start, *older], weights):
+            weights[[0, 1]] = weights[[1, 0]]
+            return weights
+        if not older:
+            return None
+        older = older[:-1]
+
+
+def _denoise(method: Method, start: Point, end: Point) -> tuple[float, float, np.ndarray]:
+    """The row that returns ``end.alpha D``, without noise."""
+    own = evaluation_coefficients(method.data_std, start.alpha, start.sigma)
+    k_x, k_f = convert(own, (1.0, 0.0), start.alpha, start.sigma)
+    return end.alpha * k_x, 0.0, np.array([end.alpha * k_f])
+
+
+def _add(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Sum of two weight vectors on the same history, the shorter one continued with zeros."""
+    out = np.zeros(max(len(left), len(right)))
+    out[: len(left)] += left
+    out[: len(right)] += right
+    return out
