@@ -21,7 +21,7 @@ from diffusers_sde.prediction import convert, model_coefficients
 
 
 class GaussianMixtureModel(ModelMixin, ConfigMixin):
-    r"""``p(x_0) = sum_k w_k N(m_k, C_k)`` on vectors of dimension d, shown to pipelines as images of ``sample_shape``.
+    r"""``p(x_0) = sum_k w_k N(m_k, C_k)`` on vectors of dimension d, shown to pipelines as images of ``in_channels`` and ``sample_size``.
 
     At ``x_t = alpha x_0 + sigma eps`` the components are ``N(alpha m_k, alpha^2 C_k + sigma^2 I)``, and
     ``E[x_0|x_t] = sum_k pi_k(x_t) (m_k + alpha C_k S_k^-1 (x_t - alpha m_k))``, ``S_k = alpha^2 C_k + sigma^2 I``.
@@ -30,7 +30,8 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         weights: (K,), positive; normalised.
         means: (K, d).
         covariances: (K, d, d), (K, d) for diagonal or (K,) for isotropic ones; symmetric, positive semidefinite.
-        sample_shape: shape of one sample, of product d; default (1, 1, d).
+        in_channels, sample_size: shape of one sample, (in_channels, *sample_size) of product d (an int sample_size is
+            square); default one channel of size (1, d).
         process: config of the forward process as in :func:`diffusers_sde.paths.path_from_config`; default DDPM's.
 
     ``forward(sample, timestep, class_labels=None)`` returns what the process's ``prediction_type`` says; class label k
@@ -44,7 +45,8 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         weights: Sequence[float],
         means: Sequence[Sequence[float]],
         covariances: Sequence[Any],
-        sample_shape: Sequence[int] | None = None,
+        in_channels: int = 1,
+        sample_size: int | Sequence[int] | None = None,
         process: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -58,9 +60,11 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
             c = torch.diag_embed(c)
         if c.shape != (len(w), d, d):
             raise ValueError(f"covariances have shape {tuple(c.shape)}, expected ({len(w)}, {d}, {d}).")
-        self.sample_shape = tuple(sample_shape) if sample_shape is not None else (1, 1, d)
+        size = (1, d) if sample_size is None else sample_size
+        self.sample_shape = (in_channels, *((size, size) if isinstance(size, int) else size))
         if math.prod(self.sample_shape) != d:
             raise ValueError(f"sample_shape {self.sample_shape} does not hold {d} values.")
+        self.register_to_config(sample_size=list(self.sample_shape[1:]))  # pipelines read it
         values, vectors = torch.linalg.eigh(c)
         # kept out of parameters(): .half() and .to(dtype) must not round the oracle
         self._w, self._m, self._values, self._vectors = w / w.sum(), m, values.clamp(min=0), vectors
@@ -72,14 +76,6 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         """The forward process that ``forward`` assumes."""
         return path_from_config(self._process)
 
-    @property
-    def in_channels(self) -> int:
-        return self.sample_shape[0]
-
-    @property
-    def sample_size(self) -> tuple[int, ...]:
-        return self.sample_shape[1:]
-
     # -- the mixture at a noise level, on flat float64 vectors (N, d) -----------------------------------------------------
 
     def _components(self, x: torch.Tensor, alpha: float, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +86,7 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         return self._w.log() - 0.5 * ((z**2 / variances).sum(-1) + log_det), z
 
     def log_density(self, x: torch.Tensor, alpha: float = 1.0, sigma: float = 0.0) -> torch.Tensor:
-        """``log p_t(x)`` (N,), for x of shape (N, d) or (N, *sample_shape)."""
+        """``log p_t(x)`` (N,), for x of shape (N, d) or (N, C, H, W)."""
         return self._components(self._flat(x), alpha, sigma)[0].logsumexp(-1)
 
     def posterior_mean(
@@ -113,7 +109,7 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         return (alpha * self.posterior_mean(x, alpha, sigma, class_labels) - x.double().cpu()) / sigma**2
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """``n`` exact samples of the data, (n, *sample_shape), float64."""
+        """``n`` exact samples of the data, (n, C, H, W), float64."""
         k = torch.multinomial(self._w, n, replacement=True, generator=generator)
         z = torch.randn(n, self._m.shape[1], dtype=torch.float64, generator=generator) * self._values[k].sqrt()
         return (self._m[k] + torch.einsum("nij,nj->ni", self._vectors[k], z)).reshape(n, *self.sample_shape)
@@ -148,7 +144,8 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
     def _like(self, weights: torch.Tensor, means: torch.Tensor, covariances: torch.Tensor) -> GaussianMixtureModel:
         weights = weights.clamp(min=1e-300)
         lists = (v.tolist() for v in (weights, means, covariances))
-        return GaussianMixtureModel(*lists, sample_shape=self.sample_shape, process=dict(self._process))
+        channels, *size = self.sample_shape
+        return GaussianMixtureModel(*lists, in_channels=channels, sample_size=size, process=dict(self._process))
 
     # -- as a network -------------------------------------------------------------------------------------------------------
 
