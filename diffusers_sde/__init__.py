@@ -4,13 +4,24 @@
     pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 """
 
-from diffusers import SchedulerMixin
+# ModelMixin and SchedulerMixin are here because diffusers looks for a component's base class in its module.
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils as _loading
 
+from diffusers_sde.analytic import GaussianMixtureModel
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 
 __version__ = "0.1.0"
-__all__ = ["DPMSolverScheduler", "ProbabilityFlowScheduler", "ReverseSDEScheduler", "SchedulerMixin"]
+__all__ = [
+    "DPMSolverScheduler",
+    "GaussianMixtureModel",
+    "ModelMixin",
+    "ProbabilityFlowScheduler",
+    "ReverseSDEScheduler",
+    "SchedulerMixin",
+]
 
 # `model_index.json` stores a component's module; diffusers finds base class and save method through this table.
-_loading.LOADABLE_CLASSES.setdefault("diffusers_sde", {"SchedulerMixin": ["save_pretrained", "from_pretrained"]})
+_loading.LOADABLE_CLASSES.setdefault(
+    "diffusers_sde", {base: ["save_pretrained", "from_pretrained"] for base in ("ModelMixin", "SchedulerMixin")}
+)
