@@ -1,7 +1,7 @@
 """diffusers_sde: diffusion samplers from one forward process, one coefficient table, one step.
 
-    import diffusers_sde
-    pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+import diffusers_sde
+pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 """
 
 # ModelMixin and SchedulerMixin are here because diffusers looks for a component's base class in its module.

@@ -159,8 +159,14 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """The exact prediction at ``timestep`` (one number, or one per sample)."""
+        if tuple(sample.shape[1:]) != self.sample_shape:
+            raise ValueError(f"samples have shape {tuple(sample.shape[1:])}, this mixture lives on {self.sample_shape}.")
         times = torch.as_tensor(timestep).double().cpu().reshape(-1)
-        labels = None if class_labels is None else class_labels.cpu().reshape(-1).expand(len(sample))
+        labels = None if class_labels is None else class_labels.cpu().reshape(-1)
+        if labels is not None:
+            if len(labels) not in (1, len(sample)) or not bool(((labels >= 0) & (labels <= len(self._w))).all()):
+                raise ValueError(f"class_labels must be one or {len(sample)} numbers from 0 to {len(self._w)} (none).")
+            labels = labels.expand(len(sample))
         if len(times) > 1 and bool((times != times[0]).any()):
             parts = [
                 self(sample[i : i + 1], times[i], None if labels is None else labels[i : i + 1], return_dict=False)[0]

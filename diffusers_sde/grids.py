@@ -50,8 +50,7 @@ def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> Arra
 
     rho = 1 is diffusers' ``trailing``; rho > 1 puts steps near the data.  When that would pass t = 0 the grid ends
     there instead, ``t_i = (T-1) ((n-1-i)/(n-1))^rho``.  Flow matching: ``u_i = ((n-i)/n)^rho``, then its shift.
-    Variance exploding: the same power law in ``sigma^(1/7)``-free form, ``sigma_i = sigma_max ((n-i)/n)^rho``
-    bounded below by ``sigma_min``.
+    Variance exploding: ``sigma_i = sigma_min + (sigma_max - sigma_min) ((n-1-i)/(n-1))^rho``.
     """
     u = (np.arange(n, 0, -1) / n) ** rho
     if isinstance(path, FlowMatching):
@@ -134,7 +133,8 @@ def _times_of_noise(path: Path, levels: Array) -> Array:
     if isinstance(path, FlowMatching):
         return path.scale * (1 - levels if path.inverted else levels)
     t = path.time(-np.log(levels))
-    t = np.clip(t, *sorted((path.cleanest, path.noisiest)))  # the ends are exact up to rounding: make them exact
+    low, high = sorted((path.cleanest, path.noisiest))
+    t = np.clip(t, low, high)  # the ends are exact up to rounding: make them exact
     t[0] = path.noisiest
     return t
 

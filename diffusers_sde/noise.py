@@ -1,7 +1,7 @@
 """Brownian noise that does not depend on the number of steps, the batch size or the device.
 
-Knows a Brownian path on the log-SNR axis, drawn by dyadic bisection (Levy's construction), and a counter-based normal
-generator.  The increment of each step is a linear combination of standard normals attached to tree nodes; its
+Knows a Brownian path on the log-SNR axis, drawn by dyadic bisection (Levy's construction) of fixed cells, and a
+counter-based normal generator.  The increment of each step is a linear combination of standard normals attached to tree nodes; its
 coefficients are host floats known before sampling, so a path has no state: refining the grid refines the same path,
 any step can be started from, and nothing is stored between steps.  Knows nothing of networks or schedulers.
 
@@ -13,15 +13,16 @@ clocks are joined with continuous slope.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 # The tree spans this interval of half log-SNR; beyond it exp(-2 * 16) is below float32 rounding.
 LOG_SNR_SPAN = 16.0
-_EXTRA_LEVELS = 2  # bisections below the first interval that holds a single grid node
-_MAX_LEVEL = 40
+CELLS = 64  # independent increments over the span; within a cell the path is bisected
+_EXTRA_LEVELS = 0
+_MAX_NODE = 2**50
 
 
 def brownian_weights(
@@ -30,12 +31,13 @@ def brownian_weights(
     """For each step of the grid, ``((node, weight), ...)`` with ``z = sum weight xi_node`` its unit-variance noise.
 
     ``log_snr``: the n + 1 half log-SNRs of a grid, non-decreasing; infinite ends allowed.  ``xi_node`` are independent
-    standard normals, node 1 the root, node k split into 2k and 2k + 1.  Squared weights of a step sum to 1 and those
+    standard normals: nodes below CELLS are the increments of the cells, CELLS + j bisects cell j, k has the halves 2k
+    and 2k + 1.  Squared weights of a step sum to 1 and those
     of different steps are orthogonal: exactly a Brownian motion at the grid nodes.
     """
     lam = np.clip(np.asarray(log_snr, np.float64), -LOG_SNR_SPAN, LOG_SNR_SPAN)
     steps = len(lam) - 1
-    taus = np.full(steps, float(tau)) if np.ndim(tau) == 0 else np.asarray(tau, np.float64)[:steps]
+    taus = np.broadcast_to(np.asarray(tau, np.float64), steps) if np.ndim(tau) == 0 else np.asarray(tau, float)[:steps]
     clock = _joined_clock(lam, taus, data_std)
     values = _bisect(lam, clock)
     out = []
@@ -46,7 +48,7 @@ def brownian_weights(
     return out
 
 
-def _joined_clock(lam: np.ndarray, taus: np.ndarray, data_std: float):
+def _joined_clock(lam: np.ndarray, taus: np.ndarray, data_std: float) -> Callable[[np.ndarray], np.ndarray]:
     """``K(lambda)``: on each step an affine image of ``C = r^(-2 tau^2)``, continuous with continuous slope."""
 
     def log_r(x: np.ndarray) -> np.ndarray:
@@ -83,54 +85,71 @@ def _joined_clock(lam: np.ndarray, taus: np.ndarray, data_std: float):
     return clock
 
 
-def _bisect(lam: np.ndarray, clock) -> list[dict[int, float]]:
-    """The Brownian value at each grid node as ``{tree node: coefficient}``."""
+def _bisect(lam: np.ndarray, clock: Callable[[np.ndarray], np.ndarray]) -> list[dict[int, float]]:
+    """The Brownian value at each grid node as ``{normal: coefficient}``, up to a constant common to all."""
+    edges = np.linspace(-LOG_SNR_SPAN, LOG_SNR_SPAN, CELLS + 1)
+    at_edges = clock(edges)
+    steps = np.sqrt(np.maximum(np.diff(at_edges), 0.0))
+    cell = np.clip(np.searchsorted(edges, lam, side="right") - 1, 0, CELLS - 1)
     out: list[dict[int, float]] = [{} for _ in lam]
-
-    def bridge(k: int, at: float, left, right) -> dict[int, float]:
-        (_, c_l, v_l), (_, c_r, v_r), c = left, right, float(clock(np.array([at]))[0])
-        u = (c - c_l) / (c_r - c_l) if c_r > c_l else 0.5
-        value = {n: (1 - u) * v_l.get(n, 0.0) + u * v_r.get(n, 0.0) for n in {**v_l, **v_r}}
-        value[k] = math.sqrt(max((c - c_l) * (1 - u), 0.0))
-        return value
-
-    def visit(k: int, level: int, left, right, inside: list[int], spare: int) -> None:
-        """Split (left, right), whose interior holds the grid nodes ``inside`` in increasing order."""
-        if not inside:
-            return
-        distinct = len({lam[i] for i in inside})
-        if level >= _MAX_LEVEL or (distinct == 1 and spare == 0):
-            value = bridge(k, lam[inside[0]], left, right)
-            for i in inside:
-                out[i] = value
-            return
-        middle = 0.5 * (left[0] + right[0])
-        here = (middle, float(clock(np.array([middle]))[0]), bridge(k, middle, left, right))
-        spare = spare - (distinct == 1)
-        visit(2 * k, level + 1, left, here, [i for i in inside if left[0] < lam[i] < middle], spare)
-        visit(2 * k + 1, level + 1, here, right, [i for i in inside if middle < lam[i] < right[0]], spare)
-        for i in inside:
-            if lam[i] == middle:
-                out[i] = here[2]
-
-    ends = np.array([-LOG_SNR_SPAN, LOG_SNR_SPAN])
-    low, high = (float(c) for c in clock(ends))
-    left, right = (ends[0], low, {}), (ends[1], high, {1: math.sqrt(max(high - low, 0.0))})
-    for i, x in enumerate(lam):
-        if x >= ends[1]:
-            out[i] = right[2]
-    visit(2, 1, left, right, [i for i, x in enumerate(lam) if ends[0] < x < ends[1]], _EXTRA_LEVELS)
+    for j in np.unique(cell):
+        left = {int(k): float(steps[k]) for k in range(cell[0], j)}
+        right = {**left, int(j): float(steps[j])}
+        inside = [i for i in range(len(lam)) if cell[i] == j]
+        ends = (edges[j], float(at_edges[j]), left), (edges[j + 1], float(at_edges[j + 1]), right)
+        _split(CELLS + int(j), ends, inside, lam, clock, _EXTRA_LEVELS, out)
     return out
+
+
+_End = tuple[float, float, dict[int, float]]  # log-SNR, clock, value
+
+
+def _split(
+    k: int,
+    ends: tuple[_End, _End],
+    inside: list[int],
+    lam: np.ndarray,
+    clock: Callable[[np.ndarray], np.ndarray],
+    spare: int,
+    out: list[dict[int, float]],
+) -> None:
+    """Bisect an interval until each part holds one of the grid nodes ``inside``, ``spare`` times more, and bridge."""
+    left, right = ends
+    for end in ends:
+        for i in [i for i in inside if lam[i] == end[0]]:
+            out[i] = end[2]
+    inside = [i for i in inside if left[0] < lam[i] < right[0]]
+    if not inside:
+        return
+    distinct = len({lam[i] for i in inside})
+    leaf = (distinct == 1 and spare == 0) or k >= _MAX_NODE
+    at = float(lam[inside[0]]) if leaf else 0.5 * (left[0] + right[0])
+    c = float(clock(np.array([at]))[0])
+    u = (c - left[1]) / (right[1] - left[1]) if right[1] > left[1] else 0.5
+    value = {n: (1 - u) * left[2].get(n, 0.0) + u * right[2].get(n, 0.0) for n in {**left[2], **right[2]}}
+    value[k] = math.sqrt(max((c - left[1]) * (1 - u), 0.0))
+    if leaf:
+        for i in inside:
+            out[i] = value
+        return
+    here = (at, c, value)
+    _split(2 * k, (left, here), inside, lam, clock, spare - (distinct == 1), out)
+    _split(2 * k + 1, (here, right), inside, lam, clock, spare - (distinct == 1), out)
 
 
 # -- counter-based normals --------------------------------------------------------------------------------------------
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Bijective avalanche of int64 (the finaliser of splitmix64, Steele et al. 2014, with arithmetic shifts masked)."""
+    """Avalanche of int64: splitmix64's finaliser (Steele et al. 2014) with arithmetic instead of logical shifts, so its
+    top bit is not used."""
+    return _mix_(x.clone(), torch.empty_like(x))
+
+
+def _mix_(x: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+        x.bitwise_xor_(torch.bitwise_right_shift(x, shift, out=spare)).mul_(factor)
+    return x.bitwise_xor_(torch.bitwise_right_shift(x, 31, out=spare))
 
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as int64
@@ -163,25 +182,32 @@ def seeds_from_int(seed: int, batch: int, device: torch.device) -> torch.Tensor:
 
 
 def normals(seeds: torch.Tensor, node: int, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-    """Standard normals (float32) of ``shape``: element e of sample k is a function of ``(seeds[k], node, e)`` only.
+    """Standard normals (float32) of ``shape``: element e of sample k is a function of ``(seeds[k], node, e)`` only."""
+    return combine([(node, 1.0)], seeds, shape)
 
-    splitmix64 counters through Box-Muller; two values per 64-bit word, uniforms of 24 bits (|z| < 5.9).
+
+def combine(
+    weights: Sequence[tuple[int, float]], seeds: torch.Tensor, shape: torch.Size | tuple[int, ...]
+) -> torch.Tensor:
+    """``z = sum weight xi_node``: the unit-variance noise of one step, float32.
+
+    Each ``xi`` comes from hashed counters through Box-Muller, two values per 64-bit word with uniforms of 24 bits
+    (|xi| < 5.9).
     """
     count = math.prod(shape[1:])
     half = (count + 1) // 2
-    counter = torch.arange(half, device=seeds.device) * _GOLDEN
-    key = _mix(seeds + _wrap(node * _GOLDEN))
-    word = _mix(key[:, None] + counter)
-    u = ((word >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
-    v = ((word >> 8) & 0xFFFFFF).float().mul_(2.0**-24 * 2 * math.pi)
-    radius = u.log_().mul_(-2).sqrt_()
-    pair = torch.cat([radius * v.cos(), radius * v.sin()], 1)
-    return pair[:, :count].reshape(shape)
-
-
-def combine(weights: Sequence[tuple[int, float]], seeds: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """``z = sum weight xi_node``: the unit-variance noise of one step, float32."""
-    out = torch.zeros(shape, dtype=torch.float32, device=seeds.device)
+    out = torch.zeros(shape[0], 2, half, dtype=torch.float32, device=seeds.device)
+    counter = torch.arange(half, device=seeds.device).mul_(_GOLDEN)
+    word = torch.empty(shape[0], half, dtype=torch.int64, device=seeds.device)
+    spare, radius, angle = torch.empty_like(word), torch.empty_like(out[:, 0]), torch.empty_like(out[:, 0])
     for node, weight in weights:
-        out.add_(normals(seeds, node, shape), alpha=weight)
-    return out
+        torch.add(counter, _mix(seeds + _wrap(node * _GOLDEN))[:, None], out=word)
+        _mix_(word, spare)
+        # bits 8-31 and 32-55: the top bit of a mixed word carries a sign
+        radius.copy_(torch.bitwise_right_shift(word, 8, out=spare).bitwise_and_(0xFFFFFF))
+        radius.add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+        angle.copy_(torch.bitwise_right_shift(word, 32, out=spare).bitwise_and_(0xFFFFFF))
+        angle.mul_(2.0**-24 * 2 * math.pi)
+        out[:, 0].addcmul_(radius, angle.cos(), value=weight)
+        out[:, 1].addcmul_(radius, angle.sin_(), value=weight)
+    return out.flatten(1)[:, :count].reshape(shape)

@@ -20,6 +20,7 @@ another set of weights on the same evaluations.  Floats on the host only; knows 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,10 +100,9 @@ def linear_coefficients(start: Point, end: Point, data_std: float, tau: float) -
         gap = (start.sigma / start.alpha) ** 2 - (end.sigma / end.alpha) ** 2
         return end.alpha / start.alpha, end.alpha * abs(tau) * math.sqrt(max(gap, 0.0))
     rho_s, rho_t = (math.hypot(data_std * p.alpha, p.sigma) for p in (start, end))
-    if data_std == 0:
-        shrink = ratio[0] / ratio[1] if ratio[1] else 1.0
-    else:
-        shrink = rho_t * start.alpha / (rho_s * end.alpha)
+    if data_std > 0:
+        ratio = rho_t * start.alpha, rho_s * end.alpha
+    shrink = ratio[0] / ratio[1] if ratio[1] else 1.0  # r_t / r_s
     scale = rho_t / rho_s if rho_s else 1.0
     return scale * shrink ** (tau**2), rho_t * math.sqrt(max(1 - shrink ** (2 * tau**2), 0.0))
 
@@ -213,18 +213,19 @@ class Method:
             clock = "angle"
         return lagrange_weights(self.path, start, end, basis, data_std=self.data_std, clock=clock, tau=tau)
 
-    def usable(self, start: Point, end: Point, basis: Sequence[Point], weights: np.ndarray) -> bool:
-        """Whether extrapolating over these nodes is safe: distinct, finite in the clock, of bounded step ratio and
-        amplification."""
+    def safe_weights(
+        self, start: Point, end: Point, basis: Sequence[Point], tau: float, newest_first: Sequence[Point]
+    ) -> np.ndarray | None:
+        """:meth:`weights`, or None where interpolating over these nodes is impossible or would amplify errors: nodes
+        that coincide or are infinite in the clock, too large a step ratio, too large a sum of |weights|."""
         order = len(basis)
-        with np.errstate(invalid="ignore"):
-            at = clock_values(self.path, self.clock, np.array([p.log_snr for p in (end, *basis)]), self.data_std)
-        if not np.all(np.isfinite(at[1:])) or len(set(at[1:])) < order or not np.all(np.isfinite(weights)):
-            return False
-        previous = abs(at[1] - at[2])
-        if math.isfinite(at[0]) and abs(at[0] - at[1]) > MAX_STEP_RATIO * previous:
-            return False
-        return np.abs(weights).sum() <= MAX_AMPLIFICATION[order] * abs(weights.sum())
+        at = clock_values(self.path, self.clock, np.array([p.log_snr for p in (end, *newest_first)]), self.data_std)
+        if not np.all(np.isfinite(at[1:])) or len(set(at[1:])) < order:
+            return None
+        if math.isfinite(at[0]) and abs(at[0] - at[1]) > MAX_STEP_RATIO * abs(at[1] - at[2]):
+            return None
+        weights = self.weights(start, end, basis, tau)
+        return weights if np.abs(weights).sum() <= MAX_AMPLIFICATION[order] * abs(weights.sum()) else None
 
 
 def build_multistep(
@@ -254,7 +255,7 @@ def build_multistep(
     points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
     rows: list[Row] = []
     previous = np.zeros(0)  # weights that produced the current state, on F_{i-1}, F_{i-2}, ...
-    for i, (start, end) in enumerate(zip(points, points[1:], strict=False)):
+    for i, (start, end) in enumerate(itertools.pairwise(points)):
         if end.sigma == 0 and final == "denoise":
             a, c, forward = _denoise(method, start, end)
         else:
@@ -312,7 +313,7 @@ def build_singlestep(
     weigh = Method(path, float(data_std), clock, rule)
     points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
     rows: list[Row] = []
-    for first, size in _groups(len(points) - 1, order, points[-1].sigma == 0):
+    for first, size in _groups(points, order):
         previous = np.zeros(0)
         for i in range(first, first + size):
             start, end = points[i], points[i + 1]
@@ -333,16 +334,16 @@ def insert_stages(path: Path | None, nodes: Nodes, fractions: Sequence[float]) -
     time, alpha, sigma, lam = nodes.time, nodes.alpha, nodes.sigma, nodes.log_snr
     out = []
     for i in range(len(nodes) - 1):
-        out.append((time[i], alpha[i], sigma[i]))
+        out.append([time[i], alpha[i], sigma[i]])
         for f in fractions if np.isfinite(lam[i : i + 2]).all() else ():
             if f == 1.0:
-                out.append((time[i + 1], alpha[i + 1], sigma[i + 1]))
+                out.append([time[i + 1], alpha[i + 1], sigma[i + 1]])
             else:
                 if path is None:
                     raise ValueError("Stages between grid nodes need the path: pass it.")
                 stage = (1 - f) * lam[i] + f * lam[i + 1]
-                out.append((float(path.time(stage)), *map(float, path.alpha_sigma_of(stage))))
-    out.append((time[-1], alpha[-1], sigma[-1]))
+                out.append([float(path.time(stage)), *map(float, path.alpha_sigma_of(stage))])
+    out.append([time[-1], alpha[-1], sigma[-1]])
     return Nodes(*(np.array(column, np.float64) for column in zip(*out, strict=True)))
 
 
@@ -359,10 +360,13 @@ def tau_from_eta(eta: float, nodes: Nodes) -> list[float]:
     return taus
 
 
-def _groups(evaluations: int, order: int, ends_clean: bool) -> list[tuple[int, int]]:
-    """``(first, size)`` of each step's evaluations; a step to sigma = 0 stands alone, since it is first order."""
-    body = evaluations - ends_clean
-    sizes = [order] * (body // order) + ([body % order] if body % order else []) + [1] * ends_clean
+def _groups(points: Sequence[Point], order: int) -> list[tuple[int, int]]:
+    """``(first, size)`` of each step's evaluations; a step from alpha = 0 or to sigma = 0 stands alone, being first
+    order."""
+    evaluations = len(points) - 1
+    head, tail = int(points[0].alpha == 0 and evaluations > 1), int(points[-1].sigma == 0)
+    full, rest = divmod(evaluations - head - tail, order)
+    sizes = [1] * head + [order] * full + [rest] * (rest > 0) + [1] * tail
     return list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
 
 
@@ -387,26 +391,24 @@ def _check(
 
 
 def _explicit(method: Method, start: Point, end: Point, basis: list[Point], tau: float) -> np.ndarray:
-    """Weights of the longest usable prefix of ``basis`` (newest first)."""
-    while True:
-        weights = method.weights(start, end, basis, tau)
-        if len(basis) == 1 or method.usable(start, end, basis, weights):
+    """Weights of the longest safe prefix of ``basis`` (newest first)."""
+    for count in range(len(basis), 1, -1):
+        weights = method.safe_weights(start, end, basis[:count], tau, basis[:count])
+        if weights is not None:
             return weights
-        basis = basis[:-1]
+    return method.weights(start, end, basis[:1], tau)
 
 
 def _implicit(method: Method, start: Point, end: Point, older: list[Point], tau: float) -> np.ndarray | None:
     """Weights of the step redone with the evaluation at its end, on F_end, F_start, older; None where that is
-    impossible (the clock is infinite at a node or the step is empty)."""
-    while True:
-        basis = [start, end, *older]
-        weights = method.weights(start, end, basis, tau)
-        if method.usable(start, end, [end, start, *older], weights):
+    impossible."""
+    for count in range(len(older), -1, -1):
+        chosen = older[:count]
+        weights = method.safe_weights(start, end, [start, end, *chosen], tau, [end, start, *chosen])
+        if weights is not None:
             weights[[0, 1]] = weights[[1, 0]]
             return weights
-        if not older:
-            return None
-        older = older[:-1]
+    return None
 
 
 def _denoise(method: Method, start: Point, end: Point) -> tuple[float, float, np.ndarray]:

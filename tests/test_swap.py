@@ -13,14 +13,27 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from tiny_pipelines import PIPELINES, generator, stock
 
+from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+
 CLASSES = [ProbabilityFlowScheduler, ReverseSDEScheduler, DPMSolverScheduler]
-SWAP_BACK = ["sd", "sdxl", "sd3", "wan"]
-# Pipelines whose stock scheduler is a deterministic solver without clipping: it has the same limit as our ODE.
-SAME_LIMIT = """sd sd_img2img sdxl playground playground_euler sd3 flux flux_img2img pixart_alpha dit sana wan ltx cogvideox
-mochi svd sd_latent_upscale""".split()
+# Pipelines with a deterministic stock solver to compare with (None: the one they have).
+ODE_OF_STOCK = {
+    **dict.fromkeys(["sd", "sd_img2img", "sdxl", "playground", "playground_euler", "sd3", "flux", "flux_img2img"]),
+    **dict.fromkeys(["pixart_alpha", "dit", "ddim", "sana", "wan", "ltx", "cogvideox", "mochi", "svd"]),
+    "deepfloyd_if": diffusers.DPMSolverMultistepScheduler,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only cost time on networks this small, a lot of it where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
@@ -98,15 +111,59 @@ def test_costs_what_stock_costs(name):
     assert run(*swapped(name, ProbabilityFlowScheduler)[:2]).calls == expected
 
 
-@pytest.mark.parametrize("name", SAME_LIMIT)
+@pytest.mark.parametrize("name", ODE_OF_STOCK)
 def test_has_the_limit_of_stock(name):
-    """With many steps the swapped ODE arrives where the stock solver does: betas, sigmas, shifts, prediction type and
-    time conditioning were all read from the config as the stock class reads them."""
-    pipe, kwargs, _ = PIPELINES[name]()
-    expected = torch.as_tensor(pipe(**kwargs | {"num_inference_steps": 100})[0])
-    pipe, kwargs, _ = swapped(name, ProbabilityFlowScheduler)
-    output = torch.as_tensor(pipe(**kwargs | {"num_inference_steps": 100})[0])
+    """With many steps the swapped ODE arrives where a stock solver does: betas, sigmas, shifts and prediction type were
+    all read from the config as the stock class reads them."""
+    outputs = []
+    for cls in (ODE_OF_STOCK[name], ProbabilityFlowScheduler):
+        pipe, kwargs, _ = PIPELINES[name]()
+        same_start = {"timestep_spacing": "trailing"} if "timestep_spacing" in pipe.scheduler.config else {}
+        pipe.scheduler = (cls or type(pipe.scheduler)).from_config(pipe.scheduler.config, **same_start)
+        steps = 400 if name == "svd" else 100  # stock is first order there; PNDM wants a divisor of 1000
+        outputs.append(torch.as_tensor(pipe(**kwargs | {"num_inference_steps": steps})[0]))
+    expected, output = outputs
     assert (output - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.xfail(reason="the pipeline preconditions in VE coordinates, which the config does not say")
+def test_latent_upscaler_has_the_limit_of_stock():
+    """The same for a pipeline that does a part of the scheduler's work by itself."""
+    outputs = []
+    for cls in (diffusers.EulerDiscreteScheduler, ProbabilityFlowScheduler):
+        pipe, kwargs, _ = swapped("sd_latent_upscale", cls)
+        outputs.append(pipe(**kwargs | {"num_inference_steps": 100})[0])
+    expected, output = outputs
+    assert (output - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_network_sees_the_times_of_stock(name):
+    """Index, c_noise or 1000 sigma: what the network is conditioned on spans the range it has under the stock class."""
+    ranges = []
+    for scheduler in (lambda config: None, ProbabilityFlowScheduler.from_config):
+        pipe, kwargs, _ = PIPELINES[name]()
+        pipe.scheduler = scheduler(pipe.scheduler.config) or pipe.scheduler
+        pipe(**kwargs | {"num_inference_steps": 20})
+        times = pipe.scheduler.timesteps.double()
+        ranges.append((times[0].item(), times[-1].item()))
+    (start, end), found = ranges
+    # Loose, because spacings differ, and FlowMatchEuler shifts its last sigma twice.
+    np.testing.assert_allclose(found, (start, end), atol=0.15 * abs(start - end))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_betas_are_those_of_stock(name):
+    """Defaults that the config leaves out are those of the class that it came from."""
+    scheduler = PIPELINES[name]()[0].scheduler
+    if not hasattr(scheduler, "betas") or scheduler.config.get("use_flow_sigmas"):
+        pytest.skip("not a process with betas")
+    if scheduler.config.get("timestep_type") == "continuous":
+        pytest.skip("variance exploding: its betas are not used")
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        pytest.skip("stock classes differ in whether `betas` are those before or after rescaling")
+    ours = ProbabilityFlowScheduler.from_config(scheduler.config)
+    torch.testing.assert_close(ours.betas.float(), scheduler.betas.float(), atol=1e-6, rtol=1e-4)
 
 
 @by_class
@@ -143,21 +200,20 @@ def test_step_taken_twice(cls):
 
 @by_class
 @pytest.mark.parametrize("make", [lambda s: s, directly], ids=["loaded", "direct"])
-@pytest.mark.parametrize("name", SWAP_BACK)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_swap_back(name, make, cls):
-    """Stock -> ours -> stock describes the process it began with."""
+    """Stock -> ours -> stock describes the process, and makes the grid, that it began with."""
     before = make(PIPELINES[name]()[0].scheduler)
-    ours = cls.from_config(before.config)
-    after = type(before).from_config(ours.config)
+    after = type(before).from_config(cls.from_config(before.config).config)
     for scheduler in (before, after):
-        scheduler.set_timesteps(6)
-    if name in ("sd", "sdxl"):
-        torch.testing.assert_close(after.alphas_cumprod, before.alphas_cumprod, atol=0, rtol=0)
-        torch.testing.assert_close(after.timesteps, before.timesteps)
-        assert after.config.prediction_type == before.config.prediction_type
-    else:
-        torch.testing.assert_close(after.sigmas, before.sigmas, atol=0, rtol=0)
-        torch.testing.assert_close(after.timesteps, before.timesteps)
+        if hasattr(before, "alphas_cumprod"):
+            torch.testing.assert_close(after.alphas_cumprod, before.alphas_cumprod, atol=0, rtol=0)
+        scheduler.set_timesteps(6, **({"mu": 0.7} if before.config.get("use_dynamic_shifting") else {}))
+    for attribute in ("timesteps", "sigmas"):
+        if hasattr(before, attribute):
+            torch.testing.assert_close(getattr(after, attribute), getattr(before, attribute), atol=0, rtol=0)
+    for key in {"prediction_type", "variance_type"} & set(before.config):
+        assert after.config[key] == before.config[key]
 
 
 def test_saved_pipeline_loads_in_a_fresh_process(tmp_path):
@@ -186,7 +242,11 @@ def test_saved_pipeline_loads_in_a_fresh_process(tmp_path):
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), *expected], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", script, str(tmp_path), *expected],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert process.returncode == 0, process.stderr[-2000:]
     found = json.loads(process.stdout.splitlines()[-1])

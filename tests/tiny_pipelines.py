@@ -1,8 +1,8 @@
 """Real diffusers pipelines with tiny random weights, built without the Hub.
 
 Every builder in `PIPELINES` returns `(pipe, call_kwargs, expected_shape)`: a pipeline with the stock scheduler of its
-published checkpoint, the arguments of one call, and the shape of `pipe(**call_kwargs)[0]`. Weights are cached and shared
-(nothing here trains them); the scheduler and the generator are new at every call.
+published checkpoint, the arguments of one call, and the shape of `pipe(**call_kwargs)[0]`. Weights are cached and
+shared (nothing here trains them); the scheduler and the generator are new at every call.
 """
 
 import importlib
@@ -732,10 +732,10 @@ def ddpm():
 
 @register
 def ddim():
-    """Passes `use_clipped_model_output` and, where the signature has it, `eta`."""
+    """Clips the data prediction; passes `use_clipped_model_output` and, where the signature has it, `eta`."""
     pipe = d.DDIMPipeline(unet=ddpm_unet(), scheduler=stock("DDIMScheduler", beta_schedule="linear"))
     kwargs = {"generator": generator(), "num_inference_steps": 5, "output_type": "np"}
-    return finish(pipe), kwargs, (1, LATENT_SIZE, LATENT_SIZE, 3)
+    return finish(pipe), kwargs | {"use_clipped_model_output": True}, (1, LATENT_SIZE, LATENT_SIZE, 3)
 
 
 @register
@@ -895,8 +895,8 @@ def svd():
         feature_extractor=clip_image_processor(),
         **svd_models(),
     )
-    kwargs = latent_call(4, image=random_image(), height=IMAGE_SIZE, width=IMAGE_SIZE, num_frames=2)
-    return finish(pipe), kwargs, (1, 2, 4, LATENT_SIZE, LATENT_SIZE)
+    kwargs = latent_call(4, image=random_image(), height=8, width=8, num_frames=2)
+    return finish(pipe), kwargs, (1, 2, 4, 4, 4)
 
 
 @register

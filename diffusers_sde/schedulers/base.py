@@ -23,7 +23,7 @@ from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VarianceP
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.schedulers.config import canonical_config, grid_from_stock_flags
 from diffusers_sde.schedulers.data_prediction import limited, split_variance
-from diffusers_sde.schedulers.state import Compiled, PerThread, Run
+from diffusers_sde.schedulers.state import Compiled, CompiledRow, PerThread, Run
 from diffusers_sde.tables import Table, evaluation_coefficients
 
 HALF = (torch.float16, torch.bfloat16)
@@ -52,11 +52,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     # -- what a subclass says -----------------------------------------------------------------------------------------
 
-    def _table(self, path: Path, nodes: Nodes) -> Table:
+    def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
+        """The table for these nodes; ``tau`` is the noise level of each step, zeros for an ODE."""
         raise NotImplementedError
 
     def _noise_law(self, nodes: Nodes) -> tuple[list[float], float, int | None] | None:
-        """``(tau per step, data_std, seed)`` of a stochastic scheduler; None for an ODE."""
+        """``(tau per step of the whole grid, data_std, seed)`` of a stochastic scheduler; None for an ODE."""
         return None
 
     def _default_grid(self, path: Path, n: int) -> tuple[str, float | None]:
@@ -100,6 +101,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     def _setup(self) -> None:
         """Validate what can be validated before a run; called by every ``__init__``."""
         self._runs = PerThread()
+        self._last_compiled: tuple[Any, tuple, Compiled] | None = None
         path = path_from_config(self.config)  # raises on a process that does not exist
         middle = 0.5 * (path.noisiest + path.cleanest)
         alpha, sigma = (float(v) for v in path.alpha_sigma(middle))
@@ -182,6 +184,18 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return None if run is None else run.step_index
 
     @property
+    def _step_index(self) -> int | None:
+        return self.step_index
+
+    @_step_index.setter
+    def _step_index(self, value: int | None) -> None:
+        """Some pipelines (Cosmos) take a step twice: going back drops the evaluations made since."""
+        run = self._run
+        if run.step_index is not None and value is not None:
+            del run.history[: max(run.step_index - value, 0)]
+        run.step_index = value
+
+    @property
     def begin_index(self) -> int | None:
         run = self._runs.get()
         return None if run is None else run.begin_index
@@ -246,21 +260,35 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return Nodes(run.nodes.time, alpha, sigma)
 
     def _compile(self, run: Run, begin: int) -> Compiled:
-        """Build the table from grid index ``begin`` on; host floats only."""
-        path, kind, nodes = self.path, self.config.prediction_type, self._nodes(run)[begin:]
-        table = self._table(path, nodes)
-        to_evaluation, to_sample = [], []
-        for row in table.rows:
+        """Build the table from grid index ``begin`` on; host floats only.  The last one built is kept, since pipelines
+        are called again with the same grid."""
+        nodes = self._nodes(run)
+        key = (begin, *(v.tobytes() for v in (nodes.time, nodes.alpha, nodes.sigma)))
+        config, last = self._internal_dict, self._last_compiled
+        if last is None or last[0] is not config or last[1] != key:
+            last = self._last_compiled = (config, key, self._compiled(nodes, begin))
+        run.compiled = last[2]
+        run.history.clear()
+        return last[2]
+
+    def _compiled(self, nodes: Nodes, begin: int) -> Compiled:
+        path, kind, law = self.path, self.config.prediction_type, self._noise_law(nodes)
+        tau = [0.0] * (len(nodes) - 1) if law is None else law[0]
+        table = self._table(path, nodes[begin:], tau[begin:])
+        normals = None if law is None else noise.brownian_weights(nodes.log_snr, tau=tau, data_std=law[1])[begin:]
+        rows: list[CompiledRow] = []
+        scales: list[float] = []  # F = scale (m + kappa x)
+        for i, row in enumerate(table.rows):
             said = model_coefficients(path, kind, row.alpha, row.sigma)
             own = evaluation_coefficients(table.data_std, row.alpha, row.sigma)
-            to_evaluation.append(convert(said, own, row.alpha, row.sigma))
-            to_sample.append(convert(own, (1.0, 0.0), row.alpha, row.sigma))
-        law = self._noise_law(nodes)
-        weights = None if law is None else noise.brownian_weights(nodes.log_snr, tau=law[0], data_std=law[1])
-        keep = [table.history(i) for i in range(len(table.rows))]
-        run.compiled = Compiled(begin, table, to_evaluation, to_sample, keep, weights)
-        run.history.clear()
-        return run.compiled
+            k_x, k_m = convert(said, own, row.alpha, row.sigma)
+            scales.append(k_m)
+            weights = tuple(b * scales[i - j] for j, b in enumerate(row.b))
+            d_x, d_m = convert(said, (1.0, 0.0), row.alpha, row.sigma)
+            d_rest = d_x - d_m * k_x / k_m if table.data_std else 0.0
+            z = normals[i] if normals is not None else ()
+            rows.append(CompiledRow(row.a, weights, row.c, k_x / k_m, d_x, d_m, d_rest, table.history(i), z))
+        return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding))
 
     # -- indices ----------------------------------------------------------------------------------------------------------
 
@@ -318,10 +346,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             return self._step_per_token(run, model_output, timestep, sample, kwargs["per_token_timesteps"], return_dict)
         i = self._index(run, timestep)
         compiled = run.compiled
-        if compiled is None or i != run.step_index or len(compiled.table.rows[i - compiled.begin].b) > len(run.history) + 1:
-            compiled = self._compile(run, i)
-        k = i - compiled.begin
-        row, (k_x, k_m) = compiled.table.rows[k], compiled.to_evaluation[k]
+        k = i - compiled.begin if compiled is not None else 0
+        if compiled is None or k < 0 or len(compiled.rows[k].weights) > len(run.history) + 1:
+            compiled, k = self._compile(run, i), 0
+        row = compiled.rows[k]
 
         dtype = sample.dtype
         if model_output.shape != sample.shape:
@@ -331,30 +359,28 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if model_output.dtype != sample.dtype:
             model_output = model_output.to(sample.dtype)
 
-        given = kwargs.get("pred_original_sample")
-        if given is not None or self.config.clip_sample or self.config.thresholding:
-            x0 = given.to(sample.dtype) if given is not None else self._data_prediction(compiled, k, model_output, sample)
-            own = evaluation_coefficients(compiled.table.data_std, row.alpha, row.sigma)
-            k_x, k_m = convert((1.0, 0.0), own, row.alpha, row.sigma)
-            model_output = x0
-        evaluation = torch.mul(model_output, k_m)
-        if k_x:
-            evaluation.add_(sample, alpha=k_x)
-        mean = torch.mul(sample, row.a)
-        mean.add_(evaluation, alpha=row.b[0])
-        for weight, old in zip(row.b[1:], run.history, strict=False):
+        x0 = kwargs.get("pred_original_sample")
+        if x0 is None and compiled.limits:
+            x0 = limited(torch.mul(model_output, row.d_m).add_(sample, alpha=row.d_x), self.config)
+        if x0 is not None:  # the model output that says this x_0
+            x0 = x0.to(sample.dtype)
+            model_output = torch.sub(x0, sample, alpha=row.d_x).div_(row.d_m)
+        evaluation = torch.add(model_output, sample, alpha=row.kappa)
+        if x0 is None:
+            x0 = torch.mul(evaluation, row.d_m)
+            if row.d_rest:
+                x0.add_(sample, alpha=row.d_rest)
+        mean = torch.mul(sample, row.a).add_(evaluation, alpha=row.weights[0])
+        for weight, old in zip(row.weights[1:], run.history, strict=False):
             mean.add_(old, alpha=weight)
-        d_x, d_f = compiled.to_sample[k]
-        x0 = evaluation if d_f == 1.0 and not d_x else torch.mul(evaluation, d_f).add_(sample, alpha=d_x)
 
-        keep = compiled.keep[k]
         run.history.insert(0, evaluation)
-        del run.history[keep:]
+        del run.history[row.keep :]
         prev = mean
-        if compiled.noise is not None and row.c:
-            if run.seeds is None:
+        if row.noise and row.c:
+            if run.seeds is None or len(run.seeds) != len(sample):
                 run.seeds = self._seeds(sample, generator)
-            z = noise.combine(compiled.noise[k], run.seeds, sample.shape)
+            z = noise.combine(row.noise, run.seeds, sample.shape)
             prev = torch.add(mean, z.to(mean.dtype), alpha=row.c)
         run.step_index = i + 1
 
@@ -365,13 +391,6 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if dtype in HALF:
             mean = mean.to(dtype) if row.c else prev
         return SchedulerOutput(prev, x0, mean, row.c)
-
-    def _data_prediction(self, compiled: Compiled, k: int, model_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``E[x_0|x_t]`` with the config's clipping or thresholding."""
-        row = compiled.table.rows[k]
-        said = model_coefficients(self.path, self.config.prediction_type, row.alpha, row.sigma)
-        d_x, d_m = convert(said, (1.0, 0.0), row.alpha, row.sigma)
-        return limited(torch.mul(model_output, d_m).add_(x, alpha=d_x), self.config)
 
     def _seeds(self, sample: torch.Tensor, generator: Any) -> torch.Tensor:
         """One seed per sample: from the pipeline's generator, else ``noise_seed``, else the latents themselves."""

@@ -59,12 +59,16 @@ def shared_parameters(
     variance exploding (EDM), with sigma_min, sigma_max, sigma_schedule (karras, exponential) and noise_conditioning
     (log, atan).
 
+    A stock spacing is a habit of its class, not a wish, and is not inherited; grid flags count when the caller passes
+    them to from_config.
+
     Grid: grid (power, trailing, leading, linspace, log_snr, exponential, karras, beta, ays; None: the measured
     default), rho (exponent of power and karras), steps_offset (leading), final_sigmas_type (zero, sigma_min),
     round_timesteps (networks that only know integer timesteps).
 
     Data prediction: clip_sample to +-clip_sample_range; thresholding to the dynamic_thresholding_ratio quantile, at
-    most sample_max_value (Saharia et al. 2022); variance_type (learned and learned_range outputs are split,
+    most sample_max_value (Saharia et al. 2022), the whole step then follows the limited x_0 (as DDIM's does with
+    use_clipped_model_output=True); variance_type (learned and learned_range outputs are split,
     fixed_large is honoured by the first-order reverse SDE).
     """
 
@@ -94,9 +98,25 @@ def scheduler_init(own: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+_COSINE_DEFAULTS = {
+    "sigma_min": 0.3,
+    "sigma_max": 500.0,
+    "sigma_data": 1.0,
+    "sigma_schedule": "exponential",
+    "num_train_timesteps": 1000,
+    "solver_order": 2,
+    "prediction_type": "v_prediction",
+    "rho": 7.0,
+    "final_sigmas_type": "zero",
+}
+
+
 def stock_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The default values of the diffusers class that a config names; empty for others."""
-    source = getattr(diffusers, str(config.get("_class_name")), None)
+    name = str(config.get("_class_name"))
+    if name == "CosineDPMSolverMultistepScheduler":  # importable only where torchsde is installed
+        return dict(_COSINE_DEFAULTS)
+    source = getattr(diffusers, name, None)
     if source is None:
         return {}
     return {
@@ -125,13 +145,18 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
         values["prediction_type"] = "flow_prediction"
         values["shift"] = values.get("flow_shift", 1.0) if "shift" not in values else values["shift"]
     elif values.get("sigma_data") is not None:
-        values["noise_conditioning"] = "atan" if name.startswith("Cosine") else "log"
+        # a cosine config without its class name: the only EDM family with an order but no choice of algorithm
+        cosine = name.startswith("Cosine") or ("solver_order" in values and "algorithm_type" not in values)
+        values["noise_conditioning"] = "atan" if cosine else "log"
+    elif values.get("timestep_type") == "continuous":
+        # Stable Video Diffusion: v prediction in sigma/alpha coordinates is EDM's preconditioning at unit data scale
+        if values.get("prediction_type") != "v_prediction":
+            raise ValueError("Continuous timesteps are supported with prediction_type='v_prediction' only.")
+        values["sigma_data"], values["noise_conditioning"] = 1.0, "log"
     else:
         # noise levels that beta-based schedulers cache or cut are results, not part of the process
         values["sigma_min"] = values["sigma_max"] = None
         values["use_flow_sigmas"] = False
-    # a stock spacing is a habit of its class, not a wish: it counts only when the caller passes it
-    values.pop("rho", None) if values.get("sigma_data") is None else None
     values["shift"] = 1.0 if values.get("shift") is None else values["shift"]
     return values
 

@@ -30,8 +30,8 @@ class DPMSolverScheduler(TableScheduler):
     Args:
         solver_order: 1 to 3.
         algorithm_type: dpmsolver, dpmsolver++, sde-dpmsolver or sde-dpmsolver++.
-        solver_type: exact or heun (the exact integral of the interpolating line; the same thing), or midpoint (the
-            published default of order 2).  Order 3 always has exact weights.
+        solver_type: exact or heun (the exact integral of the interpolating line; the same thing, kept as heun in the
+            config), or midpoint (the published default of order 2).  Order 3 always has exact weights.
         singlestep: restart each step from its anchor instead of keeping a history.
         noise_seed: as in :class:`ReverseSDEScheduler`.
         kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
@@ -55,6 +55,8 @@ class DPMSolverScheduler(TableScheduler):
             raise ValueError(f"algorithm_type {algorithm_type!r} is unknown: use one of {', '.join(ALGORITHMS)}.")
         if solver_type not in ("exact", "midpoint", "heun"):
             raise ValueError(f"solver_type {solver_type!r} is unknown: use exact, midpoint or heun.")
+        if solver_type == "exact":  # the name that diffusers' classes accept for the same weights
+            self.register_to_config(solver_type="heun")
         self._setup()
 
     @classmethod
@@ -65,9 +67,9 @@ class DPMSolverScheduler(TableScheduler):
         data_std, tau = ALGORITHMS[self.config.algorithm_type]
         return ([tau] * (len(nodes) - 1), data_std, self.config.noise_seed) if tau else None
 
-    def _table(self, path: Path, nodes: Nodes) -> Table:
+    def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
         c = self.config
-        data_std, tau = ALGORITHMS[c.algorithm_type]
+        data_std, _ = ALGORITHMS[c.algorithm_type]
         rule = "midpoint" if c.solver_type == "midpoint" and c.solver_order == 2 else "exact"
         if c.singlestep and c.solver_order > 1:
             method = f"grid{c.solver_order}"

@@ -37,7 +37,7 @@ class ProbabilityFlowScheduler(TableScheduler):
     ):
         self._setup()
 
-    def _table(self, path: Path, nodes: Nodes) -> Table:
+    def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
         c = self.config
         return build_multistep(
             path,

@@ -50,27 +50,23 @@ class ReverseSDEScheduler(TableScheduler):
             raise ValueError(f"solver_order must be 1, 2 or 3, not {solver_order}.")
         self._setup()
 
-    def _taus(self, nodes: Nodes) -> list[float]:
-        """tau of each step from here to the end; a list in the config is read from its end, so that a run may start
-        anywhere."""
-        c, steps = self.config, len(nodes) - 1
-        if c.eta is not None:
-            return tau_from_eta(c.eta, nodes)
-        if isinstance(c.tau, list | tuple):
-            whole = self._run.nodes
-            if len(c.tau) != len(whole) - 1:
-                raise ValueError(f"tau has {len(c.tau)} values for {len(whole) - 1} steps: pass one number, or one a step.")
-            return [float(x) for x in c.tau[len(c.tau) - steps :]]
-        return [float(c.tau)] * steps
-
     @property
     def _data_std(self) -> float:
         return 0.0 if self.config.data_std is None else float(self.config.data_std)
 
     def _noise_law(self, nodes: Nodes) -> tuple[list[float], float, int | None]:
-        return self._taus(nodes), self._data_std, self.config.noise_seed
+        c, steps = self.config, len(nodes) - 1
+        if c.eta is not None:
+            taus = tau_from_eta(c.eta, nodes)
+        elif isinstance(c.tau, list | tuple):
+            if len(c.tau) != steps:
+                raise ValueError(f"tau has {len(c.tau)} values for {steps} steps: pass one number, or one a step.")
+            taus = [float(x) for x in c.tau]
+        else:
+            taus = [float(c.tau)] * steps
+        return taus, self._data_std, c.noise_seed
 
-    def _table(self, path: Path, nodes: Nodes) -> Table:
+    def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
         c = self.config
         table = build_multistep(
             path,
@@ -79,7 +75,7 @@ class ReverseSDEScheduler(TableScheduler):
             corrector=c.corrector,
             data_std=self._data_std,
             clock=c.clock,
-            tau=self._taus(nodes),
+            tau=tau,
             final=c.final,
         )
         if c.variance_type == "fixed_large" and c.solver_order == 1 and not c.corrector:

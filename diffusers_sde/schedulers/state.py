@@ -1,7 +1,7 @@
 """What one sampling run knows, one per thread.
 
-Knows the nodes of the run, its table once built, the evaluations later rows still read, and the seeds of its noise.
-Knows nothing of configs or of how tables are made.
+Knows the nodes of the run, its table once compiled to finished coefficients, the evaluations later rows still read,
+and the seeds of its noise.  Knows nothing of configs or of how tables are made.
 """
 
 from __future__ import annotations
@@ -15,19 +15,34 @@ import numpy as np
 import torch
 
 from diffusers_sde.grids import Nodes
-from diffusers_sde.tables import Table
 
 
-@dataclass
+@dataclass(frozen=True)
+class CompiledRow:
+    """A table row in terms of the model output m: ``x <- a x + sum_j weights[j] E_{i-j} + c z``, ``E = m + kappa x``.
+
+    E is the row's evaluation F up to a factor, which the weights carry: forming it is one operation.
+    ``x_0 = d_x x + d_m m = d_rest x + d_m E``; ``keep``: how many E later rows read; ``noise``: the normals of z and their weights.
+    """
+
+    a: float
+    weights: tuple[float, ...]
+    c: float
+    kappa: float
+    d_x: float
+    d_m: float
+    d_rest: float
+    keep: int
+    noise: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Compiled:
-    """A table ready to execute: per row the float coefficients that ``step`` reads, starting at grid index ``begin``."""
+    """A table ready to execute from grid index ``begin`` on; ``limits``: x_0 is clipped or thresholded."""
 
     begin: int
-    table: Table
-    to_evaluation: list[tuple[float, float]]
-    to_sample: list[tuple[float, float]]
-    keep: list[int]
-    noise: list[tuple[tuple[int, float], ...]] | None
+    rows: list[CompiledRow]
+    limits: bool
 
 
 @dataclass

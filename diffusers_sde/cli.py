@@ -1,0 +1,58 @@
+"""The command line: ``diffusers-sde compare`` and ``diffusers-sde bench``.
+
+Knows the names of the subcommands and the module that each one lives in, imported only when it is asked for.  Knows
+nothing of their arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+COMMANDS = {
+    "compare": "Sample one model with several samplers from the same noise: picture grid, table, error plot.",
+    "bench": "Measure this package's samplers against diffusers' own.",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default but None, which the help text itself explains."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser with the arguments of ``command`` only, so that no other subcommand is imported."""
+    parser = Parser(prog="diffusers-sde", description="Diffusion samplers from the unified SDE/ODE view.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    for name, text in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=text, description=text, formatter_class=Formatter)
+        if name == command:
+            importlib.import_module(f"diffusers_sde.{name}").add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns its exit status, 2 for wrong arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((a for a in arguments if a in COMMANDS), None)
+    try:
+        args = build_parser(command).parse_args(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return int(importlib.import_module(f"diffusers_sde.{args.command}").run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

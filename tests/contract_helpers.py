@@ -1,0 +1,87 @@
+"""What the contract tests share: schedulers, the three families of processes, an exact oracle, and sampling loops."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde.prediction import convert, model_coefficients
+
+CLASSES = [ProbabilityFlowScheduler, ReverseSDEScheduler, DPMSolverScheduler]
+VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "shift": 3.0}
+EDM = {"sigma_data": 0.5}
+PROCESSES = {"vp": VP, "flow": FLOW, "edm": EDM}
+
+by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+by_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
+
+
+def says(scheduler, data_prediction, x, alpha, sigma):
+    """What a network of the scheduler's prediction type returns at ``x`` if its data prediction is this one."""
+    wanted = model_coefficients(scheduler.path, scheduler.config.prediction_type, alpha, sigma)
+    k_x, k_d = convert((1.0, 0.0), wanted, alpha, sigma)
+    return k_x * x + k_d * data_prediction
+
+
+def gaussian(scheduler, std=0.5, mean=0.0):
+    """The exact network for data N(mean, std^2), as a function of the (unscaled) state and the timestep."""
+
+    def model(x, t):
+        alpha, sigma = (float(v) for v in scheduler.path.alpha_sigma(float(t)))
+        gain = std**2 * alpha / (std**2 * alpha**2 + sigma**2)
+        return says(scheduler, mean + gain * (x - alpha * mean), x, alpha, sigma).to(x.dtype)
+
+    return model
+
+
+def point(scheduler, x0):
+    """The exact network for data that is always ``x0``."""
+
+    def model(x, t):
+        alpha, sigma = (float(v) for v in scheduler.path.alpha_sigma(float(t)))
+        return says(scheduler, x0, x, alpha, sigma).to(x.dtype)
+
+    return model
+
+
+def loop(scheduler, x, model=None, start=0, stop=None, states=None, **kwargs):
+    """Step ``x`` through ``timesteps[start:stop]``; ``states`` collects every state."""
+    model = gaussian(scheduler) if model is None else model
+    for t in scheduler.timesteps[start:stop]:
+        if states is not None:
+            states.append(x)
+        x = scheduler.step(model(x, t), t, x, return_dict=False, **kwargs)[0]
+    return x
+
+
+def sample(scheduler, x, n, **kwargs):
+    """Lay out ``n`` steps and run them from unit noise ``x``."""
+    scheduler.set_timesteps(n)
+    return loop(scheduler, x * scheduler.init_noise_sigma, **kwargs)
+
+
+def relative(value, expected):
+    """|value - expected| / |expected|."""
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+def in_fresh_process(script, *arguments):
+    """Run Python code in a new interpreter that finds the package; return what it prints."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout

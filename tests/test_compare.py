@@ -1,0 +1,332 @@
+"""``diffusers-sde compare``: what it writes, what its errors mean, and what it refuses before it starts."""
+
+import csv
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from tiny_pipelines import PIPELINES
+
+from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, compare
+from diffusers_sde.cli import main
+
+COMPONENTS, DIM = 5, 16
+FILES = ["error.png", "grid.png", "results.csv"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def mixture(scheduler):
+    """The exact network for a mixture on 4x4 images, under the process of ``scheduler``."""
+    g = torch.Generator().manual_seed(3)
+    means = (torch.randn(COMPONENTS, DIM, generator=g) * 0.5).tolist()
+    process = dict(ProbabilityFlowScheduler.from_config(scheduler.config).config)
+    model = GaussianMixtureModel([1.0] * COMPONENTS, means, [0.05] * COMPONENTS, sample_size=4, process=process)
+    return diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
+
+
+@pytest.fixture(scope="module")
+def mixture_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "mixture"
+    mixture(diffusers.DDPMScheduler()).save_pretrained(folder)  # clips samples, which no sampler here may do
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def classes_folder(tmp_path_factory):
+    """A random network with three classes, the last of them null."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=3,
+    )
+    folder = tmp_path_factory.mktemp("model") / "classes"
+    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+def run(*arguments):
+    return main(["compare", *map(str, arguments)])
+
+
+def table(folder):
+    with open(Path(folder) / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def errors(problem, names, steps):
+    results = compare.compare(problem, names, steps).results
+    return {(r.sampler, r.budget): r.mean for r in results}
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_writes_pictures_and_table(mixture_folder, tmp_path, capsys):
+    out = tmp_path / "a" / "b"
+    samplers = ["pf-ode", "heun", "euler-a"]
+    assert run("--model", mixture_folder, "--samplers", *samplers, "--steps", 10, 4, 10, "--output_dir", out) == 0
+    assert sorted(os.listdir(out)) == FILES
+    assert os.listdir(out.parent) == ["b"]
+    for name in FILES[:2]:
+        with Image.open(out / name) as image:
+            image.load()
+            assert min(image.size) > 200 and len(image.getcolors(1 << 20)) > 20
+    rows = table(out)
+    assert list(rows[0]) == ["sampler", "nfe", "seconds", "rmse_mean", "rmse_median"]
+    # two-stage: 2 steps - 1 evaluations, the largest odd number that is not more than asked for
+    counts = {"pf-ode": ["4", "10"], "heun": ["3", "9"], "euler-a": ["4", "10"]}
+    assert [(r["sampler"], r["nfe"]) for r in rows] == [(name, n) for name in samplers for n in counts[name]]
+    for r in rows:
+        assert float(r["seconds"]) >= 0
+        assert (r["rmse_mean"] == r["rmse_median"] == "") == (r["sampler"] == "euler-a")
+        assert r["sampler"] == "euler-a" or 0 < float(r["rmse_mean"]) < 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in printed[1:7]] == [[r["sampler"], r["nfe"]] for r in rows]
+    assert printed[5].split()[-2:] == ["-", "-"]
+
+
+def test_evaluations_are_counted_true(mixture_folder):
+    pipe = compare.load_pipeline(mixture_folder)
+    problem, calls = compare.make_problem(pipe, num_images=1, seed=0), []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    for name, sampler in compare.SAMPLERS.items():
+        for n in (1, 4, 5):
+            calls.clear()
+            scheduler, ticks = compare.make_scheduler(name, problem.config), []
+            problem.solve(scheduler, sampler.steps(n), lambda ticks=ticks: ticks.append(1))
+            assert len(calls) == len(ticks) == len(scheduler.timesteps) == sampler.evaluations(n) <= n, name
+
+
+def test_same_seed_same_table(classes_folder, tmp_path):
+    def run_with(name, *more):
+        arguments = ["--samplers", "pf-ode", "reverse-sde", "unipc", "--steps", 3, 6, "--reference_steps", 12, *more]
+        assert run("--model", classes_folder, *arguments, "--output_dir", tmp_path / name) == 0
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in table(tmp_path / name)]
+
+    first = run_with("one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "mine.txt").write_text("stays")
+    assert run_with("two") == first == run_with("two", "--guidance_scale", 2)
+    assert sorted(os.listdir(tmp_path / "two")) == sorted([*FILES, "mine.txt"])
+    assert run_with("three", "--seed", 1) != first != run_with("four", "--guidance_scale", 1)
+
+
+def test_stochastic_samplers_alone_still_draw(mixture_folder, tmp_path):
+    assert run("--model", mixture_folder, "--samplers", "ddpm", "--steps", 3, "--output_dir", tmp_path / "out") == 0
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
+
+
+def test_default_samplers_of_each_process():
+    for kind, names in compare.DEFAULT_SAMPLERS.items():
+        assert len(names) >= 5 and set(names) <= set(compare.SAMPLERS), kind
+    assert {name for name in compare.SAMPLERS if compare.SAMPLERS[name].ours} == {"pf-ode", "dpm-solver", "reverse-sde"}
+    # every line of the error plot has a colour of its own
+    drawn = [name for name, s in compare.SAMPLERS.items() if not s.stochastic]
+    assert len({compare.COLOURS[name] for name in drawn}) == len(drawn)
+
+
+# -- what the errors mean ---------------------------------------------------------------------------------------------
+
+
+def test_errors_on_the_oracle(mixture_folder):
+    problem = compare.make_problem(compare.load_pipeline(mixture_folder), num_images=8, seed=0)
+    e = errors(problem, ["pf-ode", "ddim"], [5, 10, 20, 40])
+    assert e["pf-ode", 5] > e["pf-ode", 10] > e["pf-ode", 20] > e["pf-ode", 40]
+    assert e["pf-ode", 20] < e["ddim", 20]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDPMScheduler(clip_sample=True),
+        diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, thresholding=True),
+        # what the saved solver was set to is not what a named sampler is
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True, solver_order=3),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.EDMEulerScheduler(),
+    ],
+    ids=["ddpm", "scaled", "sde", "flow", "edm"],
+)
+def test_all_samplers_solve_the_same_equation(scheduler):
+    """With many steps every deterministic sampler arrives at the same images; the reference is there already."""
+    problem = compare.make_problem(mixture(scheduler), num_images=4, seed=1)
+    names = [n for n in compare.choose_samplers(None, problem) if not compare.SAMPLERS[n].stochastic]
+    compare.check_samplers(names, [200], problem)
+    result = compare.compare(problem, names, [200], reference_steps=400)
+    assert result.reference_error < 2e-3
+    assert {r.sampler: r.mean for r in result.results if r.mean > 0.03} == {}
+
+
+def test_every_run_has_the_same_start_and_noise_of_its_own(mixture_folder):
+    class Spy:
+        timesteps = (0,)
+
+        def set_timesteps(self, n):
+            pass
+
+        def step(self, model_output, timestep, sample, generator, return_dict):
+            self.start = sample
+            return (torch.randn(sample.shape, generator=generator),)
+
+    problem = compare.make_problem(compare.load_pipeline(mixture_folder), num_images=3, seed=0)
+    spies = [Spy(), Spy()]
+    first, second = (problem.solve(spy, 1, lambda: None) for spy in spies)
+    assert torch.equal(spies[0].start, spies[1].start) and torch.equal(first, second)
+    # a generator seeded like the start would add the start again
+    assert not torch.equal(first, spies[0].start)
+
+
+def test_pipelines_run_through_their_call(tmp_path):
+    prompt = "a cat on a mat"
+    for name, prompted, scale in (("sd", True, 3.0), ("dit", False, None)):
+        pipe = PIPELINES[name]()[0]
+        problem = compare.make_problem(
+            pipe, num_images=2, seed=0, prompt=prompt if prompted else None, guidance_scale=scale
+        )
+        result = compare.compare(problem, ["pf-ode", "ddim", "euler-a"], [2, 8], reference_steps=24)
+        e = {(r.sampler, r.budget): r.mean for r in result.results}
+        assert result.reference.shape == (2, 3, 16, 16) and e["pf-ode", 8] < e["pf-ode", 2]
+        assert e["pf-ode", 8] < e["ddim", 8] and e["euler-a", 8] is None
+        compare.write(result, tmp_path / name)
+        assert sorted(os.listdir(tmp_path / name)) == FILES
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--samplers", "pf-ode", "magic"], ["'magic'", "unipc"]),
+        (["--samplers"], ["--samplers is empty", "unipc"]),
+        (["--steps"], ["--steps is empty", "--steps 5 10 20"]),
+        (["--steps", "5", "0"], ["at least 1", "not 0"]),
+        (["--steps", "five"], ["--steps", "five"]),
+        (["--num_images", "0"], ["--num_images", "at least 1"]),
+        (["--reference_steps", "30"], ["--reference_steps", "40"]),
+        (["--guidance_scale", "2"], ["class-conditional", "leave out --guidance_scale"]),
+        (["--prompt", "a cat"], ["no prompt", "leave out --prompt"]),
+        (["--steps", "2000", "--samplers", "ddim"], ["ddim", "2000"]),
+        (["--model", "/nowhere/at/all"], ["/nowhere/at/all", "does not exist", "hub id"]),
+        (["--wrong"], ["--wrong"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value[0], str) and value[0].startswith("--") else "",
+)
+def test_refuses_in_one_sentence_and_leaves_nothing(arguments, said, mixture_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--model", mixture_folder, "--output_dir", out, *arguments) == 2
+    captured = capsys.readouterr()
+    message = [line for line in captured.err.splitlines() if line.startswith("diffusers-sde")]
+    assert len(message) == 1 and all(word in message[0] for word in said), captured.err
+    assert captured.out == "" and "Traceback" not in captured.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_refuses_models_that_are_none(tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "unet": ["diffusers", "X"]}')
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.chdir(tmp_path)
+    for model, said in [
+        ("./empty", "./empty is no pipeline"),
+        ("./broken", "./broken is a broken pipeline folder"),
+        ("./missing", "./missing does not exist"),
+        ("someone/nothing", "someone/nothing is no folder and could not be had from the Hub (OSError: no network)"),
+    ]:
+        if model.startswith("someone"):
+            monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", unreachable)
+        assert run("--model", model, "--output_dir", "out") == 2
+        message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffusers-sde")]
+        assert len(message) == 1 and said in message[0]
+        assert sorted(os.listdir(tmp_path)) == ["broken", "empty"]
+
+
+def test_refuses_an_output_that_is_a_file(mixture_folder, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    for out in (taken, taken / "below"):
+        assert run("--model", mixture_folder, "--output_dir", out) == 2
+        assert "is a file, pass another folder" in capsys.readouterr().err
+    assert taken.read_text() == "mine" and os.listdir(tmp_path) == ["taken"]
+
+
+def test_samplers_that_do_not_fit_the_process():
+    flow = compare.make_problem(mixture(diffusers.FlowMatchEulerDiscreteScheduler()), num_images=1, seed=0)
+    with pytest.raises(
+        compare.UsageError, match="euler-a does not fit this model: diffusers has no flow matching form"
+    ):
+        compare.check_samplers(["pf-ode", "euler-a"], [5], flow)
+    zero_snr = diffusers.DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    )
+    problem = compare.make_problem(mixture(zero_snr), num_images=1, seed=0)
+    with pytest.raises(compare.UsageError, match="HeunDiscreteScheduler ignores rescale_betas_zero_snr"):
+        compare.check_samplers(["heun"], [5], problem)
+    # a diffusers bug (issue 12771), found before the network runs
+    with pytest.raises(compare.UsageError, match="dpm\\+\\+2m-karras cannot run with 5 evaluations"):
+        compare.check_samplers(["dpm++2m-karras"], [5], problem)
+
+
+def test_pipelines_without_what_they_need():
+    sd, dit = PIPELINES["sd"]()[0], PIPELINES["dit"]()[0]
+    with pytest.raises(compare.UsageError, match="pass a --prompt"):
+        compare.make_problem(sd, num_images=1, seed=0)
+    with pytest.raises(compare.UsageError, match="takes no prompt"):
+        compare.make_problem(dit, num_images=1, seed=0, prompt="a cat")
+
+
+def test_failure_while_sampling_leaves_nothing(mixture_folder, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(compare, "draw_errors", fails)
+    with pytest.raises(RuntimeError):
+        run("--model", mixture_folder, "--steps", 2, "--samplers", "ddim", "--output_dir", tmp_path / "a" / "out")
+    assert os.listdir(tmp_path) == []
+
+
+# -- small parts ------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_spread():
+    assert compare.spread_labels(3, 10) == [0, 4, 9] and compare.spread_labels(1, 10) == [0]
+    assert compare.spread_labels(10, 10) == list(range(10)) and compare.spread_labels(12, 10)[-2:] == [0, 1]
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap():
+    y = compare.spread({"a": 0.5, "b": 0.5, "c": 0.51, "d": 0.9}, 0.06)
+    ordered = [y[k] for k in "abc"]
+    assert min(b - a for a, b in itertools.pairwise(ordered)) > 0.055
+    assert y["d"] == 0.9 and math.isclose(sum(ordered), 1.51, abs_tol=1e-6)
+
+
+def test_module_runs_and_reports_its_status(tmp_path):
+    command = [sys.executable, "-m", "diffusers_sde.cli", "compare", "--steps", "0", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2 and "--steps must be at least 1" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" and os.listdir(tmp_path) == []

@@ -1,0 +1,369 @@
+"""The Brownian path: its weights, its normals, and what a picture does and does not depend on."""
+
+import itertools
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from contract_helpers import EDM, FLOW, VP, gaussian, loop, randn, relative, sample, seeded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from diffusers_sde import DPMSolverScheduler, ReverseSDEScheduler
+from diffusers_sde.noise import (
+    brownian_weights,
+    combine,
+    normals,
+    seeds_from_generator,
+    seeds_from_int,
+    seeds_from_latents,
+)
+
+SHAPE = (4, 3, 8, 8)
+
+
+def dot(left, right):
+    left, right = dict(left), dict(right)
+    return math.fsum(w * right.get(k, 0.0) for k, w in left.items())
+
+
+def cosine(a, b):
+    return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+
+
+@st.composite
+def grids_with_tau(draw):
+    """Up to 24 steps of 1e-3 to 4 in log-SNR within [-10, 7.5], wider than any schedule in use, and tau."""
+    steps = draw(st.lists(st.floats(1e-3, 4.0), min_size=2, max_size=24))
+    grid = draw(st.floats(-10.0, 0.0)) + np.cumsum([0.0, *steps])
+    grid = grid[grid <= 7.5]
+    tau = st.floats(0.05, 2.0)
+    return grid, draw(st.one_of(tau, st.lists(tau, min_size=len(grid) - 1, max_size=len(grid) - 1)))
+
+
+def worst_correlation(grid, tau, data_std):
+    weights = brownian_weights(grid, tau=tau, data_std=data_std)
+    return max((abs(dot(left, right)) for left, right in itertools.combinations(weights, 2)), default=0.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(grids_with_tau(), st.sampled_from([0.0, 0.25, 0.5, 1.0, math.inf]))
+def test_steps_have_unit_variance(grid_and_tau, data_std):
+    """The squared weights of every step sum to one."""
+    for weights in brownian_weights(grid_and_tau[0], tau=grid_and_tau[1], data_std=data_std):
+        assert abs(dot(weights, weights) - 1) < 1e-12
+
+
+@settings(max_examples=100, deadline=None)
+@given(grids_with_tau(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_steps_are_independent(grid_and_tau, data_std):
+    """Different steps of one grid are orthogonal."""
+    assert worst_correlation(*grid_and_tau, data_std) < 1e-11
+
+
+def test_steps_of_noise_prediction_are_independent():
+    """The same at data_std = inf, where the clock -s^2 spans 14 decades."""
+    assert worst_correlation(np.linspace(-5, 5, 41), 1.0, math.inf) < 1e-11
+
+
+def test_infinite_ends():
+    """A grid from zero SNR to clean data has unit-variance, independent steps."""
+    weights = brownian_weights([-math.inf, -2.0, 0.0, 3.0, math.inf], data_std=0.5)
+    for i, j in itertools.combinations_with_replacement(range(4), 2):
+        assert dot(weights[i], weights[j]) == pytest.approx(float(i == j), abs=1e-11)
+
+
+def test_empty_step_has_no_noise():
+    """A step of no length has no weights; its neighbours are those of the grid without it."""
+    double = brownian_weights([-2.0, 0.5, 0.5, 3.0])
+    assert double[1] == ()
+    assert [double[0], double[2]] == brownian_weights([-2.0, 0.5, 3.0])
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("data_std", [0.0, 0.5])
+def test_increment_is_the_sum_of_its_refinement(tau, data_std):
+    """A coarse increment of W(C) is the sum of the fine ones, scaled by their shares of the clock C: projected on the
+    nodes that both grids know, which is everything but the bridges that the coarse grid never opened."""
+    fine = np.linspace(-4, 4, 9)  # dyadic, so that the tree nodes of both grids are exactly the grid nodes
+    clock = np.exp(-2 * tau**2 * (0.5 * np.log(data_std**2 + np.exp(-2 * fine))))
+    share = np.sqrt(np.diff(clock))
+    small = brownian_weights(fine, tau=tau, data_std=data_std)
+    large = brownian_weights(fine[::4], tau=tau, data_std=data_std)
+    for i, coarse in enumerate(large):
+        part = slice(4 * i, 4 * i + 4)
+        nodes = {k for w in small[part] for k, _ in w} | {k for k, _ in coarse}
+        total = {k: sum(s * dict(w).get(k, 0.0) for s, w in zip(share[part], small[part], strict=True)) for k in nodes}
+        norm = math.sqrt(sum(v * v for v in total.values()))
+        assert norm == pytest.approx(math.sqrt((share[part] ** 2).sum()), rel=1e-12)
+        assert dot({k: v / norm for k, v in total.items()}, coarse) == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("process", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("how", [{"final": "exact"}, {"grid": "linspace"}, {"grid": "karras"}], ids=str)
+def test_same_picture_at_any_number_of_steps(process, tau, how):
+    """One seed, one picture: on data N(0, data_std^2), where each run is exact in law, runs of 10, 20 and 40 steps
+    correlate at 0.98 or more, if they go all the way to the data."""
+    scheduler = ReverseSDEScheduler(**process, tau=tau, data_std=0.5, **how)
+    x = randn(4, 3, 16, 16)
+    fine = sample(scheduler, x, 40)
+    assert cosine(sample(scheduler, x, 20), fine) >= 0.98
+    assert cosine(sample(scheduler, x, 10), fine) >= 0.98
+
+
+@pytest.mark.parametrize("process", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
+def test_defaults_keep_the_picture(process):
+    """With default settings, which neither know the data scale nor end near the data, runs of 10, 20 and 40 steps are
+    still the same picture (stock samplers: test_stock_sde_changes_the_picture)."""
+    scheduler = ReverseSDEScheduler(**process)
+    x = randn(4, 3, 16, 16)
+    fine = sample(scheduler, x, 40)
+    assert cosine(sample(scheduler, x, 20), fine) > 0.88
+    assert cosine(sample(scheduler, x, 10), fine) > 0.7
+
+
+@pytest.mark.parametrize("stock", ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_stock_sde_changes_the_picture(stock):
+    """What the Brownian path repairs: diffusers' SDE samplers, same seed, 20 and 40 steps."""
+    kwargs = {"algorithm_type": "sde-dpmsolver++"} if stock.startswith("DPM") else {}
+    scheduler = getattr(diffusers, stock)(**VP, **kwargs)
+    x, ours = randn(4, 3, 16, 16), ReverseSDEScheduler(**VP)
+
+    def run(n):
+        scheduler.set_timesteps(n)
+        y, noise = x * scheduler.init_noise_sigma, seeded(1)
+        for t in scheduler.timesteps:
+            unit = y if stock.startswith("DPM") else scheduler.scale_model_input(y, t)
+            y = scheduler.step(gaussian(ours)(unit, t), t, y, generator=noise, return_dict=False)[0]
+        return y
+
+    assert cosine(run(20), run(40)) < 0.6
+
+
+def test_noise_decides_the_picture():
+    """The correlation is the noise's doing: with other seeds the same latents end somewhere else."""
+    x = randn(4, 3, 16, 16)
+    a, b = (sample(ReverseSDEScheduler(**VP, noise_seed=seed), x, 20) for seed in (1, 2))
+    assert abs(cosine(a, b)) < 0.1
+
+
+@pytest.mark.parametrize("corrector", [True, False])
+def test_refinement_converges(corrector):
+    """Strong convergence: the distance to a 160-step run of the same path shrinks with the number of steps."""
+    scheduler = ReverseSDEScheduler(**VP, corrector=corrector)
+    x = randn(4, 3, 8, 8)
+    fine = sample(scheduler, x, 160)
+    errors = [relative(sample(scheduler, x, n), fine) for n in (10, 20, 40, 80)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.3 * errors[0]
+
+
+@pytest.mark.parametrize("given", ["latents", "generators"])
+def test_batch_of_four_is_four_batches_of_one(given):
+    """A sample does not depend on its neighbours, bit for bit."""
+    x = randn(*SHAPE)
+
+    def run(part, index):
+        generators = [seeded(k) for k in index] if given == "generators" else None
+        return sample(ReverseSDEScheduler(**VP), part, 6, generator=generators)
+
+    whole = run(x, range(4))
+    for k in range(4):
+        assert torch.equal(whole[k : k + 1], run(x[k : k + 1], [k]))
+
+
+def test_same_latents_same_picture():
+    """Without a generator the latents are the seed, in another scheduler too."""
+    x = randn(*SHAPE)
+    assert torch.equal(sample(ReverseSDEScheduler(**VP), x, 6), sample(ReverseSDEScheduler(**VP), x.clone(), 6))
+
+
+def test_different_latents_different_noise():
+    """A change of one element in the last place gives independent noise."""
+    x = randn(1, 3, 32, 32)
+    y = x.clone()
+    y[0, 0, 0, 0] = torch.nextafter(y[0, 0, 0, 0], torch.tensor(9.0))
+    a, b = (normals(seeds_from_latents(v), 1, v.shape) for v in (x, y))
+    assert abs(cosine(a, b)) < 4 / math.sqrt(x.numel())
+
+
+def test_latents_are_hashed_with_their_places():
+    """Permuted latents are other latents."""
+    x = randn(1, 3, 8, 8)
+    assert seeds_from_latents(x) != seeds_from_latents(x.flip(-1))
+
+
+def test_global_random_state_is_left_alone():
+    """Sampling draws nothing from torch's global generator."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    sample(ReverseSDEScheduler(**VP), randn(*SHAPE), 4)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_generator_decides():
+    """The same generator seed gives the same picture, another seed another one."""
+    x = randn(*SHAPE)
+    scheduler = ReverseSDEScheduler(**VP)
+    a, b, c = (sample(scheduler, x, 6, generator=seeded(s)) for s in (5, 5, 6))
+    assert torch.equal(a, b)
+    assert abs(cosine(a, c)) < 0.3
+
+
+def test_one_generator_gives_every_sample_its_own_noise():
+    """Equal latents in one batch with a single generator do not end in equal pictures."""
+    x = randn(1, 3, 8, 8).expand(3, -1, -1, -1).contiguous()
+    out = sample(ReverseSDEScheduler(**VP), x, 6, generator=seeded())
+    assert max(abs(cosine(out[i], out[j])) for i, j in [(0, 1), (0, 2), (1, 2)]) < 0.5
+
+
+def test_list_of_generators():
+    """With a list, sample k follows generator k wherever it stands in the batch; a list of one is that generator."""
+    x = randn(1, 3, 8, 8).expand(3, -1, -1, -1).contiguous()
+    scheduler = ReverseSDEScheduler(**VP)
+    a = sample(scheduler, x, 6, generator=[seeded(k) for k in (0, 1, 2)])
+    b = sample(scheduler, x, 6, generator=[seeded(k) for k in (2, 0, 1)])
+    assert torch.equal(a, b[[1, 2, 0]])
+    single = sample(scheduler, x, 6, generator=seeded(4))
+    assert torch.equal(single, sample(scheduler, x, 6, generator=[seeded(4)]))
+
+
+def test_wrong_number_of_generators():
+    """Neither one generator nor one per sample: a ValueError that says both numbers."""
+    with pytest.raises(ValueError, match="2 generators for a batch of 4"):
+        sample(ReverseSDEScheduler(**VP), randn(*SHAPE), 3, generator=[seeded(0), seeded(1)])
+
+
+@pytest.mark.parametrize("make", [ReverseSDEScheduler, DPMSolverScheduler], ids=lambda cls: cls.__name__)
+def test_noise_seed(make):
+    """config.noise_seed fixes the noise for all latents; a generator goes before it."""
+    kwargs = {"algorithm_type": "sde-dpmsolver++"} if make is DPMSolverScheduler else {}
+    scheduler = make(**VP, noise_seed=7, **kwargs)
+    x = randn(*SHAPE)
+
+    def increments(x, **given):
+        scheduler.set_timesteps(6)
+        t = scheduler.timesteps[0]
+        out = scheduler.step(gaussian(scheduler)(x, t), t, x, **given)
+        return (out.prev_sample - out.prev_sample_mean) / out.noise_std
+
+    torch.testing.assert_close(increments(x), increments(randn(*SHAPE, seed=1)), atol=1e-4, rtol=0)
+    assert abs(cosine(increments(x), increments(x, generator=seeded(7)))) < 0.2
+    assert abs(cosine(increments(x)[0], increments(x)[1])) < 0.3
+
+
+@pytest.mark.parametrize("data_std", [None, 0.5])
+def test_start_in_the_middle_draws_the_same_increments(data_std):
+    """A run that begins at step k uses the noise that the full run has there."""
+    scheduler = ReverseSDEScheduler(**VP, noise_seed=1, solver_order=1, corrector=False, data_std=data_std)
+    states = []
+    whole = sample(scheduler, randn(*SHAPE), 8, states=states)
+    for k in range(8):
+        scheduler.set_timesteps(8)
+        scheduler.set_begin_index(k)
+        torch.testing.assert_close(loop(scheduler, states[k], start=k), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_noise_has_the_stated_standard_deviation():
+    """``prev_sample - prev_sample_mean`` is ``noise_std`` times a standard normal."""
+    scheduler = ReverseSDEScheduler(**VP)
+    scheduler.set_timesteps(5)
+    x = randn(1, 3, 128, 128)
+    for t in scheduler.timesteps:
+        out = scheduler.step(gaussian(scheduler)(x, t), t, x)
+        if out.noise_std:
+            z = ((out.prev_sample - out.prev_sample_mean) / out.noise_std).flatten()
+            assert abs(float(z.std()) - 1) < 4 / math.sqrt(2 * len(z))
+        else:
+            assert torch.equal(out.prev_sample, out.prev_sample_mean)
+        x = out.prev_sample
+    assert out.noise_std == 0
+
+
+# -- normals ----------------------------------------------------------------------------------------------------------
+
+MANY = torch.Size((8, 4, 128, 128))
+
+
+def drawn(seed=0, node=1, shape=MANY):
+    return normals(seeds_from_int(seed, shape[0], torch.device("cpu")), node, shape)
+
+
+@pytest.mark.parametrize("node", [1, 2, 3, 1 << 20, (1 << 40) + 12345])
+def test_normals_are_standard(node):
+    """Mean, variance, skewness and kurtosis of half a million values are within four standard errors."""
+    z = drawn(node=node).double().flatten()
+    n = len(z)
+    assert abs(float(z.mean())) < 4 / math.sqrt(n)
+    assert abs(float(z.var()) - 1) < 4 * math.sqrt(2 / n)
+    assert abs(stats.skew(z.numpy())) < 4 * math.sqrt(6 / n)
+    assert abs(stats.kurtosis(z.numpy())) < 4 * math.sqrt(24 / n)
+
+
+@pytest.mark.parametrize("node", [1, 5, 1 << 20])
+def test_normals_pass_kolmogorov_smirnov(node):
+    """The distribution function is the normal one."""
+    z = drawn(seed=1, node=node).flatten().double().numpy()
+    assert stats.kstest(z, "norm").pvalue > 1e-3
+
+
+def correlation_is_zero(a, b):
+    a, b = a.double().flatten(), b.double().flatten()
+    return abs(float((a * b).mean())) * math.sqrt(len(a)) < 4.5
+
+
+@pytest.mark.parametrize("other", [2, 3, 4, 7, 1 << 20, (1 << 40) + 1])
+def test_nodes_are_independent(other):
+    """Values at different nodes of the tree neither correlate nor do their squares."""
+    a, b = drawn(node=1), drawn(node=other)
+    assert correlation_is_zero(a, b)
+    assert correlation_is_zero((a**2 - 1) / math.sqrt(2), (b**2 - 1) / math.sqrt(2))
+
+
+@pytest.mark.parametrize("lag", [1, 2, 127, 128, 16384, 32768])
+def test_elements_are_independent(lag):
+    """Nor do the elements of one sample (32768 apart are the two values of one Box-Muller pair)."""
+    z = drawn().flatten(1)
+    a, b = z[:, :-lag], z[:, lag:]
+    assert correlation_is_zero(a, b)
+    assert correlation_is_zero((a**2 - 1) / math.sqrt(2), (b**2 - 1) / math.sqrt(2))
+
+
+def test_samples_of_a_batch_are_independent():
+    """Nor do the samples of a batch."""
+    z = drawn()
+    assert all(correlation_is_zero(z[i], z[j]) for i, j in itertools.combinations(range(len(z)), 2))
+
+
+def test_consecutive_seeds_are_independent():
+    """Nor do noise seeds that differ by one, nor generators that do."""
+    z = [drawn(seed=s, shape=torch.Size((1, 4, 128, 128))) for s in range(6)]
+    seeds = [seeds_from_generator(seeded(s), 1, torch.device("cpu")) for s in range(6)]
+    z += [normals(s, 1, torch.Size((1, 4, 128, 128))) for s in seeds]
+    assert all(correlation_is_zero(a, b) for a, b in itertools.combinations(z, 2))
+
+
+def test_seeds_times_nodes_do_not_collide():
+    """No (seed, node) pair of a large table repeats another's noise, as an additive key would."""
+    seeds = seeds_from_int(0, 64, torch.device("cpu"))
+    first = torch.cat([normals(seeds, node, torch.Size((64, 4))) for node in range(1, 257)])
+    assert len({tuple(row) for row in first.tolist()}) == 64 * 256
+
+
+def test_odd_shapes():
+    """An element does not depend on what the tensor's other dimensions are called, and odd sizes work."""
+    seeds = seeds_from_int(0, 2, torch.device("cpu"))
+    assert normals(seeds, 1, torch.Size((2, 7))).shape == (2, 7)
+    assert torch.equal(normals(seeds, 1, torch.Size((2, 3, 5))).flatten(1), normals(seeds, 1, torch.Size((2, 15))))
+
+
+def test_combine_is_the_weighted_sum():
+    """``combine`` adds weight times normals of each node."""
+    seeds = seeds_from_int(0, 2, torch.device("cpu"))
+    shape = torch.Size((2, 5))
+    expected = 0.6 * normals(seeds, 1, shape) + 0.8 * normals(seeds, 9, shape)
+    torch.testing.assert_close(combine([(1, 0.6), (9, 0.8)], seeds, shape), expected)
