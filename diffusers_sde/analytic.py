@@ -21,7 +21,7 @@ from diffusers_sde.prediction import convert, model_coefficients
 
 
 class GaussianMixtureModel(ModelMixin, ConfigMixin):
-    r"""``p(x_0) = sum_k w_k N(m_k, C_k)`` on vectors of dimension d, shown to pipelines as images of ``in_channels`` and ``sample_size``.
+    r"""``p(x_0) = sum_k w_k N(m_k, C_k)`` on vectors of dimension d, shown to pipelines as images.
 
     At ``x_t = alpha x_0 + sigma eps`` the components are ``N(alpha m_k, alpha^2 C_k + sigma^2 I)``, and
     ``E[x_0|x_t] = sum_k pi_k(x_t) (m_k + alpha C_k S_k^-1 (x_t - alpha m_k))``, ``S_k = alpha^2 C_k + sigma^2 I``.
@@ -78,7 +78,7 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         """The forward process that ``forward`` assumes."""
         return path_from_config(self._process)
 
-    # -- the mixture at a noise level, on flat float64 vectors (N, d) -----------------------------------------------------
+    # -- the mixture at a noise level, on flat float64 vectors (N, d) --
 
     def _components(self, x: torch.Tensor, alpha: float, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
         """log w_k N(x; alpha m_k, S_k) as (N, K), and the centred x in each eigenbasis as (N, K, d)."""
@@ -116,7 +116,7 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         z = torch.randn(n, self._m.shape[1], dtype=torch.float64, generator=generator) * self._values[k].sqrt()
         return (self._m[k] + torch.einsum("nij,nj->ni", self._vectors[k], z)).reshape(n, *self.sample_shape)
 
-    # -- exact conditioning ---------------------------------------------------------------------------------------------------
+    # -- exact conditioning --
 
     @property
     def covariances(self) -> torch.Tensor:
@@ -149,7 +149,7 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         channels, *size = self.sample_shape
         return GaussianMixtureModel(*lists, in_channels=channels, sample_size=size, process=dict(self._process))
 
-    # -- as a network -------------------------------------------------------------------------------------------------------
+    # -- as a network --
 
     def forward(
         self,
@@ -159,8 +159,10 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """The exact prediction at ``timestep`` (one number, or one per sample)."""
-        if tuple(sample.shape[1:]) != self.sample_shape:
-            raise ValueError(f"samples have shape {tuple(sample.shape[1:])}, this mixture lives on {self.sample_shape}.")
+        if math.prod(sample.shape[1:]) != self._m.shape[1]:
+            raise ValueError(
+                f"samples have shape {tuple(sample.shape[1:])}, this mixture lives on {self.sample_shape}."
+            )
         times = torch.as_tensor(timestep).double().cpu().reshape(-1)
         labels = None if class_labels is None else class_labels.cpu().reshape(-1)
         if labels is not None:

@@ -75,7 +75,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
         )
 
 
-# -- the competition ------------------------------------------------------------------------------------------------
+# -- the competition --
 
 BETAS = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
 PROCESSES = {
@@ -126,7 +126,7 @@ def ours(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# -- error of deterministic samplers ------------------------------------------------------------------------------------
+# -- error of deterministic samplers --
 
 
 def rmse(x: torch.Tensor, reference: torch.Tensor) -> float:
@@ -155,7 +155,7 @@ def errors(title: str, denoiser: Denoiser, noise: torch.Tensor, config: dict[str
         for name, scheduler in stock_odes(config, n):
             try:
                 candidates.append((rmse(sample(denoiser, scheduler, noise), reference), name))
-            except Exception:  # noqa: S112 - a stock scheduler that crashes on its own grid is no competition
+            except Exception:  # a stock scheduler that crashes on its own grid is no competition
                 continue
         best.append(min(candidates))
         for name, scheduler in ours(config).items():
@@ -183,7 +183,7 @@ def oracle(
     return GaussianMixtureModel(weights.tolist(), means.tolist(), covariances.tolist(), process=process)
 
 
-# -- stochastic samplers ----------------------------------------------------------------------------------------------------
+# -- stochastic samplers --
 
 
 def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, projections: int = 256) -> float:
@@ -209,7 +209,7 @@ def stock_sdes(config: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]
             arguments = {"clip_sample": False, **options, **grid}
             yield (
                 label,
-                lambda n=name, a=arguments: getattr(diffusers, n).from_config({**config, "_class_name": n}, **a),
+                functools.partial(getattr(diffusers, name).from_config, {**config, "_class_name": name}, **arguments),
             )
 
 
@@ -253,7 +253,7 @@ def sde_quality(seed: int, count: int = 4000) -> None:
         print(f"skipped {label}: {reason}")
 
 
-# -- time and memory of a step ------------------------------------------------------------------------------------------------
+# -- time and memory of a step --
 
 
 def step_schedulers() -> dict[str, Any]:

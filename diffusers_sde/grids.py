@@ -42,7 +42,7 @@ class Nodes:
         return Nodes(self.time[index], self.alpha[index], self.sigma[index])
 
 
-# -- named grids --------------------------------------------------------------------------------------------------
+# -- named grids --
 
 
 def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> Array:
@@ -143,7 +143,7 @@ def _shifted(path: FlowMatching, u: Array, mu: float | None) -> Array:
     return _times_of_noise(path, path.shift(u, mu))
 
 
-# -- from a config or a user's list to nodes ------------------------------------------------------------------------
+# -- from a config or a user's list to nodes --
 
 GRIDS: dict[str, Callable[..., Array]] = {
     "power": power,

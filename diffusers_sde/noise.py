@@ -1,9 +1,9 @@
 """Brownian noise that does not depend on the number of steps, the batch size or the device.
 
 Knows a Brownian path on the log-SNR axis, drawn by dyadic bisection (Levy's construction) of fixed cells, and a
-counter-based normal generator.  The increment of each step is a linear combination of standard normals attached to tree nodes; its
-coefficients are host floats known before sampling, so a path has no state: refining the grid refines the same path,
-any step can be started from, and nothing is stored between steps.  Knows nothing of networks or schedulers.
+counter-based normal generator.  The increment of each step is a linear combination of standard normals attached to
+tree nodes; its coefficients are host floats known before sampling, so a path has no state: refining the grid refines
+the same path, any step can be started from, and nothing is stored between steps.  Knows nothing of networks or schedulers.
 
 The noise of a step of constant tau from s to t is ``r_t^(1+tau^2) (W(C_t) - W(C_s))`` with ``C = r^(-2 tau^2)``,
 ``r^2 = data_std^2 + (sigma/alpha)^2``: a Brownian motion in the clock C.  Where tau changes from step to step the
@@ -137,7 +137,7 @@ def _split(
     _split(2 * k + 1, (here, right), inside, lam, clock, spare - (distinct == 1), out)
 
 
-# -- counter-based normals --------------------------------------------------------------------------------------------
+# -- counter-based normals --
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

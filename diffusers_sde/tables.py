@@ -184,7 +184,7 @@ def midpoint_weights(
     return np.array([total * (1 - slope), total * slope])
 
 
-# -- builders -------------------------------------------------------------------------------------------------------
+# -- builders --
 
 # Largest ratio of a step to the one before it, and largest sum |b| / |sum b| by order, at which a row may extrapolate.
 MAX_STEP_RATIO = 4.0

@@ -21,7 +21,7 @@ from diffusers_sde.tables import Table, evaluation_coefficients
 settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("tests")
 
-# -- processes --------------------------------------------------------------------------------------------------------
+# -- processes --
 
 LINEAR = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 SD = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -84,7 +84,7 @@ def stock_nodes(scheduler, coordinates: str = "vp") -> Nodes:
     return Nodes(np.append(scheduler.timesteps.double().numpy(), 0.0)[: len(s)], alpha, sigma)
 
 
-# -- exact denoisers --------------------------------------------------------------------------------------------------
+# -- exact denoisers --
 
 MIXTURE = ([0.3, 0.5, 0.2], [[1.0, -1.0, 0.5], [-1.5, 0.3, 0.0], [0.2, 1.2, -1.0]], [0.05, 0.2, 0.1])
 
@@ -109,7 +109,7 @@ def noise_like(n: int, seed: int = 0, dim: int = 3) -> torch.Tensor:
     return torch.randn(n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# -- running a table --------------------------------------------------------------------------------------------------
+# -- running a table --
 
 
 def run_table(table: Table, denoise, x, noise=None, outputs=None, states: bool = False):
@@ -141,7 +141,7 @@ def gaussian_law(table: Table, std: float, first_variance: float) -> float:
     return float(x @ x)
 
 
-# -- probing a sampler ------------------------------------------------------------------------------------------------
+# -- probing a sampler --
 # Every sampler here is linear in its first state, the network's outputs and its noise.  Feed it basis vectors for these
 # and read the coefficients off its states: the whole method, not one trajectory of it.
 
@@ -194,7 +194,7 @@ def deviation(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.max(np.abs(left - right).max(1) / np.abs(right).max(1)))
 
 
-# -- references -------------------------------------------------------------------------------------------------------
+# -- references --
 
 
 def reference_weights(start: float, end: float, basis, tau: float = 0.0) -> np.ndarray:

@@ -55,7 +55,7 @@ def flat(model, x):
     return model.log_density(torch.as_tensor(x)).numpy()
 
 
-# -- one noise level --------------------------------------------------------------------------------------------------
+# -- one noise level --
 
 
 @at_levels
@@ -132,7 +132,7 @@ def test_degenerate_covariance():
     torch.testing.assert_close(model.posterior_mean(x, 0.6, 0.8), expected)
 
 
-# -- conditioning -----------------------------------------------------------------------------------------------------
+# -- conditioning --
 
 
 @pytest.mark.parametrize("beta", [-2.0, 0.5, 3.0])
@@ -191,7 +191,7 @@ def v_of(model, x, alpha, sigma):
     return alpha * (x - alpha * mean) / sigma - sigma * mean
 
 
-# -- samples ----------------------------------------------------------------------------------------------------------
+# -- samples --
 
 
 def test_sample_moments():
@@ -215,7 +215,7 @@ def test_samples_follow_their_generator():
     assert model.sample(5, seeded(3)).shape == (5, 2, 1, 1)
 
 
-# -- as a network -----------------------------------------------------------------------------------------------------
+# -- as a network --
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,7 +242,7 @@ def test_forward_of_edm():
     model = GaussianMixtureModel(**TWO, process={"sigma_data": 0.5})
     stock = diffusers.EDMEulerScheduler()
     sigma = 1.7
-    x = sigma * randn(4, 2, dtype=torch.float64)
+    x = sigma * randn(4, 1, 1, 2, dtype=torch.float64)
     said = model(x, 0.25 * math.log(sigma)).sample
     torch.testing.assert_close(stock.precondition_outputs(x, said, sigma), model.posterior_mean(x, 1.0, sigma))
 
@@ -320,7 +320,7 @@ def test_bad_prediction_type():
         GaussianMixtureModel(**ONE, process={"prediction_type": "noise"})(randn(1, 1, 1, 1), 10)
 
 
-# -- as a diffusers model ---------------------------------------------------------------------------------------------
+# -- as a diffusers model --
 
 
 def test_save_and_load(tmp_path):

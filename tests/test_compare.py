@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny_pipelines import PIPELINES
 
-from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, compare
+from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, compare, named_samplers, problems, report
 from diffusers_sde.cli import main
 
 COMPONENTS, DIM = 5, 16
@@ -79,7 +79,7 @@ def errors(problem, names, steps):
     return {(r.sampler, r.budget): r.mean for r in results}
 
 
-# -- what comes out ---------------------------------------------------------------------------------------------------
+# -- what comes out --
 
 
 def test_writes_pictures_and_table(mixture_folder, tmp_path, capsys):
@@ -107,13 +107,13 @@ def test_writes_pictures_and_table(mixture_folder, tmp_path, capsys):
 
 
 def test_evaluations_are_counted_true(mixture_folder):
-    pipe = compare.load_pipeline(mixture_folder)
-    problem, calls = compare.make_problem(pipe, num_images=1, seed=0), []
+    pipe = problems.load_pipeline(mixture_folder)
+    problem, calls = problems.make_problem(pipe, num_images=1, seed=0), []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    for name, sampler in compare.SAMPLERS.items():
+    for name, sampler in named_samplers.SAMPLERS.items():
         for n in (1, 4, 5):
             calls.clear()
-            scheduler, ticks = compare.make_scheduler(name, problem.config), []
+            scheduler, ticks = named_samplers.make_scheduler(name, problem.config), []
             problem.solve(scheduler, sampler.steps(n), lambda ticks=ticks: ticks.append(1))
             assert len(calls) == len(ticks) == len(scheduler.timesteps) == sampler.evaluations(n) <= n, name
 
@@ -138,19 +138,19 @@ def test_stochastic_samplers_alone_still_draw(mixture_folder, tmp_path):
 
 
 def test_default_samplers_of_each_process():
-    for kind, names in compare.DEFAULT_SAMPLERS.items():
-        assert len(names) >= 5 and set(names) <= set(compare.SAMPLERS), kind
-    assert {name for name in compare.SAMPLERS if compare.SAMPLERS[name].ours} == {"pf-ode", "dpm-solver", "reverse-sde"}
+    for kind, names in named_samplers.DEFAULT_SAMPLERS.items():
+        assert len(names) >= 5 and set(names) <= set(named_samplers.SAMPLERS), kind
+    assert {name for name in named_samplers.SAMPLERS if named_samplers.SAMPLERS[name].ours} == {"pf-ode", "dpm-solver", "reverse-sde"}
     # every line of the error plot has a colour of its own
-    drawn = [name for name, s in compare.SAMPLERS.items() if not s.stochastic]
-    assert len({compare.COLOURS[name] for name in drawn}) == len(drawn)
+    drawn = [name for name, s in named_samplers.SAMPLERS.items() if not s.stochastic]
+    assert len({report.COLOURS[name] for name in drawn}) == len(drawn)
 
 
-# -- what the errors mean ---------------------------------------------------------------------------------------------
+# -- what the errors mean --
 
 
 def test_errors_on_the_oracle(mixture_folder):
-    problem = compare.make_problem(compare.load_pipeline(mixture_folder), num_images=8, seed=0)
+    problem = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=8, seed=0)
     e = errors(problem, ["pf-ode", "ddim"], [5, 10, 20, 40])
     assert e["pf-ode", 5] > e["pf-ode", 10] > e["pf-ode", 20] > e["pf-ode", 40]
     assert e["pf-ode", 20] < e["ddim", 20]
@@ -170,8 +170,8 @@ def test_errors_on_the_oracle(mixture_folder):
 )
 def test_all_samplers_solve_the_same_equation(scheduler):
     """With many steps every deterministic sampler arrives at the same images; the reference is there already."""
-    problem = compare.make_problem(mixture(scheduler), num_images=4, seed=1)
-    names = [n for n in compare.choose_samplers(None, problem) if not compare.SAMPLERS[n].stochastic]
+    problem = problems.make_problem(mixture(scheduler), num_images=4, seed=1)
+    names = [n for n in compare.choose_samplers(None, problem) if not named_samplers.SAMPLERS[n].stochastic]
     compare.check_samplers(names, [200], problem)
     result = compare.compare(problem, names, [200], reference_steps=400)
     assert result.reference_error < 2e-3
@@ -189,7 +189,7 @@ def test_every_run_has_the_same_start_and_noise_of_its_own(mixture_folder):
             self.start = sample
             return (torch.randn(sample.shape, generator=generator),)
 
-    problem = compare.make_problem(compare.load_pipeline(mixture_folder), num_images=3, seed=0)
+    problem = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=3, seed=0)
     spies = [Spy(), Spy()]
     first, second = (problem.solve(spy, 1, lambda: None) for spy in spies)
     assert torch.equal(spies[0].start, spies[1].start) and torch.equal(first, second)
@@ -201,18 +201,18 @@ def test_pipelines_run_through_their_call(tmp_path):
     prompt = "a cat on a mat"
     for name, prompted, scale in (("sd", True, 3.0), ("dit", False, None)):
         pipe = PIPELINES[name]()[0]
-        problem = compare.make_problem(
+        problem = problems.make_problem(
             pipe, num_images=2, seed=0, prompt=prompt if prompted else None, guidance_scale=scale
         )
         result = compare.compare(problem, ["pf-ode", "ddim", "euler-a"], [2, 8], reference_steps=24)
         e = {(r.sampler, r.budget): r.mean for r in result.results}
         assert result.reference.shape == (2, 3, 16, 16) and e["pf-ode", 8] < e["pf-ode", 2]
         assert e["pf-ode", 8] < e["ddim", 8] and e["euler-a", 8] is None
-        compare.write(result, tmp_path / name)
+        report.write(result, tmp_path / name)
         assert sorted(os.listdir(tmp_path / name)) == FILES
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- what is refused --
 
 
 @pytest.mark.parametrize(
@@ -276,50 +276,50 @@ def test_refuses_an_output_that_is_a_file(mixture_folder, tmp_path, capsys):
 
 
 def test_samplers_that_do_not_fit_the_process():
-    flow = compare.make_problem(mixture(diffusers.FlowMatchEulerDiscreteScheduler()), num_images=1, seed=0)
+    flow = problems.make_problem(mixture(diffusers.FlowMatchEulerDiscreteScheduler()), num_images=1, seed=0)
     with pytest.raises(
-        compare.UsageError, match="euler-a does not fit this model: diffusers has no flow matching form"
+        named_samplers.UsageError, match="euler-a does not fit this model: diffusers has no flow matching form"
     ):
         compare.check_samplers(["pf-ode", "euler-a"], [5], flow)
     zero_snr = diffusers.DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, prediction_type="v_prediction"
     )
-    problem = compare.make_problem(mixture(zero_snr), num_images=1, seed=0)
-    with pytest.raises(compare.UsageError, match="HeunDiscreteScheduler ignores rescale_betas_zero_snr"):
+    problem = problems.make_problem(mixture(zero_snr), num_images=1, seed=0)
+    with pytest.raises(named_samplers.UsageError, match="HeunDiscreteScheduler ignores rescale_betas_zero_snr"):
         compare.check_samplers(["heun"], [5], problem)
     # a diffusers bug (issue 12771), found before the network runs
-    with pytest.raises(compare.UsageError, match="dpm\\+\\+2m-karras cannot run with 5 evaluations"):
+    with pytest.raises(named_samplers.UsageError, match="dpm\\+\\+2m-karras cannot run with 5 evaluations"):
         compare.check_samplers(["dpm++2m-karras"], [5], problem)
 
 
 def test_pipelines_without_what_they_need():
     sd, dit = PIPELINES["sd"]()[0], PIPELINES["dit"]()[0]
-    with pytest.raises(compare.UsageError, match="pass a --prompt"):
-        compare.make_problem(sd, num_images=1, seed=0)
-    with pytest.raises(compare.UsageError, match="takes no prompt"):
-        compare.make_problem(dit, num_images=1, seed=0, prompt="a cat")
+    with pytest.raises(named_samplers.UsageError, match="pass a --prompt"):
+        problems.make_problem(sd, num_images=1, seed=0)
+    with pytest.raises(named_samplers.UsageError, match="takes no prompt"):
+        problems.make_problem(dit, num_images=1, seed=0, prompt="a cat")
 
 
 def test_failure_while_sampling_leaves_nothing(mixture_folder, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(compare, "draw_errors", fails)
+    monkeypatch.setattr(report, "draw_errors", fails)
     with pytest.raises(RuntimeError):
         run("--model", mixture_folder, "--steps", 2, "--samplers", "ddim", "--output_dir", tmp_path / "a" / "out")
     assert os.listdir(tmp_path) == []
 
 
-# -- small parts ------------------------------------------------------------------------------------------------------
+# -- small parts --
 
 
 def test_labels_are_spread():
-    assert compare.spread_labels(3, 10) == [0, 4, 9] and compare.spread_labels(1, 10) == [0]
-    assert compare.spread_labels(10, 10) == list(range(10)) and compare.spread_labels(12, 10)[-2:] == [0, 1]
+    assert problems.spread_labels(3, 10) == [0, 4, 9] and problems.spread_labels(1, 10) == [0]
+    assert problems.spread_labels(10, 10) == list(range(10)) and problems.spread_labels(12, 10)[-2:] == [0, 1]
 
 
 def test_names_at_the_ends_of_lines_do_not_overlap():
-    y = compare.spread({"a": 0.5, "b": 0.5, "c": 0.51, "d": 0.9}, 0.06)
+    y = report.spread({"a": 0.5, "b": 0.5, "c": 0.51, "d": 0.9}, 0.06)
     ordered = [y[k] for k in "abc"]
     assert min(b - a for a, b in itertools.pairwise(ordered)) > 0.055
     assert y["d"] == 0.9 and math.isclose(sum(ordered), 1.51, abs_tol=1e-6)

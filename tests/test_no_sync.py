@@ -185,7 +185,7 @@ def test_few_operations_per_step():
     assert len(watch.seen) <= 8, watch.seen
 
 
-# -- threads ----------------------------------------------------------------------------------------------------------
+# -- threads --
 
 
 def drive(scheduler, n, x, barrier=None):
@@ -242,7 +242,7 @@ def test_another_thread_inherits_the_layout_only():
     assert torch.equal(loop(scheduler, half, start=2), expected)
 
 
-# -- copies -----------------------------------------------------------------------------------------------------------
+# -- copies --
 
 
 @by_setting

@@ -284,7 +284,7 @@ def test_noise_has_the_stated_standard_deviation():
     assert out.noise_std == 0
 
 
-# -- normals ----------------------------------------------------------------------------------------------------------
+# -- normals --
 
 MANY = torch.Size((8, 4, 128, 128))
 

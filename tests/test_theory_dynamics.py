@@ -67,7 +67,7 @@ def forward_moments(path, start, end, first):
     return solve_ivp(rate, (start, end), first, **TIGHT).y[:, -1]
 
 
-# -- the conditional path ---------------------------------------------------------------------------------------------
+# -- the conditional path --
 
 
 @every_path
@@ -131,7 +131,7 @@ def test_conditional_sde_reproduces_the_conditional_path(name, tau):
     np.testing.assert_allclose(moments, [a0 * MEAN, s0**2], rtol=1e-6)
 
 
-# -- the marginal path ------------------------------------------------------------------------------------------------
+# -- the marginal path --
 
 
 @every_path
@@ -217,7 +217,7 @@ def test_reverse_density_equation(name, tau):
         assert rhs == pytest.approx(lhs, abs=1e-5 * g2 * p[0] / s.min() ** 2)
 
 
-# -- the score --------------------------------------------------------------------------------------------------------
+# -- the score --
 
 
 @every_path
@@ -297,7 +297,7 @@ def test_noise_loss_is_score_matching_plus_a_constant(name):
     assert best[0] == pytest.approx(constant, rel=1e-9)
 
 
-# -- discretisation ---------------------------------------------------------------------------------------------------
+# -- discretisation --
 
 
 def one_step_divergence(v, h, std):

@@ -44,7 +44,7 @@ def inner_times(path, n=23):
     return np.floor(grid) + 0.37 if isinstance(path, VariancePreserving) else grid
 
 
-# -- alpha, sigma and their derivatives -------------------------------------------------------------------------------
+# -- alpha, sigma and their derivatives --
 
 
 @every_path
@@ -102,7 +102,7 @@ def test_alpha_and_sigma_obey_their_family(name, law):
     np.testing.assert_allclose(np.log(alpha) - np.log(sigma), path.log_snr(t), rtol=1e-9, atol=1e-9)
 
 
-# -- time and log-SNR -------------------------------------------------------------------------------------------------
+# -- time and log-SNR --
 
 
 @every_path
@@ -158,7 +158,7 @@ def test_limits_are_exact():
         assert [float(v) for v in path.alpha_sigma_of(np.inf)] == [1.0, 0.0]
 
 
-# -- the configs of diffusers -----------------------------------------------------------------------------------------
+# -- the configs of diffusers --
 
 STOCK_BETAS = {
     "linear": (diffusers.DDPMScheduler, LINEAR),
@@ -257,7 +257,7 @@ def test_invert_sigmas_labels_are_those_of_mochi():
     np.testing.assert_allclose(PATHS["mochi"].log_snr(times), PATHS["flow"].log_snr(1000 - times), rtol=1e-12)
 
 
-# -- predictions ------------------------------------------------------------------------------------------------------
+# -- predictions --
 
 level = st.floats(0.02, 50.0)
 kinds = st.sampled_from(PREDICTION_TYPES)
@@ -364,7 +364,7 @@ def test_prediction_types_are_interchangeable_below_pure_noise():
         torch.testing.assert_close(results[0], other, rtol=0, atol=1e-9)
 
 
-# -- discrete kernels -------------------------------------------------------------------------------------------------
+# -- discrete kernels --
 
 
 @st.composite
@@ -442,7 +442,7 @@ def test_fixed_large_variance_is_that_of_ddpm():
     np.testing.assert_allclose(stds[:-1], exact[:-1], rtol=1e-7)
 
 
-# -- affine equivalence -----------------------------------------------------------------------------------------------
+# -- affine equivalence --
 
 
 @pytest.mark.parametrize("clock", ["log_snr", "sigma", "angle"])
@@ -465,7 +465,7 @@ def test_affine_flows_are_equivalent(clock, tau, data_std):
             torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
 
 
-# -- what stopping early and starting late cost -----------------------------------------------------------------------
+# -- what stopping early and starting late cost --
 
 
 def w2_of_gaussians(mean0, var0, mean1, var1):

@@ -23,6 +23,7 @@ from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VarianceP
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.schedulers.config import canonical_config, grid_from_stock_flags
 from diffusers_sde.schedulers.data_prediction import limited, split_variance
+from diffusers_sde.schedulers.noising import Noising
 from diffusers_sde.schedulers.state import Compiled, CompiledRow, PerThread, Run
 from diffusers_sde.tables import Table, evaluation_coefficients
 
@@ -43,14 +44,14 @@ class SchedulerOutput(BaseOutput):
     noise_std: float = 0.0
 
 
-class TableScheduler(SchedulerMixin, ConfigMixin):
+class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
     """Base of the public schedulers.  A subclass implements :meth:`_table` and, if stochastic, :meth:`_noise_law`."""
 
     config_name = "scheduler_config.json"
     order = 1  # every model evaluation has its own timestep, whatever the solver
     _own_keys: tuple[str, ...] = ()  # config keys of the solver, not inherited from other classes' configs
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- what a subclass says --
 
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
         """The table for these nodes; ``tau`` is the noise level of each step, zeros for an ODE."""
@@ -66,7 +67,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             return ("exponential" if self.config.sigma_schedule == "exponential" else "karras"), None
         return "power", 1.0
 
-    # -- config -------------------------------------------------------------------------------------------------------
+    # -- config --
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -112,7 +113,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """The forward process of the current config (pipelines may change the config after construction)."""
         return path_from_config(self.config)
 
-    # -- attributes that pipelines and training scripts read --------------------------------------------------------------
+    # -- attributes that pipelines and training scripts read --
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -204,7 +205,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """Start at this index of ``timesteps`` (image-to-image); any index is a valid start."""
         self._run.begin_index = begin_index
 
-    # -- layout ---------------------------------------------------------------------------------------------------------
+    # -- layout --
 
     def set_timesteps(
         self,
@@ -290,7 +291,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             rows.append(CompiledRow(row.a, weights, row.c, k_x / k_m, d_x, d_m, d_rest, table.history(i), z))
         return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding))
 
-    # -- indices ----------------------------------------------------------------------------------------------------------
+    # -- indices --
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: torch.Tensor | None = None) -> int:
         """Index of a timestep in the current grid: for an element of ``scheduler.timesteps`` its position in memory
@@ -313,7 +314,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             return run.begin_index
         return self.index_for_timestep(timestep)
 
-    # -- the step -----------------------------------------------------------------------------------------------------------
+    # -- the step --
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network's input: ``x / sqrt(sigma^2 + sigma_data^2)`` for EDM, the sample itself otherwise."""
@@ -417,64 +418,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         x0 = (sample.float() + sigma[..., None].float() * model_output.float()).to(sample.dtype)
         return SchedulerOutput(prev, x0, prev, 0.0) if return_dict else (prev, x0)
 
-    # -- noising ------------------------------------------------------------------------------------------------------------
-
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Any) -> torch.Tensor:
-        """``alpha x_0 + sigma eps`` at the row a pipeline stands at (``step_index`` once stepping, else
-        ``begin_index``), else at ``timesteps`` (a number, or a tensor of one time per sample)."""
-        alpha, sigma = self._alpha_sigma(timesteps, original_samples)
-        return alpha * original_samples + sigma * noise
-
-    def scale_noise(self, sample: torch.Tensor, timestep: Any, noise: torch.Tensor) -> torch.Tensor:
-        """:meth:`add_noise` in the argument order of the flow matching schedulers."""
-        return self.add_noise(sample, noise, timestep)
-
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Any) -> torch.Tensor:
-        """The v-prediction target ``alpha eps - sigma x_0``."""
-        alpha, sigma = self._alpha_sigma(timesteps, sample)
-        return alpha * noise - sigma * sample
-
-    def _alpha_sigma(self, timesteps: Any, like: torch.Tensor) -> tuple[Any, Any]:
-        run = self._runs.get()
-        if run is not None and run.begin_index is not None:
-            index = run.begin_index if run.step_index is None else min(run.step_index, len(run.timesteps))
-            nodes = self._nodes(run)
-            return float(nodes.alpha[index]), float(nodes.sigma[index])
-        t = timesteps if isinstance(timesteps, torch.Tensor) else torch.as_tensor(timesteps)
-        if t.device.type == "cpu":
-            times = t.double().numpy().reshape(-1)
-            alpha, sigma = self.path.alpha_sigma(times)
-            if run is not None:  # on the grid the run's own levels count: sigmas may have been given or written
-                nodes = self._nodes(run)
-                for j, time in enumerate(times):
-                    hit = np.flatnonzero(np.abs(nodes.time[:-1] - time) <= 1e-6 * max(abs(time), 1e-3))
-                    if len(hit):
-                        alpha[j], sigma[j] = nodes.alpha[hit[0]], nodes.sigma[hit[0]]
-            pair = (torch.from_numpy(np.asarray(v)).to(like.device, like.dtype) for v in (alpha, sigma))
-        else:
-            pair = (v.to(like.device, like.dtype) for v in _alpha_sigma_on_device(self.path, t.flatten()))
-        alpha_t, sigma_t = (v.reshape(-1, *[1] * (like.ndim - 1)) for v in pair)
-        return alpha_t, sigma_t
-
     def __len__(self) -> int:
         return self.config.num_train_timesteps
-
-
-def _alpha_sigma_on_device(path: Path, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``path.alpha_sigma`` for times that live on an accelerator, without bringing them to the host."""
-    t = t.float()
-    if isinstance(path, FlowMatching):
-        sigma = t / path.scale
-        return (sigma, 1 - sigma) if path.inverted else (1 - sigma, sigma)
-    if isinstance(path, VarianceExploding):
-        sigma = torch.exp(4 * t) if path.noise_conditioning == "log" else torch.tan(t * (np.pi / 2))
-        return torch.ones_like(sigma), sigma
-    assert isinstance(path, VariancePreserving)
-    # linear in the angle between integers: equal to the host's rule at integers, within 1e-6 of it elsewhere
-    angle = torch.from_numpy(np.arccos(np.sqrt(path.alphas_cumprod))).float().to(t.device, non_blocking=True)
-    low = t.floor().clamp(0, len(angle) - 2).long()
-    at = torch.lerp(angle[low], angle[low + 1], t - low)
-    return at.cos(), at.sin()
 
 
 def _distinct_integers(times: np.ndarray) -> np.ndarray:

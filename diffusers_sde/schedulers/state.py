@@ -22,7 +22,8 @@ class CompiledRow:
     """A table row in terms of the model output m: ``x <- a x + sum_j weights[j] E_{i-j} + c z``, ``E = m + kappa x``.
 
     E is the row's evaluation F up to a factor, which the weights carry: forming it is one operation.
-    ``x_0 = d_x x + d_m m = d_rest x + d_m E``; ``keep``: how many E later rows read; ``noise``: the normals of z and their weights.
+    ``x_0 = d_x x + d_m m = d_rest x + d_m E``; ``keep``: how many E later rows read;
+    ``noise``: the normals of z and their weights.
     """
 
     a: float

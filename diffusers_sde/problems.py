@@ -1,0 +1,167 @@
+"""A model as a problem to solve: everything fixed but the sampler.
+
+Knows how to load a pipeline, to call a bare network with this package's loop or any other pipeline through its own
+call, always from the same noise.  Knows no sampler and draws nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from diffusers_sde.named_samplers import UsageError, process_kind
+from diffusers_sde.sampling import network_denoiser, sample
+
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model with everything but the sampler fixed: ``solve(scheduler, steps, tick)`` returns images (N, C, H, W) with
+    values around [-1, 1] on the CPU, from the same noise each time, and calls ``tick`` after each evaluation."""
+
+    config: Mapping[str, Any]
+    solve: Callable[[Any, int, Tick], torch.Tensor]
+    own_loop: bool
+
+
+def load_pipeline(model: str) -> diffusers.DiffusionPipeline:
+    """The pipeline in a folder or of a hub id; raises :class:`UsageError` where there is none."""
+    folder = Path(model)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise UsageError(f"{model} is no pipeline (it has no model_index.json): pass a folder of save_pretrained.")
+    if not folder.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+        raise UsageError(f"{model} does not exist: pass a pipeline's folder or a hub id like google/ddpm-cifar10-32.")
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(model)
+    except Exception as error:  # whatever it is: hub, cache, network, json and weights each raise their own
+        where = "is a broken pipeline folder" if folder.exists() else "is no folder and could not be had from the Hub"
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{model} {where} ({type(error).__name__}: {reason}): check it, or pass another --model."
+        ) from error
+
+
+def make_problem(
+    pipe: diffusers.DiffusionPipeline,
+    *,
+    num_images: int,
+    seed: int,
+    guidance_scale: float | None = None,
+    prompt: str | None = None,
+) -> Problem:
+    """``pipe`` as a :class:`Problem`: a bare network in this package's loop, any other pipeline through its call.
+
+    Raises :class:`UsageError` for what the model does not take (guidance, prompt) or needs (prompt), and for a
+    scheduler that names no known process.
+    """
+    try:
+        process_kind(pipe.scheduler.config)
+    except (AttributeError, ValueError) as error:
+        raise UsageError(f"This model has no scheduler with a known diffusion process: {error}") from error
+    if set(pipe.components) == {"unet", "scheduler"}:
+        if prompt is not None:
+            raise UsageError("This model takes no prompt: leave out --prompt.")
+        return _network_problem(pipe, num_images, seed, guidance_scale)
+    return _pipeline_problem(pipe, num_images, seed, guidance_scale, prompt)
+
+
+def _network_problem(pipe: Any, num_images: int, seed: int, guidance_scale: float | None) -> Problem:
+    network, device = pipe.unet, pipe.device
+    classes = getattr(network.config, "num_class_embeds", None)
+    if not classes and guidance_scale not in (None, 1.0):
+        raise UsageError(
+            "Guidance needs a class-conditional model, this one has no classes: leave out --guidance_scale."
+        )
+    scale = (2.0 if classes else 1.0) if guidance_scale is None else guidance_scale
+    labels = torch.tensor(spread_labels(num_images, classes - 1), device=device) if classes else None
+    denoiser, size = network_denoiser(network, labels, scale), network.config.sample_size
+    channels = network.config.in_channels
+    shape = (num_images, channels, *((size, size) if isinstance(size, int) else size))
+
+    def mean(x: torch.Tensor, t: Any) -> torch.Tensor:
+        return denoiser(x, t)[:, :channels]  # without a learned variance, which some of the samplers cannot take
+
+    def solve(scheduler: Any, steps: int, tick: Tick) -> torch.Tensor:
+        # the noise of a stochastic sampler goes on where that of the start ended, as in a pipeline
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(shape, generator=generator).to(device)
+        lay_out(scheduler, steps)
+        return sample(mean, scheduler, start, generator=generator, callback=tick).float().cpu()
+
+    return Problem(pipe.scheduler.config, solve, own_loop=True)
+
+
+def lay_out(scheduler: Any, steps: int) -> None:
+    """``set_timesteps``, trailing for flow matching Euler too, which has no option for it."""
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+    else:
+        scheduler.set_timesteps(steps)
+
+
+def _pipeline_problem(
+    pipe: Any, num_images: int, seed: int, guidance_scale: float | None, prompt: str | None
+) -> Problem:
+    known, name = inspect.signature(pipe.__call__).parameters, type(pipe).__name__
+    inputs: dict[str, Any] = {"output_type": "np"}
+    if "generator" not in known:
+        raise UsageError(f"{name} takes no generator, so its noise cannot be fixed: pass another --model.")
+    if guidance_scale is not None:
+        if "guidance_scale" not in known:
+            raise UsageError(f"{name} takes no guidance: leave out --guidance_scale.")
+        inputs["guidance_scale"] = guidance_scale
+    if prompt is not None and "prompt" not in known:
+        raise UsageError(f"{name} takes no prompt: leave out --prompt.")
+    if "class_labels" in known:
+        inputs["class_labels"] = spread_labels(num_images, pipe.transformer.config.num_embeds_ada_norm)
+    elif "prompt" in known:
+        if prompt is None:
+            raise UsageError(f"{name} makes pictures from text: pass a --prompt.")
+        inputs["prompt"] = [prompt] * num_images
+    elif "batch_size" in known:
+        inputs["batch_size"] = num_images
+    else:
+        raise UsageError(f"{name} takes neither a prompt nor class labels nor a batch size: pass a model that does.")
+    pipe.set_progress_bar_config(disable=True)
+
+    def solve(scheduler: Any, steps: int, tick: Tick) -> torch.Tensor:
+        # pipelines draw their latents before all else: a seed per image is the same noise for every sampler
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
+        pipe.scheduler = ticking(scheduler, tick)
+        try:
+            images = pipe(**inputs, num_inference_steps=steps, generator=generators).images
+        except Exception as error:  # a pipeline may refuse a scheduler in any way
+            reason = f"{name} failed with {type(scheduler).__name__}: {error}"
+            raise UsageError(f"{reason}; leave that out of --samplers or pass another --model.") from error
+        return torch.from_numpy(np.asarray(images)).movedim(-1, 1).float() * 2 - 1
+
+    return Problem(pipe.scheduler.config, solve, own_loop=False)
+
+
+def ticking(scheduler: Any, tick: Tick) -> Any:
+    """``scheduler`` with a step that calls ``tick`` and keeps its signature, which pipelines inspect."""
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        tick()
+        return step(*args, **kwargs)
+
+    scheduler.step = counted
+    return scheduler
+
+
+def spread_labels(n: int, classes: int) -> list[int]:
+    """``n`` labels in 0..classes - 1: evenly spread where n is smaller, else cycling."""
+    if n >= classes:
+        return [i % classes for i in range(n)]
+    return [round(i * (classes - 1) / max(n - 1, 1)) for i in range(n)]

@@ -1,0 +1,231 @@
+"""What ``diffusers-sde compare`` writes: a table, a csv file, a grid of pictures, a plot of errors.
+
+Knows results and matplotlib.  Knows neither models nor solvers.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusers_sde.named_samplers import SAMPLERS
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: ``nfe`` true evaluations for a budget of ``budget``; ``errors`` (N,) are the RMSE of each image against
+    the reference, None for a stochastic sampler."""
+
+    sampler: str
+    budget: int
+    nfe: int
+    seconds: float
+    images: torch.Tensor
+    errors: np.ndarray | None
+
+    @property
+    def mean(self) -> float | None:
+        return None if self.errors is None else float(self.errors.mean())
+
+    @property
+    def median(self) -> float | None:
+        return None if self.errors is None else float(np.median(self.errors))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All results, the reference images, and how far the reference is from the one with half its evaluations."""
+
+    results: list[Result]
+    reference: torch.Tensor
+    reference_nfe: int
+    reference_error: float
+
+    @property
+    def samplers(self) -> list[str]:
+        return list(dict.fromkeys(r.sampler for r in self.results))
+
+    @property
+    def budgets(self) -> list[int]:
+        return sorted({r.budget for r in self.results})
+
+
+COLUMNS = ("sampler", "nfe", "seconds", "rmse_mean", "rmse_median")
+
+
+def rows(comparison: Comparison, missing: str = "") -> Iterator[tuple[str, ...]]:
+    """The table in strings, ``missing`` where there is no error."""
+    for r in comparison.results:
+        errors = (missing if e is None else f"{e:.5f}" for e in (r.mean, r.median))
+        yield (r.sampler, str(r.nfe), f"{r.seconds:.2f}", *errors)
+
+
+def format_table(comparison: Comparison) -> str:
+    """The table for a terminal, with the reference and its own error below."""
+    lines = [COLUMNS, *rows(comparison, missing="-")]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    text = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    n = comparison.reference_nfe
+    text.append(
+        f"rmse: per image, pixels in [-1, 1], to the ODE's solution from the same noise ({n} evaluations; {n // 2} of "
+        f"them differ by {comparison.reference_error:.5f}).  '-': a stochastic sampler has no such error."
+    )
+    return "\n".join(text)
+
+
+def write_csv(comparison: Comparison, path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(rows(comparison))
+
+
+# by name, so that two plots agree
+COLOURS = {
+    "pf-ode": "#d1495b",
+    "dpm-solver": "#e58f1c",
+    "reverse-sde": "#8e44ad",
+    "ddim": "#7f8c8d",
+    "euler": "#a0785a",
+    "dpm++2m": "#1f77b4",
+    "dpm++2m-karras": "#4bacc6",
+    "unipc": "#2e8b57",
+    "deis": "#6a7f10",
+    "heun": "#34495e",
+}
+
+
+def montage(images: torch.Tensor, gap: int) -> np.ndarray:
+    """(N, C, H, W) in [-1, 1] side by side, (H, N (W + gap) - gap, 3) in [0, 1], white between them."""
+    x = torch.nan_to_num(images / 2 + 0.5).clamp(0, 1)
+    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+    x = torch.nn.functional.pad(x, (0, gap), value=1.0)
+    return torch.cat(list(x), dim=-1)[..., : -gap or None].movedim(0, -1).numpy()
+
+
+def draw_grid(comparison: Comparison, path: Path, shown: int = 4) -> None:
+    """Rows: the reference and each sampler; columns: evaluations; up to ``shown`` images and the error in each cell."""
+    from matplotlib.figure import Figure
+
+    names, budgets = comparison.samplers, comparison.budgets
+    cells = {(r.sampler, r.budget): r for r in comparison.results}
+    keep = np.unique(
+        np.linspace(0, len(comparison.reference) - 1, min(shown, len(comparison.reference))).round()
+    ).astype(int)
+    height, width = comparison.reference.shape[2:]
+    gap = max(width // 16, 1)
+    cell_width = 2.7 * len(keep) / 4
+    cell_height = cell_width * height / (len(keep) * (width + gap) - gap)
+    figure = Figure(
+        figsize=(1.45 + (cell_width + 0.2) * len(budgets), (cell_height + 0.24) * (len(names) + 1) + 0.3),
+        facecolor="white",
+        layout="constrained",
+    )
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
+    axes = figure.subplots(len(names) + 1, len(budgets), squeeze=False)
+    best = {
+        n: min((r.mean for r in comparison.results if r.budget == n and r.mean is not None), default=None)
+        for n in budgets
+    }
+    for i, name in enumerate(["reference", *names]):
+        for ax, n in zip(axes[i], budgets, strict=True):
+            result = cells.get((name, n))
+            images = comparison.reference if result is None else result.images
+            ax.imshow(montage(images[keep], gap), interpolation="nearest" if width <= 64 else "antialiased")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if result is None:
+                ax.set_title(f"{n} evaluations", fontsize=12, fontweight="bold", pad=7)
+                continue
+            said = [] if result.mean is None else [f"error {result.mean:.3f}"]
+            said += [f"{result.nfe} evaluations"] if result.nfe != n else []
+            first = result.mean is not None and result.mean == best[n]
+            ax.set_xlabel(", ".join(said), fontsize=9, labelpad=2, color="black" if first else "#666666")
+            ax.xaxis.label.set_fontweight("bold" if first else "normal")
+        axes[i, 0].set_ylabel(
+            f"reference\n{comparison.reference_nfe} evaluations" if i == 0 else row_label(name),
+            rotation=0, ha="right", va="center", fontsize=11, labelpad=8,
+        )  # fmt: skip
+        axes[i, 0].yaxis.label.set_fontweight("bold" if i and SAMPLERS[name].ours else "normal")
+    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.08)
+
+
+def row_label(name: str) -> str:
+    notes = [] if SAMPLERS[name].ours else ["diffusers"]
+    notes += ["stochastic"] if SAMPLERS[name].stochastic else []
+    return f"{name}\n({', '.join(notes)})" if notes else name
+
+
+def draw_errors(comparison: Comparison, path: Path) -> None:
+    """Mean error against evaluations, log-log, one line per deterministic sampler, named at its end."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    figure = Figure(figsize=(7, 4.2), facecolor="white", layout="constrained")
+    ax = figure.subplots()
+    ends = {}
+    for name in comparison.samplers:
+        points = [(r.nfe, r.mean) for r in comparison.results if r.sampler == name and r.mean is not None]
+        points = [(n, e) for n, e in points if math.isfinite(e) and e > 0]
+        if points:
+            style: dict[str, Any] = {"lw": 2.4, "ls": "-"} if SAMPLERS[name].ours else {"lw": 1.6, "ls": "--"}
+            ax.plot(*zip(*points, strict=True), marker="o", ms=5, color=COLOURS[name], label=name, **style)
+            ends[name] = points[-1]
+    ax.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="RMSE to the exact ODE solution")
+    ax.xaxis.set_major_locator(FixedLocator(comparison.budgets))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.grid(color="#dddddd", lw=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    if not ends:
+        ax.text(0.5, 0.5, "stochastic samplers have no error", transform=ax.transAxes, ha="center", color="#666666")
+    low, high = np.log(ax.get_ylim())
+    at = {name: (math.log(e) - low) / (high - low) for name, (_, e) in ends.items()}
+    for name, y in spread(at, 0.062).items():
+        said = name if SAMPLERS[name].ours else f"{name} (diffusers)"
+        ax.annotate(
+            said, (1.02, y), xycoords="axes fraction", va="center", color=COLOURS[name],
+            fontweight="bold" if SAMPLERS[name].ours else "normal",
+        )  # fmt: skip
+    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.08)
+
+
+def spread(positions: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Positions in [0, 1] moved apart to at least ``gap``, in their order and around where they were."""
+    names = sorted(positions, key=lambda k: positions[k])
+    y = np.array([positions[k] for k in names])
+    for _ in range(200):
+        overlap = np.clip(gap - np.diff(y), 0, None) / 2
+        y[:-1] -= overlap
+        y[1:] += overlap
+    return dict(zip(names, y.tolist(), strict=True))
+
+
+def write(comparison: Comparison, output: Path) -> None:
+    """Write ``results.csv``, ``grid.png`` and ``error.png``, all of them or none."""
+    existing = next(p for p in output.absolute().parents if p.exists())
+    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{output.name}-") as folder:
+        made = {"results.csv": write_csv, "grid.png": draw_grid, "error.png": draw_errors}
+        for name, make in made.items():
+            make(comparison, Path(folder) / name)
+        output.mkdir(parents=True, exist_ok=True)
+        for name in made:
+            os.replace(Path(folder) / name, output / name)
