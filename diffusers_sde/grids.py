@@ -50,17 +50,46 @@ def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> Arra
 
     rho = 1 is diffusers' ``trailing``; rho > 1 puts steps near the data.  When that would pass t = 0 the grid ends
     there instead, ``t_i = (T-1) ((n-1-i)/(n-1))^rho``.  Flow matching: ``u_i = ((n-i)/n)^rho``, then its shift.
-    Variance exploding: ``sigma_i = sigma_min + (sigma_max - sigma_min) ((n-1-i)/(n-1))^rho``.
+    Variance exploding: ``t_i = t_min + (t_max - t_min) ((n-1-i)/(n-1))^rho`` in the network's time.
     """
     u = (np.arange(n, 0, -1) / n) ** rho
     if isinstance(path, FlowMatching):
+        low = 1 / path.scale
+        if u[-1] < low:
+            u = low + (1 - low) * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
         return _shifted(path, u, mu)
     if isinstance(path, VarianceExploding):
-        low, high = _noise_range(path)
-        return _times_of_noise(path, low + (high - low) * (np.arange(n - 1, -1, -1) / max(n - 1, 1)) ** rho)
+        return path.cleanest + (path.noisiest - path.cleanest) * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
     t = (path.noisiest + 1) * u - 1
     if t[-1] < path.cleanest:
         t = path.noisiest * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
+    return t
+
+
+def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> Array:
+    """Trailing power grid in the mean of time and log-SNR: ``G(t_i) = ((n-i)/n)^rho`` with
+
+        G(t) = 1/2 (t - t_min)/(t_max - t_min) + 1/2 (lambda_max - lambda(t))/(lambda_max - lambda_min)
+
+    over the training range.  Equal steps of time starve low noise, equal steps of log-SNR the middle, where pictures
+    take shape; their mean was the most robust grid measured (README, "How the defaults were chosen").
+    """
+    target = (np.arange(n, 0, -1) / n) ** rho
+    if isinstance(path, FlowMatching):  # time is noise there, and the model's shift is applied to it
+        return _shifted(path, target, mu)
+    low, high = np.log(_noise_range(path))
+
+    def progress(t: Array) -> Array:
+        level = np.clip(-path.log_snr(t), low, high)
+        return 0.5 * (t - path.cleanest) / (path.noisiest - path.cleanest) + 0.5 * (level - low) / (high - low)
+
+    left, right = np.full(n, path.cleanest), np.full(n, path.noisiest)
+    for _ in range(60):  # bisection: G increases with t
+        middle = 0.5 * (left + right)
+        above = progress(middle) > target
+        left, right = np.where(above, left, middle), np.where(above, middle, right)
+    t = 0.5 * (left + right)
+    t[0] = path.noisiest
     return t
 
 
@@ -89,14 +118,19 @@ def leading(path: Path, n: int, mu: float | None = None, steps_offset: int = 0) 
 
 def log_snr(path: Path, n: int) -> Array:
     """Equal steps of the log-SNR over the training range (Lu et al. 2022, arXiv:2206.00927; also ``exponential``)."""
-    low, high = _noise_range(path)
-    return _times_of_noise(path, np.exp(np.linspace(np.log(high), np.log(low), n)))
+    return _times_of_noise(path, _ramp_levels(*_noise_range(path), np.linspace(0, 1, n), None))
 
 
 def karras(path: Path, n: int, rho: float = 7.0) -> Array:
     """``s_i = (s_max^(1/rho) + i/(n-1) (s_min^(1/rho) - s_max^(1/rho)))^rho`` (Karras et al. 2022, eq. 5)."""
-    low, high = _noise_range(path)
-    return _times_of_noise(path, np.linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho)
+    return _times_of_noise(path, _ramp_levels(*_noise_range(path), np.linspace(0, 1, n), rho))
+
+
+def _ramp_levels(low: float, high: float, ramp: Array, rho: float | None) -> Array:
+    """Noise levels from ``high`` to ``low`` along a ramp in [0, 1], linear in ``s^(1/rho)`` or, for None, in log s."""
+    if rho is None:
+        return np.exp(np.log(high) + ramp * (np.log(low) - np.log(high)))
+    return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
 
 
 def beta(path: Path, n: int, a: float = 0.6, b: float = 0.6) -> Array:
@@ -146,6 +180,7 @@ def _shifted(path: FlowMatching, u: Array, mu: float | None) -> Array:
 # -- from a config or a user's list to nodes --
 
 GRIDS: dict[str, Callable[..., Array]] = {
+    "balanced": balanced,
     "power": power,
     "trailing": trailing,
     "leading": leading,
@@ -157,6 +192,7 @@ GRIDS: dict[str, Callable[..., Array]] = {
     "ays": ays,
 }
 _OPTIONS = {
+    "balanced": ("rho", "mu"),
     "power": ("rho", "mu"),
     "trailing": ("mu",),
     "leading": ("mu", "steps_offset"),
@@ -203,12 +239,14 @@ def nodes_from_user(
     *,
     mu: float | None = None,
     final: str = "zero",
+    ramp_rho: float | None = 7.0,
 ) -> Nodes:
     """Nodes of a user's ``timesteps`` and/or ``sigmas``, in the meaning that diffusers' pipelines give them.
 
     timesteps: what the network sees.  sigmas: ``sigma/alpha`` for variance preserving and exploding paths; unshifted
-    sigmas for flow matching (the shift is applied here, once); a ramp that rises from 0 to 1 for EDM.  A terminal 0 is
-    recognised and not evaluated.  With both, the network sees ``timesteps`` and the state has ``sigmas``.
+    sigmas for flow matching (the shift is applied here, once); a ramp that rises from 0 to 1 for EDM, along the Karras
+    law of exponent ``ramp_rho`` or, for None, along the log of sigma.  A terminal 0 is recognised and not evaluated.
+    With both, the network sees ``timesteps`` and the state has ``sigmas``.
 
     Raises ``ValueError`` for lists that are empty, of unequal length, not finite, or not of decreasing noise.
     """
@@ -223,8 +261,7 @@ def nodes_from_user(
         if isinstance(path, FlowMatching):
             own = _shifted(path, labels, mu)
         elif isinstance(path, VarianceExploding) and labels[0] == 0 and labels.max() <= 1:
-            low, high = (x ** (1 / 7) for x in _noise_range(path))
-            own = path.time(-7 * np.log(high + labels * (low - high)))
+            own = _times_of_noise(path, _ramp_levels(*_noise_range(path), labels, ramp_rho))
         else:
             own = path.time(path.log_snr_of_label(labels))
         nodes = nodes_from_times(path, own, final)
@@ -232,8 +269,12 @@ def nodes_from_user(
             if len(times) != len(own):
                 raise ValueError(f"{len(times)} timesteps but {len(own)} sigmas: pass as many of one as of the other.")
             nodes = Nodes(np.append(times, nodes.time[-1]), nodes.alpha, nodes.sigma)
-    if np.any(np.diff(nodes.log_snr) < 0):
-        raise ValueError("timesteps and sigmas must run from high noise to low noise.")
+    low, high = sorted((path.cleanest, path.noisiest))
+    slack = 1e-3 + (0 if isinstance(path, VarianceExploding) else 1)  # some lists count timesteps from 1
+    if timesteps is not None and (times.min() < low - slack or times.max() > high + slack):
+        raise ValueError(f"timesteps must lie in the training range, {low:g} to {high:g}.")
+    if np.any(nodes.sigma[:-1] <= 0) or not np.all(np.diff(nodes.log_snr) >= 0):
+        raise ValueError("timesteps and sigmas must be noise levels of this model, from high to low.")
     return nodes
 
 

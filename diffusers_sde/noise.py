@@ -3,7 +3,7 @@
 Knows a Brownian path on the log-SNR axis, drawn by dyadic bisection (Levy's construction) of fixed cells, and a
 counter-based normal generator.  The increment of each step is a linear combination of standard normals attached to
 tree nodes; its coefficients are host floats known before sampling, so a path has no state: refining the grid refines
-the same path, any step can be started from, and nothing is stored between steps.  Knows nothing of networks or schedulers.
+the same path, any step can be started from, and nothing is stored between steps.  Knows no network or scheduler.
 
 The noise of a step of constant tau from s to t is ``r_t^(1+tau^2) (W(C_t) - W(C_s))`` with ``C = r^(-2 tau^2)``,
 ``r^2 = data_std^2 + (sigma/alpha)^2``: a Brownian motion in the clock C.  Where tau changes from step to step the

@@ -276,7 +276,25 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Array:
     return abar
 
 
-_PATH_KEYS = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale", "use_flow_sigmas", "shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal", "invert_sigmas", "sigma_data", "sigma_min", "sigma_max", "noise_conditioning"]
+_PATH_KEYS = [
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "snr_shift_scale",
+    "use_flow_sigmas",
+    "shift",
+    "use_dynamic_shifting",
+    "time_shift_type",
+    "shift_terminal",
+    "invert_sigmas",
+    "sigma_data",
+    "sigma_min",
+    "sigma_max",
+    "noise_conditioning",
+]
 
 
 def path_from_config(config: Mapping[str, Any]) -> Path:

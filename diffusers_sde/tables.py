@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -188,6 +188,7 @@ def midpoint_weights(
 
 # Largest ratio of a step to the one before it, and largest sum |b| / |sum b| by order, at which a row may extrapolate.
 MAX_STEP_RATIO = 4.0
+MAX_STIFFNESS = 2.0  # of a stochastic step, see Method.stiffness
 MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}
 
 
@@ -213,6 +214,13 @@ class Method:
             clock = "angle"
         return lagrange_weights(self.path, start, end, basis, data_std=self.data_std, clock=clock, tau=tau)
 
+    def stiffness(self, start: Point, end: Point, tau: float) -> float:
+        """Gain of a feedback through the noise prediction, whose slope at the end is 1/s_t: ``A/2 (s_s/s_t - 1)``;
+        0 for a finite data_std, where evaluations are bounded."""
+        if not math.isinf(self.data_std):
+            return 0.0
+        return 0.5 * (1 + tau**2) * math.expm1(end.log_snr - start.log_snr) if end.sigma > 0 else math.inf
+
     def safe_weights(
         self, start: Point, end: Point, basis: Sequence[Point], tau: float, newest_first: Sequence[Point]
     ) -> np.ndarray | None:
@@ -225,7 +233,9 @@ class Method:
         if math.isfinite(at[0]) and abs(at[0] - at[1]) > MAX_STEP_RATIO * abs(at[1] - at[2]):
             return None
         weights = self.weights(start, end, basis, tau)
-        return weights if np.abs(weights).sum() <= MAX_AMPLIFICATION[order] * abs(weights.sum()) else None
+        amplification = np.abs(weights).sum() / max(abs(weights.sum()), 1e-300)
+        unstable = tau > 0 and amplification * self.stiffness(start, end, tau) > MAX_STIFFNESS
+        return None if unstable or amplification > MAX_AMPLIFICATION[order] else weights
 
 
 def build_multistep(
@@ -243,7 +253,7 @@ def build_multistep(
     """Exponential Adams table: predictor of ``order`` 1-4, optionally corrected when the next evaluation arrives.
 
     corrector: True redoes each step with the new evaluation and ``order`` old ones (UniC, order + 1); an integer is
-    the number of nodes of that redone step (SA-Solver's corrector order).  No further model evaluation.
+    the number of nodes of that redone step, the new one first (SA-Solver's corrector order).  No model evaluation.
     tau: one noise level, or one per step.  final: what a step to sigma = 0 does, ``denoise`` returns D (first order,
     noise free), ``exact`` is the limit of the formula (needs data_std > 0), ``second_order`` its two-node version.
 
@@ -256,17 +266,16 @@ def build_multistep(
     rows: list[Row] = []
     previous = np.zeros(0)  # weights that produced the current state, on F_{i-1}, F_{i-2}, ...
     for i, (start, end) in enumerate(itertools.pairwise(points)):
-        if end.sigma == 0 and final == "denoise":
+        denoise = end.sigma == 0 and final == "denoise"
+        if denoise:
             a, c, forward = _denoise(method, start, end)
         else:
-            a, c = linear_coefficients(start, end, data_std, taus[i])
             top = order if end.sigma > 0 else 1 + (final == "second_order")
-            forward = _explicit(method, start, end, points[max(i - top + 1, 0) : i + 1][::-1], taus[i])
+            a, c, forward = _explicit(method, start, end, points[max(i - top + 1, 0) : i + 1][::-1], taus[i])
         b = forward
-        if i and corrector:
+        if i and corrector and not denoise:  # D belongs to the state it was evaluated at
             count = len(previous) + 1 if corrector is True else min(int(corrector), i + 1)
-            older = points[max(i - count + 1, 0) : i - 1][::-1]
-            redone = _implicit(method, points[i - 1], start, older, taus[i - 1])
+            redone = _implicit(method, points[max(i - count + 1, 0) : i + 1][::-1], points[i - 1], taus[i - 1])
             if redone is not None:  # the corrected state is x + sum (redone - previous) F
                 b = _add(b, a * _add(redone, -np.append(0.0, previous)))
         rows.append(Row(float(nodes.time[i]), start.alpha, start.sigma, a, tuple(map(float, b)), c))
@@ -390,25 +399,38 @@ def _check(
     return taus[:steps]
 
 
-def _explicit(method: Method, start: Point, end: Point, basis: list[Point], tau: float) -> np.ndarray:
-    """Weights of the longest safe prefix of ``basis`` (newest first)."""
+def _explicit(
+    method: Method, start: Point, end: Point, basis: list[Point], tau: float
+) -> tuple[float, float, np.ndarray]:
+    """``(a, c, weights)`` of a step: weights of the longest safe prefix of ``basis`` (newest first)."""
+    a, c = linear_coefficients(start, end, method.data_std, tau)
+    if tau and method.stiffness(start, end, tau) > MAX_STIFFNESS:  # integrate D instead, which is bounded
+        data = replace(method, data_std=0.0)
+        a, c = linear_coefficients(start, end, 0.0, tau)
+        k_x, k_f = convert((0.0, -1.0), (1.0, 0.0), start.alpha, start.sigma)
+        weight = data.weights(start, end, basis[:1], tau)
+        return a + float(weight[0]) * k_x, c, weight * k_f
     for count in range(len(basis), 1, -1):
         weights = method.safe_weights(start, end, basis[:count], tau, basis[:count])
         if weights is not None:
-            return weights
-    return method.weights(start, end, basis[:1], tau)
+            return a, c, weights
+    return a, c, method.weights(start, end, basis[:1], tau)
 
 
-def _implicit(method: Method, start: Point, end: Point, older: list[Point], tau: float) -> np.ndarray | None:
-    """Weights of the step redone with the evaluation at its end, on F_end, F_start, older; None where that is
-    impossible."""
-    for count in range(len(older), -1, -1):
-        chosen = older[:count]
-        weights = method.safe_weights(start, end, [start, end, *chosen], tau, [end, start, *chosen])
+def _implicit(method: Method, nodes: list[Point], start: Point, tau: float) -> np.ndarray | None:
+    """Weights of the step from ``start`` redone with the evaluation at its end, on ``nodes`` (newest first: the end,
+    ``start``, older ones) or the longest safe prefix of them; None where that is impossible."""
+    end = nodes[0]
+    stiffness = method.stiffness(start, end, tau)
+    if stiffness > 1 or (stiffness and tau):  # feedback through the noise prediction
+        return None
+    for count in range(len(nodes), 1, -1):
+        chosen = nodes[:count]
+        weights = method.safe_weights(start, end, [start, end, *chosen[2:]], tau, chosen)
         if weights is not None:
             weights[[0, 1]] = weights[[1, 0]]
             return weights
-    return None
+    return method.weights(start, end, nodes, tau) if len(nodes) == 1 else None
 
 
 def _denoise(method: Method, start: Point, end: Point) -> tuple[float, float, np.ndarray]:

@@ -140,7 +140,11 @@ def test_stochastic_samplers_alone_still_draw(mixture_folder, tmp_path):
 def test_default_samplers_of_each_process():
     for kind, names in named_samplers.DEFAULT_SAMPLERS.items():
         assert len(names) >= 5 and set(names) <= set(named_samplers.SAMPLERS), kind
-    assert {name for name in named_samplers.SAMPLERS if named_samplers.SAMPLERS[name].ours} == {"pf-ode", "dpm-solver", "reverse-sde"}
+    assert {name for name in named_samplers.SAMPLERS if named_samplers.SAMPLERS[name].ours} == {
+        "pf-ode",
+        "dpm-solver",
+        "reverse-sde",
+    }
     # every line of the error plot has a colour of its own
     drawn = [name for name, s in named_samplers.SAMPLERS.items() if not s.stochastic]
     assert len({report.COLOURS[name] for name in drawn}) == len(drawn)

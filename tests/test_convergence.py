@@ -23,7 +23,7 @@ NAMES = ("vp_linear", "edm", "flow")
 
 @functools.lru_cache
 def exact(name: str) -> np.ndarray:
-    """States on the finest grid, (FINEST + 1, 8, 2): ``d(x/alpha)/d lambda = D - x/alpha`` solved to 1e-12 by DOP853."""
+    """States on the finest grid, (FINEST + 1, 8, 2): ``d(x/alpha)/d lambda = D - x/alpha`` by DOP853 to 1e-12."""
     path, denoise = PATHS[name], mixture_denoiser(GaussianMixtureModel(*MIXTURE))
     lam = np.linspace(LOW, HIGH, FINEST + 1)
 

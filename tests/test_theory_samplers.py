@@ -210,6 +210,8 @@ RULES = {"midpoint": "midpoint", "heun": "exact"}
 def dpm(name, algorithm, **config):
     """A stock DPM-Solver that says what it integrates; noise prediction cannot end at sigma = 0 there."""
     data = algorithm.endswith("++")
+    if algorithm == "sde-dpmsolver":  # unstable in larger steps, where this package integrates D instead
+        config = {"n": 60, **config}
     end = "zero" if data else "sigma_min"
     kind = "sample" if data else "epsilon"
     return stock(name, algorithm_type=algorithm, final_sigmas_type=end, prediction_type=kind, **config), kind

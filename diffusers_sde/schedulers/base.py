@@ -21,8 +21,9 @@ from diffusers_sde import noise
 from diffusers_sde.grids import Nodes, make_grid, nodes_from_times, nodes_from_user
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving, path_from_config
 from diffusers_sde.prediction import convert, model_coefficients
-from diffusers_sde.schedulers.config import canonical_config, grid_from_stock_flags
+from diffusers_sde.schedulers.config import canonical_config, named_grid
 from diffusers_sde.schedulers.data_prediction import limited, split_variance
+from diffusers_sde.schedulers.defaults import measured_defaults
 from diffusers_sde.schedulers.noising import Noising
 from diffusers_sde.schedulers.state import Compiled, CompiledRow, PerThread, Run
 from diffusers_sde.tables import Table, evaluation_coefficients
@@ -45,7 +46,7 @@ class SchedulerOutput(BaseOutput):
 
 
 class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
-    """Base of the public schedulers.  A subclass implements :meth:`_table` and, if stochastic, :meth:`_noise_law`."""
+    """Base of the public schedulers.  A subclass says its table and, if it is stochastic, its noise levels."""
 
     config_name = "scheduler_config.json"
     order = 1  # every model evaluation has its own timestep, whatever the solver
@@ -57,15 +58,14 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
         """The table for these nodes; ``tau`` is the noise level of each step, zeros for an ODE."""
         raise NotImplementedError
 
-    def _noise_law(self, nodes: Nodes) -> tuple[list[float], float, int | None] | None:
-        """``(tau per step of the whole grid, data_std, seed)`` of a stochastic scheduler; None for an ODE."""
-        return None
+    @property
+    def _stochastic(self) -> bool:
+        """Whether steps draw noise; such a scheduler has a ``noise_seed`` in its config."""
+        return False
 
-    def _default_grid(self, path: Path, n: int) -> tuple[str, float | None]:
-        """``(grid, rho)`` for ``n`` evaluations where the config names none."""
-        if isinstance(path, VarianceExploding):
-            return ("exponential" if self.config.sigma_schedule == "exponential" else "karras"), None
-        return "power", 1.0
+    def _taus(self, nodes: Nodes) -> list[float]:
+        """The noise level of each step of the whole grid."""
+        return [0.0] * (len(nodes) - 1)
 
     # -- config --
 
@@ -73,15 +73,17 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Build from the config of any diffusers scheduler, keeping its process (path, prediction, data options).
 
-        Its solver and grid are not kept; pass ``grid=`` or diffusers' flags (``use_karras_sigmas=True``,
-        ``timestep_spacing="trailing"``) to choose.  Raises ``ValueError`` for a config without a diffusion process.
+        Its solver is not kept, and its grid only where it is not a habit of the class; pass ``grid=`` or diffusers'
+        flags (``use_karras_sigmas=True``, ``timestep_spacing="trailing"``) to choose.  Raises ``ValueError`` for a
+        config without a diffusion process.
         """
         if isinstance(config, Mapping):
             ours = "noise_conditioning" in config
             config = canonical_config(config)
             if not ours:
                 config = {k: v for k, v in config.items() if k not in cls._own_keys or cls._inherits(config, k)}
-            grid_from_stock_flags(kwargs)
+            if "grid" not in kwargs and named_grid(kwargs):
+                kwargs["grid"] = named_grid(kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -223,7 +225,9 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
         """
         path, config = self.path, self.config
         if timesteps is not None or sigmas is not None:
-            nodes = nodes_from_user(path, timesteps, sigmas, mu=mu, final=config.final_sigmas_type)
+            ramp_rho = None if config.sigma_schedule == "exponential" else config.rho or 7.0
+            final = config.final_sigmas_type
+            nodes = nodes_from_user(path, timesteps, sigmas, mu=mu, final=final, ramp_rho=ramp_rho)
             given = len(timesteps if timesteps is not None else nodes.time[:-1])
             if num_inference_steps not in (None, given, len(nodes) - 1):
                 raise ValueError(f"num_inference_steps is {num_inference_steps} but {given} steps were passed.")
@@ -231,11 +235,10 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
             raise ValueError("Pass num_inference_steps, timesteps or sigmas to set_timesteps.")
         else:
             n = int(num_inference_steps)
-            grid, rho = self._default_grid(path, n)
-            if config.grid is not None:
-                grid, rho = config.grid, config.rho
-            elif config.rho is not None:
-                rho = config.rho
+            default = measured_defaults(path, n, self._stochastic)
+            grid, rho = config.grid or config.sigma_schedule, config.rho
+            if grid is None:
+                grid, rho = default.grid, default.rho
             times = make_grid(path, grid, n, rho=rho, mu=mu, steps_offset=config.steps_offset)
             if config.round_timesteps:
                 times = _distinct_integers(times)
@@ -273,10 +276,11 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
         return last[2]
 
     def _compiled(self, nodes: Nodes, begin: int) -> Compiled:
-        path, kind, law = self.path, self.config.prediction_type, self._noise_law(nodes)
-        tau = [0.0] * (len(nodes) - 1) if law is None else law[0]
+        path, kind, tau = self.path, self.config.prediction_type, self._taus(nodes)
         table = self._table(path, nodes[begin:], tau[begin:])
-        normals = None if law is None else noise.brownian_weights(nodes.log_snr, tau=tau, data_std=law[1])[begin:]
+        normals: list[tuple[tuple[int, float], ...]] = [()] * (len(nodes) - 1)
+        if self._stochastic:
+            normals = noise.brownian_weights(nodes.log_snr, tau=tau, data_std=table.data_std)
         rows: list[CompiledRow] = []
         scales: list[float] = []  # F = scale (m + kappa x)
         for i, row in enumerate(table.rows):
@@ -287,8 +291,9 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
             weights = tuple(b * scales[i - j] for j, b in enumerate(row.b))
             d_x, d_m = convert(said, (1.0, 0.0), row.alpha, row.sigma)
             d_rest = d_x - d_m * k_x / k_m if table.data_std else 0.0
-            z = normals[i] if normals is not None else ()
-            rows.append(CompiledRow(row.a, weights, row.c, k_x / k_m, d_x, d_m, d_rest, table.history(i), z))
+            rows.append(
+                CompiledRow(row.a, weights, row.c, k_x / k_m, d_x, d_m, d_rest, table.history(i), normals[begin + i])
+            )
         return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding))
 
     # -- indices --
@@ -395,11 +400,10 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
 
     def _seeds(self, sample: torch.Tensor, generator: Any) -> torch.Tensor:
         """One seed per sample: from the pipeline's generator, else ``noise_seed``, else the latents themselves."""
-        law = self._noise_law(self._run.nodes)
         if generator is not None:
             return noise.seeds_from_generator(generator, len(sample), sample.device)
-        if law is not None and law[2] is not None:
-            return noise.seeds_from_int(law[2], len(sample), sample.device)
+        if self.config.noise_seed is not None:
+            return noise.seeds_from_int(self.config.noise_seed, len(sample), sample.device)
         return noise.seeds_from_latents(sample)
 
     def _step_per_token(

@@ -59,11 +59,13 @@ def shared_parameters(
     variance exploding (EDM), with sigma_min, sigma_max, sigma_schedule (karras, exponential) and noise_conditioning
     (log, atan).
 
-    A stock spacing is a habit of its class, not a wish, and is not inherited; grid flags count when the caller passes
-    them to from_config.
+    From a stock config, ``use_karras_sigmas`` and its like and ``timestep_spacing="trailing"`` (few-step models need
+    it) are taken over as the grid; the spacings leading and linspace are habits of classes and count only when the
+    caller passes them to from_config.
 
-    Grid: grid (power, trailing, leading, linspace, log_snr, exponential, karras, beta, ays; None: the measured
-    default), rho (exponent of power and karras), steps_offset (leading), final_sigmas_type (zero, sigma_min),
+    Grid: grid (balanced, power, trailing, leading, linspace, log_snr, exponential, karras, beta, ays; None: an EDM
+    model's own sigma_schedule, else the measured default), rho (exponent of balanced, power and karras), steps_offset
+    (leading), final_sigmas_type (zero, sigma_min),
     round_timesteps (networks that only know integer timesteps).
 
     Data prediction: clip_sample to +-clip_sample_range; thresholding to the dynamic_thresholding_ratio quantile, at
@@ -98,6 +100,8 @@ def scheduler_init(own: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+_OTHER_KINDS = ("CMStochastic", "SCM", "VQDiffusion", "Amused", "ScoreSde", "KarrasVe", "IPNDM", "DDPMWuerstchen")
+
 _COSINE_DEFAULTS = {
     "sigma_min": 0.3,
     "sigma_max": 500.0,
@@ -131,7 +135,8 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Flow matching is recognised by ``use_flow_sigmas``, by ``prediction_type="flow_prediction"``, or by a config that
     has a shift but no betas; EDM by ``sigma_data``; the cosine network conditioning by its class.  The source's own
-    keys are kept, so converting back restores it.
+    keys are kept, so converting back restores it.  Raises ``ValueError`` for schedulers of another kind of model
+    (consistency, discrete, score-based with a corrector).
     """
     name = str(config.get("_class_name", ""))
     values = {**stock_defaults(config), **{k: v for k, v in config.items() if k != "_use_default_values"}}
@@ -140,6 +145,9 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if is_ours:
         return values
     flow_keys = "shift" in values or "flow_shift" in values
+    known = has_betas or flow_keys or "beta_schedule" in values or values.get("sigma_data") is not None
+    if name.startswith(_OTHER_KINDS) or (hasattr(diffusers, name) and not known):
+        raise ValueError(f"{name} describes no diffusion process that a solver here integrates: keep that scheduler.")
     if values.get("use_flow_sigmas") or "FlowMatch" in name or (flow_keys and not has_betas):
         values["use_flow_sigmas"] = True
         values["prediction_type"] = "flow_prediction"
@@ -153,24 +161,29 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if values.get("prediction_type") != "v_prediction":
             raise ValueError("Continuous timesteps are supported with prediction_type='v_prediction' only.")
         values["sigma_data"], values["noise_conditioning"] = 1.0, "log"
+        values["sigma_schedule"] = "karras" if values.get("use_karras_sigmas") else "exponential"
     else:
         # noise levels that beta-based schedulers cache or cut are results, not part of the process
         values["sigma_min"] = values["sigma_max"] = None
         values["use_flow_sigmas"] = False
     values["shift"] = 1.0 if values.get("shift") is None else values["shift"]
+    if values.get("sigma_data") is None:
+        values["grid"] = named_grid(values, habits=("leading", "linspace"))
     return values
 
 
-def grid_from_stock_flags(kwargs: dict[str, Any]) -> None:
-    """Translate diffusers' grid flags, where the caller passes them to from_config, into ``grid`` (in place)."""
-    flags = {
-        "use_karras_sigmas": "karras",
-        "use_exponential_sigmas": "exponential",
-        "use_beta_sigmas": "beta",
-        "use_lu_lambdas": "log_snr",
-    }
-    for flag, grid in flags.items():
-        if kwargs.get(flag):
-            kwargs.setdefault("grid", grid)
-    if "timestep_spacing" in kwargs:
-        kwargs.setdefault("grid", kwargs["timestep_spacing"])
+def named_grid(flags: Mapping[str, Any], habits: tuple[str, ...] = ()) -> str | None:
+    """The grid that diffusers' flags ask for, None if they ask for none; ``habits`` are spacings to overlook."""
+    for flag, grid in _SIGMA_FLAGS.items():
+        if flags.get(flag):
+            return grid
+    spacing = flags.get("timestep_spacing")
+    return None if spacing in habits else spacing
+
+
+_SIGMA_FLAGS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "log_snr",
+}

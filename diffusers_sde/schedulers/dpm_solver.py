@@ -18,6 +18,8 @@ ALGORITHMS = {
     "dpmsolver++": (0.0, 0.0),
     "sde-dpmsolver": (math.inf, 1.0),
     "sde-dpmsolver++": (0.0, 1.0),
+    "noise_prediction": (math.inf, 0.0),  # the names of SASolverScheduler
+    "data_prediction": (0.0, 0.0),
 }
 
 
@@ -61,11 +63,17 @@ class DPMSolverScheduler(TableScheduler):
 
     @classmethod
     def _inherits(cls, config: Mapping[str, Any], key: str) -> bool:
-        return config.get("algorithm_type") in ALGORITHMS and config.get("solver_type") in ("midpoint", "heun")
+        return config.get("algorithm_type") in ALGORITHMS and config.get("solver_type", "midpoint") in (
+            "midpoint",
+            "heun",
+        )
 
-    def _noise_law(self, nodes: Nodes) -> tuple[list[float], float, int | None] | None:
-        data_std, tau = ALGORITHMS[self.config.algorithm_type]
-        return ([tau] * (len(nodes) - 1), data_std, self.config.noise_seed) if tau else None
+    @property
+    def _stochastic(self) -> bool:
+        return ALGORITHMS[self.config.algorithm_type][1] > 0
+
+    def _taus(self, nodes: Nodes) -> list[float]:
+        return [ALGORITHMS[self.config.algorithm_type][1]] * (len(nodes) - 1)
 
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
         c = self.config

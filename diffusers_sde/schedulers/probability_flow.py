@@ -6,19 +6,22 @@ from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.schedulers.config import scheduler_init
+from diffusers_sde.schedulers.defaults import measured_defaults
 from diffusers_sde.tables import Table, build_multistep
 
 
 class ProbabilityFlowScheduler(TableScheduler):
     r"""Deterministic sampling: the probability-flow ODE ``dx = [f x - g^2/2 score] dt`` (Song et al. 2021,
-    arXiv:2011.13456, eq. 13), linear part exact, Adams-Bashforth in the nonlinear part (DESIGN of the table:
+    arXiv:2011.13456, eq. 13), linear part exact, Adams-Bashforth in the nonlinear part (the formula is in
     :mod:`diffusers_sde.tables`).
 
     Args:
         solver_order: 1 (DDIM) to 4.
-        corrector: redo each step with the next evaluation, one order more at no evaluation (UniC, arXiv:2302.04867).
-        data_std: the data scale c of the exact part: 0 data prediction, inf noise prediction; None: the default.
-        clock: coordinate of the extrapolation: log_snr, sigma, angle or time.
+        corrector: redo each step with the next evaluation, one order more at no evaluation (UniC, arXiv:2302.04867);
+            None: for orders of 2 and more.
+        data_std: the data scale c of the exact part: 0 data prediction, inf noise prediction; None: 0 at order 1, else
+            the measured default of the path (:mod:`diffusers_sde.schedulers.defaults`).
+        clock: coordinate of the extrapolation: log_snr, sigma, angle or time; None: the measured default.
         final: the step to sigma = 0: denoise, exact or second_order.
         kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
     """
@@ -30,21 +33,22 @@ class ProbabilityFlowScheduler(TableScheduler):
     def __init__(
         self,
         solver_order: int = 2,
-        corrector: bool = True,
+        corrector: bool | None = None,
         data_std: float | None = None,
-        clock: str = "log_snr",
+        clock: str | None = None,
         final: str = "denoise",
     ):
         self._setup()
 
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
-        c = self.config
+        c, default = self.config, measured_defaults(path, len(nodes) - 1)
+        own_std = 0.0 if c.solver_order == 1 else default.data_std
         return build_multistep(
             path,
             nodes,
             order=c.solver_order,
-            corrector=c.corrector,
-            data_std=0.0 if c.data_std is None else c.data_std,
-            clock=c.clock,
+            corrector=c.solver_order > 1 if c.corrector is None else c.corrector,
+            data_std=own_std if c.data_std is None else c.data_std,
+            clock=c.clock or default.clock,
             final=c.final,
         )

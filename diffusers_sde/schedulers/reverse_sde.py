@@ -10,6 +10,7 @@ from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.schedulers.config import scheduler_init
+from diffusers_sde.schedulers.defaults import measured_defaults
 from diffusers_sde.tables import Table, build_multistep, tau_from_eta
 
 
@@ -23,10 +24,12 @@ class ReverseSDEScheduler(TableScheduler):
         tau: noise level, a number or one per step.
         eta: DDIM's eta instead of tau (0 DDIM, 1 DDPM), None for tau.
         solver_order: 1 (DDPM) to 3, in the deterministic part.
-        corrector: redo each step with the next evaluation and the same noise (SA-Solver, arXiv:2309.05019).
-        data_std: the data scale of the exact part; exact in law for N(0, data_std^2) data at any number of steps.
-        clock: coordinate of the extrapolation: log_snr, sigma, angle or time.
-        final: the step to sigma = 0: denoise, exact or second_order.
+        corrector: redo each step with the next evaluation and the same noise (SA-Solver, arXiv:2309.05019); None: for
+            orders of 2 and more.
+        data_std: the data scale of the exact part, which is exact in law for N(0, data_std^2) data at any number of
+            steps; None: 0 at order 1, else the measured default of the path.
+        clock: coordinate of the extrapolation: log_snr, sigma, angle or time; None: the measured default.
+        final: the step to sigma = 0: denoise (no noise is left), exact or second_order.
         noise_seed: seed of the Brownian path where a pipeline passes no generator; None: a hash of the latents.
         kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
     """
@@ -40,9 +43,9 @@ class ReverseSDEScheduler(TableScheduler):
         tau: float | Sequence[float] = 1.0,
         eta: float | None = None,
         solver_order: int = 2,
-        corrector: bool = True,
+        corrector: bool | None = None,
         data_std: float | None = None,
-        clock: str = "log_snr",
+        clock: str | None = None,
         final: str = "denoise",
         noise_seed: int | None = None,
     ):
@@ -51,30 +54,29 @@ class ReverseSDEScheduler(TableScheduler):
         self._setup()
 
     @property
-    def _data_std(self) -> float:
-        return 0.0 if self.config.data_std is None else float(self.config.data_std)
+    def _stochastic(self) -> bool:
+        return True
 
-    def _noise_law(self, nodes: Nodes) -> tuple[list[float], float, int | None]:
+    def _taus(self, nodes: Nodes) -> list[float]:
         c, steps = self.config, len(nodes) - 1
         if c.eta is not None:
-            taus = tau_from_eta(c.eta, nodes)
-        elif isinstance(c.tau, list | tuple):
-            if len(c.tau) != steps:
-                raise ValueError(f"tau has {len(c.tau)} values for {steps} steps: pass one number, or one a step.")
-            taus = [float(x) for x in c.tau]
-        else:
-            taus = [float(c.tau)] * steps
-        return taus, self._data_std, c.noise_seed
+            return tau_from_eta(c.eta, nodes)
+        if not isinstance(c.tau, list | tuple):
+            return [float(c.tau)] * steps
+        if len(c.tau) != steps:
+            raise ValueError(f"tau has {len(c.tau)} values for {steps} steps: pass one number, or one a step.")
+        return [float(x) for x in c.tau]
 
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
-        c = self.config
+        c, default = self.config, measured_defaults(path, len(nodes) - 1, stochastic=True)
+        own_std = 0.0 if c.solver_order == 1 else default.data_std
         table = build_multistep(
             path,
             nodes,
             order=c.solver_order,
-            corrector=c.corrector,
-            data_std=self._data_std,
-            clock=c.clock,
+            corrector=c.solver_order > 1 if c.corrector is None else c.corrector,
+            data_std=own_std if c.data_std is None else c.data_std,
+            clock=c.clock or default.clock,
             tau=tau,
             final=c.final,
         )

@@ -57,14 +57,15 @@ def build_network() -> UNet2DModel:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     images, labels = read_images(args.data_dir)
-    scheduler = DDPMScheduler(num_train_timesteps=1000)
-    unet = build_network()
+    scheduler = DDPMScheduler(num_train_timesteps=1000, clip_sample=False)
+    start = args.pretrained_model_name_or_path
+    unet = DDPMPipeline.from_pretrained(start).unet.float() if start else build_network()
     average = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=0.01)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    start, losses, step = time.monotonic(), [], 0
-    while (elapsed := (time.monotonic() - start) / 60) < args.max_minutes and step < args.max_train_steps:
+    began, losses, step = time.monotonic(), [], 0
+    while (elapsed := (time.monotonic() - began) / 60) < args.max_minutes and step < args.max_train_steps:
         done = max(elapsed / args.max_minutes, step / args.max_train_steps)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * done))
@@ -103,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="/usr/share/datasets/fashion-mnist")
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--pretrained_model_name_or_path", help="Go on from this model instead of a new network.")
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--label_dropout", type=float, default=0.1)

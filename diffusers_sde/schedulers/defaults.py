@@ -1,0 +1,39 @@
+"""The measured defaults: grid, clock and data scale where a config names none.
+
+Knows figures from the benchmark, one set for each family of paths, and nothing else.  Error to the exact ODE solution,
+relative to the best of all schedulers and grids of diffusers at each number of evaluations (README, "How the defaults
+were chosen", says on what and with which command).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """``grid`` and its exponent ``rho``; ``clock`` and ``data_std`` of the table."""
+
+    grid: str
+    rho: float
+    clock: str
+    data_std: float
+
+
+def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
+    """Defaults for ``n`` evaluations with a solver of order 2 or more.
+
+    Variance preserving: with few evaluations nearly equal steps of time, from 8 on the grid half-way between equal
+    steps of time and of log-SNR.  Flow matching: the angle clock stays finite at alpha = 0, so that the first steps
+    keep their order.  Variance exploding: the data scale is known.  The SDE needs steps near the data, where its noise
+    is drawn, and the smaller data scale.
+    """
+    if isinstance(path, FlowMatching):
+        return Defaults("power", 1.25, "angle", 0.5 if stochastic else 1.0)
+    if isinstance(path, VarianceExploding):
+        return Defaults("balanced", 1.0, "log_snr", path.sigma_data)
+    if stochastic:
+        return Defaults("balanced", 1.25, "log_snr", 0.5)
+    return Defaults("power" if n < 8 else "balanced", 1.25 if n < 8 else 1.1, "log_snr", 1.0)
