@@ -154,5 +154,5 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
 def reference_scheduler(config: Mapping[str, Any]) -> Any:
     """The sampler of the reference solution: with many steps exact to well below the errors compared here (order 3
     converges no faster on networks)."""
-    grid = {"grid": "karras"} if process_kind(config) == "EDM" else {"grid": "power", "rho": 1.5}
+    grid = {"grid": "karras"} if process_kind(config) == "EDM" else {"grid": "balanced", "rho": 1.25}
     return _ours(ProbabilityFlowScheduler, solver_order=2, corrector=True, **grid)(config)

@@ -31,6 +31,7 @@ from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import convert
 
+FINALS = ("denoise", "corrected", "exact", "second_order")
 CLOCKS = ("log_snr", "sigma", "angle", "time")
 MAX_TAU = 4.0  # beyond it the state forgets itself within a step and the noise clock exp(2 tau^2 log_snr) overflows
 _GAUSS = np.polynomial.legendre.leggauss(24)
@@ -254,8 +255,10 @@ def build_multistep(
 
     corrector: True redoes each step with the new evaluation and ``order`` old ones (UniC, order + 1); an integer is
     the number of nodes of that redone step, the new one first (SA-Solver's corrector order).  No model evaluation.
-    tau: one noise level, or one per step.  final: what a step to sigma = 0 does, ``denoise`` returns D (first order,
-    noise free), ``exact`` is the limit of the formula (needs data_std > 0), ``second_order`` its two-node version.
+    tau: one noise level, or one per step.
+    final: what a step to sigma = 0 does.  ``denoise`` returns D, noise free; ``corrected`` moves D with the corrected
+    state as far as D of N(0, data_std^2) data would; ``exact`` is the limit of the formula (needs data_std > 0),
+    ``second_order`` its two-node version.
 
     The order of a row is lowered where the history is short or where extrapolation would amplify errors.
     Raises ``ValueError`` for an order, clock, rule, tau or final that does not exist or does not fit.
@@ -266,14 +269,13 @@ def build_multistep(
     rows: list[Row] = []
     previous = np.zeros(0)  # weights that produced the current state, on F_{i-1}, F_{i-2}, ...
     for i, (start, end) in enumerate(itertools.pairwise(points)):
-        denoise = end.sigma == 0 and final == "denoise"
-        if denoise:
+        if end.sigma == 0 and final in ("denoise", "corrected"):
             a, c, forward = _denoise(method, start, end)
         else:
             top = order if end.sigma > 0 else 1 + (final == "second_order")
             a, c, forward = _explicit(method, start, end, points[max(i - top + 1, 0) : i + 1][::-1], taus[i])
         b = forward
-        if i and corrector and not denoise:  # D belongs to the state it was evaluated at
+        if i and corrector and not (end.sigma == 0 and final == "denoise"):
             count = len(previous) + 1 if corrector is True else min(int(corrector), i + 1)
             redone = _implicit(method, points[max(i - count + 1, 0) : i + 1][::-1], points[i - 1], taus[i - 1])
             if redone is not None:  # the corrected state is x + sum (redone - previous) F
@@ -326,7 +328,7 @@ def build_singlestep(
         previous = np.zeros(0)
         for i in range(first, first + size):
             start, end = points[i], points[i + 1]
-            if end.sigma == 0 and final == "denoise":
+            if end.sigma == 0 and final in ("denoise", "corrected"):
                 a, c, forward = _denoise(weigh, start, end)
             else:
                 a, c = linear_coefficients(start, end, data_std, taus[first])
@@ -388,8 +390,8 @@ def _check(
         raise ValueError(f"clock {clock!r} is unknown: use one of {', '.join(CLOCKS)}.")
     if rule not in ("exact", "midpoint"):
         raise ValueError(f"rule must be 'exact' or 'midpoint', not {rule!r}.")
-    if final not in ("denoise", "exact", "second_order"):
-        raise ValueError(f"final must be 'denoise', 'exact' or 'second_order', not {final!r}.")
+    if final not in FINALS:
+        raise ValueError(f"final {final!r} is unknown: use one of {', '.join(FINALS)}.")
     if not data_std >= 0:
         raise ValueError(f"data_std must be 0 or more (inf for noise prediction), not {data_std}.")
     steps = len(nodes) - 1

@@ -150,7 +150,8 @@ def test_tuple_of_two(process, cls):
 @by_process
 def test_second_of_the_tuple_is_the_data_prediction(process, cls):
     """For a network that knows the data exactly, ``[1]`` is the data, at every step."""
-    x0, scheduler = randn(*SHAPE, seed=1), laid_out(cls, **process)
+    final = {} if cls is DPMSolverScheduler else {"final": "denoise"}
+    x0, scheduler = randn(*SHAPE, seed=1), laid_out(cls, **process, **final)
     model, x = point(scheduler, x0), randn(*SHAPE) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         x, found = scheduler.step(model(x, t), t, x, return_dict=False)
@@ -1188,7 +1189,8 @@ def test_clipping_holds_in_every_class(process, cls):
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_zero_terminal_snr(kind, cls):
     """Zero terminal SNR from its first timestep on is finite and right: a network that knows the data finds it."""
-    scheduler = laid_out(cls, 8, **VP, rescale_betas_zero_snr=True, prediction_type=kind)
+    final = {} if cls is DPMSolverScheduler else {"final": "denoise"}
+    scheduler = laid_out(cls, 8, **VP, rescale_betas_zero_snr=True, prediction_type=kind, **final)
     assert scheduler.timesteps[0] == 999
     x0 = randn(*SHAPE, seed=1)
     torch.testing.assert_close(loop(scheduler, randn(*SHAPE), point(scheduler, x0)), x0, atol=1e-4, rtol=1e-4)

@@ -22,7 +22,8 @@ class ProbabilityFlowScheduler(TableScheduler):
         data_std: the data scale c of the exact part: 0 data prediction, inf noise prediction; None: 0 at order 1, else
             the measured default of the path (:mod:`diffusers_sde.schedulers.defaults`).
         clock: coordinate of the extrapolation: log_snr, sigma, angle or time; None: the measured default.
-        final: the step to sigma = 0: denoise, exact or second_order.
+        final: the step to sigma = 0: denoise, corrected, exact or second_order (:func:`build_multistep`); None:
+            corrected, or denoise where the data prediction is limited.
         kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
     """
 
@@ -36,7 +37,7 @@ class ProbabilityFlowScheduler(TableScheduler):
         corrector: bool | None = None,
         data_std: float | None = None,
         clock: str | None = None,
-        final: str = "denoise",
+        final: str | None = None,
     ):
         self._setup()
 
@@ -50,5 +51,5 @@ class ProbabilityFlowScheduler(TableScheduler):
             corrector=c.solver_order > 1 if c.corrector is None else c.corrector,
             data_std=own_std if c.data_std is None else c.data_std,
             clock=c.clock or default.clock,
-            final=c.final,
+            final=c.final or ("denoise" if c.clip_sample or c.thresholding else "corrected"),
         )

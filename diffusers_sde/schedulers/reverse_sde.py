@@ -29,7 +29,7 @@ class ReverseSDEScheduler(TableScheduler):
         data_std: the data scale of the exact part, which is exact in law for N(0, data_std^2) data at any number of
             steps; None: 0 at order 1, else the measured default of the path.
         clock: coordinate of the extrapolation: log_snr, sigma, angle or time; None: the measured default.
-        final: the step to sigma = 0: denoise (no noise is left), exact or second_order.
+        final: the step to sigma = 0: denoise (no noise is left), corrected, exact or second_order.
         noise_seed: seed of the Brownian path where a pipeline passes no generator; None: a hash of the latents.
         kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
     """
