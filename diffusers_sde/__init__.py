@@ -9,6 +9,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils as _loading
 
 from diffusers_sde.analytic import GaussianMixtureModel
+from diffusers_sde.hub import write_component_modules
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "ProbabilityFlowScheduler",
     "ReverseSDEScheduler",
     "SchedulerMixin",
+    "write_component_modules",
 ]
 
 # `model_index.json` stores a component's module; diffusers finds base class and save method through this table.
