@@ -63,6 +63,12 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
         """Whether steps draw noise; such a scheduler has a ``noise_seed`` in its config."""
         return False
 
+    @property
+    def _final(self) -> str:
+        """The config's ``final`` or its default; a limited data prediction must be what the last step returns."""
+        limits = self.config.clip_sample or self.config.thresholding
+        return self.config.final or ("denoise" if limits else "corrected")
+
     def _taus(self, nodes: Nodes) -> list[float]:
         """The noise level of each step of the whole grid."""
         return [0.0] * (len(nodes) - 1)

@@ -51,5 +51,5 @@ class ProbabilityFlowScheduler(TableScheduler):
             corrector=c.solver_order > 1 if c.corrector is None else c.corrector,
             data_std=own_std if c.data_std is None else c.data_std,
             clock=c.clock or default.clock,
-            final=c.final or ("denoise" if c.clip_sample or c.thresholding else "corrected"),
+            final=self._final,
         )

@@ -29,7 +29,8 @@ class ReverseSDEScheduler(TableScheduler):
         data_std: the data scale of the exact part, which is exact in law for N(0, data_std^2) data at any number of
             steps; None: 0 at order 1, else the measured default of the path.
         clock: coordinate of the extrapolation: log_snr, sigma, angle or time; None: the measured default.
-        final: the step to sigma = 0: denoise (no noise is left), corrected, exact or second_order.
+        final: the step to sigma = 0: denoise or corrected (no noise is left), exact or second_order; None: corrected,
+            or denoise where the data prediction is limited.
         noise_seed: seed of the Brownian path where a pipeline passes no generator; None: a hash of the latents.
         kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
     """
@@ -46,7 +47,7 @@ class ReverseSDEScheduler(TableScheduler):
         corrector: bool | None = None,
         data_std: float | None = None,
         clock: str | None = None,
-        final: str = "denoise",
+        final: str | None = None,
         noise_seed: int | None = None,
     ):
         if solver_order not in (1, 2, 3):
@@ -78,7 +79,7 @@ class ReverseSDEScheduler(TableScheduler):
             data_std=own_std if c.data_std is None else c.data_std,
             clock=c.clock or default.clock,
             tau=tau,
-            final=c.final,
+            final=self._final,
         )
         if c.variance_type == "fixed_large" and c.solver_order == 1 and not c.corrector:
             return _upper_variance(table, nodes)
