@@ -36,7 +36,7 @@ SHAPE = (2, 4, 8, 8)
 PUBLIC = [
     cls
     for cls in (getattr(diffusers_sde, name) for name in diffusers_sde.__all__)
-    if issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin
+    if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin
 ]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Settings that are deterministic and that the first-order step of any stock ODE sampler equals.
