@@ -601,7 +601,7 @@ def test_runner_agrees_with_the_scheduler():
     scheduler.set_timesteps(10)
     x = noise_like(4)
     nodes = scheduler._run.nodes
-    table = build_multistep(scheduler.path, nodes, order=3, corrector=True, data_std=0.5)
+    table = build_multistep(scheduler.path, nodes, order=3, corrector=True, data_std=0.5, final="corrected")
     expected = run_table(table, gaussian_denoiser(1.3), x)
     for t, alpha, sigma in zip(scheduler.timesteps, nodes.alpha, nodes.sigma, strict=False):
         x = scheduler.step(gaussian_denoiser(1.3)(x, Point(float(alpha), float(sigma))), t, x).prev_sample

@@ -1,15 +1,18 @@
-"""The measured defaults: grid, clock and data scale where a config names none.
+"""The measured defaults: grid, clock and data scale where a config names none, and the table they make.
 
-Knows figures from the benchmark, one set for each family of paths, and nothing else.  Error to the exact ODE solution,
-relative to the best of all schedulers and grids of diffusers at each number of evaluations (README, "How the defaults
-were chosen", says on what and with which command).
+Knows figures from the benchmark, one set for each family of paths, and the config keys of a multistep solver.  The
+figures are errors to the exact ODE solution relative to the best of all diffusers schedulers and grids at each number
+of evaluations (README, "How the defaults were chosen", says on what and with which command).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
+from diffusers_sde.tables import Table, build_multistep
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,22 @@ def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     if stochastic:
         return Defaults("balanced", 1.25, "log_snr", 0.5)
     return Defaults("power" if n < 8 else "balanced", 1.25 if n < 8 else 1.1, "log_snr", 1.0)
+
+
+def multistep_table(
+    config: Any, path: Path, nodes: Nodes, *, tau: list[float], final: str, stochastic: bool = False
+) -> Table:
+    """The table of a config's ``solver_order``, ``corrector``, ``data_std`` and ``clock``, with the measured defaults
+    for those that are None; at order 1 the published methods (data_std 0, no corrector): DDIM and DDPM."""
+    default, first = measured_defaults(path, len(nodes) - 1, stochastic), config.solver_order == 1
+    standard = 0.0 if first else default.data_std
+    return build_multistep(
+        path,
+        nodes,
+        order=config.solver_order,
+        corrector=not first if config.corrector is None else config.corrector,
+        data_std=standard if config.data_std is None else config.data_std,
+        clock=config.clock or default.clock,
+        tau=tau,
+        final=final,
+    )

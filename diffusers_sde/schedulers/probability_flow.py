@@ -6,8 +6,8 @@ from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.schedulers.config import scheduler_init
-from diffusers_sde.schedulers.defaults import measured_defaults
-from diffusers_sde.tables import Table, build_multistep
+from diffusers_sde.schedulers.defaults import multistep_table
+from diffusers_sde.tables import Table
 
 
 class ProbabilityFlowScheduler(TableScheduler):
@@ -42,14 +42,4 @@ class ProbabilityFlowScheduler(TableScheduler):
         self._setup()
 
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
-        c, default = self.config, measured_defaults(path, len(nodes) - 1)
-        own_std = 0.0 if c.solver_order == 1 else default.data_std
-        return build_multistep(
-            path,
-            nodes,
-            order=c.solver_order,
-            corrector=c.solver_order > 1 if c.corrector is None else c.corrector,
-            data_std=own_std if c.data_std is None else c.data_std,
-            clock=c.clock or default.clock,
-            final=self._final,
-        )
+        return multistep_table(self.config, path, nodes, tau=tau, final=self._final)

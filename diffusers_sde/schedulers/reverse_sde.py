@@ -10,8 +10,8 @@ from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.schedulers.config import scheduler_init
-from diffusers_sde.schedulers.defaults import measured_defaults
-from diffusers_sde.tables import Table, build_multistep, tau_from_eta
+from diffusers_sde.schedulers.defaults import multistep_table
+from diffusers_sde.tables import Table, tau_from_eta
 
 
 class ReverseSDEScheduler(TableScheduler):
@@ -69,18 +69,8 @@ class ReverseSDEScheduler(TableScheduler):
         return [float(x) for x in c.tau]
 
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
-        c, default = self.config, measured_defaults(path, len(nodes) - 1, stochastic=True)
-        own_std = 0.0 if c.solver_order == 1 else default.data_std
-        table = build_multistep(
-            path,
-            nodes,
-            order=c.solver_order,
-            corrector=c.solver_order > 1 if c.corrector is None else c.corrector,
-            data_std=own_std if c.data_std is None else c.data_std,
-            clock=c.clock or default.clock,
-            tau=tau,
-            final=self._final,
-        )
+        c = self.config
+        table = multistep_table(c, path, nodes, tau=tau, final=self._final, stochastic=True)
         if c.variance_type == "fixed_large" and c.solver_order == 1 and not c.corrector:
             return _upper_variance(table, nodes)
         return table
