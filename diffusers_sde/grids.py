@@ -78,17 +78,10 @@ def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> A
     if isinstance(path, FlowMatching):  # time is noise there, and the model's shift is applied to it
         return _shifted(path, target, mu)
     low, high = np.log(_noise_range(path))
-
-    def progress(t: Array) -> Array:
-        level = np.clip(-path.log_snr(t), low, high)
-        return 0.5 * (t - path.cleanest) / (path.noisiest - path.cleanest) + 0.5 * (level - low) / (high - low)
-
-    left, right = np.full(n, path.cleanest), np.full(n, path.noisiest)
-    for _ in range(60):  # bisection: G increases with t
-        middle = 0.5 * (left + right)
-        above = progress(middle) > target
-        left, right = np.where(above, left, middle), np.where(above, middle, right)
-    t = 0.5 * (left + right)
+    span = path.noisiest - path.cleanest
+    times = np.linspace(path.cleanest, path.noisiest, max(round(span) + 1, 1000))  # the integers where T = 1000
+    level = np.clip(-path.log_snr(times), low, high)
+    t = np.interp(target, 0.5 * (times - path.cleanest) / span + 0.5 * (level - low) / (high - low), times)
     t[0] = path.noisiest
     return t
 

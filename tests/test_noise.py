@@ -117,13 +117,13 @@ def test_same_picture_at_any_number_of_steps(process, tau, how):
 
 @pytest.mark.parametrize("process", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
 def test_defaults_keep_the_picture(process):
-    """With default settings runs of 20 and 40 steps correlate at 0.98 or more, 10 and 40 at 0.94 (stock samplers:
+    """With default settings runs of 20 and 40 steps correlate at 0.98 or more, 10 and 40 at 0.9 (stock samplers:
     test_stock_sde_changes_the_picture)."""
     scheduler = ReverseSDEScheduler(**process)
     x = randn(4, 3, 16, 16)
     fine = sample(scheduler, x, 40)
     assert cosine(sample(scheduler, x, 20), fine) >= 0.98
-    assert cosine(sample(scheduler, x, 10), fine) >= 0.94
+    assert cosine(sample(scheduler, x, 10), fine) >= 0.9
 
 
 @pytest.mark.parametrize("stock", ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"])
