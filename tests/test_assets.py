@@ -20,7 +20,7 @@ def test_it_is_a_small_stock_pipeline():
 
 
 def test_it_draws_its_classes():
-    """Guided samples look like their label: trousers fill both halves of the image, boots mainly the lower one."""
+    """Guided samples look like their label: trousers are lighter in the upper half, boots in the lower one."""
     pipe = load_default_model()
     scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(8)
@@ -28,5 +28,5 @@ def test_it_draws_its_classes():
     noise = torch.randn(6, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     light = (sample(network_denoiser(pipe.unet, labels, 2.0), scheduler, noise).clamp(-1, 1) + 1) / 2
     upper, lower = light[:, 0, :15].mean((1, 2)), light[:, 0, 15:].mean((1, 2))
-    assert ((upper / lower)[:3] > 0.7).all() and ((upper / lower)[3:] < 0.6).all()
+    assert ((upper / lower)[:3] > 1.1).all() and ((upper / lower)[3:] < 0.9).all()
     assert (light.mean((1, 2, 3)) > 0.05).all() and light.amax() > 0.6
