@@ -267,6 +267,9 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
             return run.nodes
         alpha, sigma = run.nodes.alpha.copy(), run.nodes.sigma.copy()
         alpha[changed], sigma[changed] = self.path.alpha_sigma_of(self.path.log_snr_of_label(now[changed]))
+        for i in changed:  # a copied entry means that node exactly, not its float32 label
+            for j in np.flatnonzero(run.labels == now[i])[:1]:
+                alpha[i], sigma[i] = run.nodes.alpha[j], run.nodes.sigma[j]
         return Nodes(run.nodes.time, alpha, sigma)
 
     def _compile(self, run: Run, begin: int) -> Compiled:
