@@ -101,7 +101,8 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
     def _get_compatibles(cls) -> list[type]:
         names = (
             "DDIMScheduler DDPMScheduler DEISMultistepScheduler DPMSolverMultistepScheduler "
-            "DPMSolverSinglestepScheduler EulerAncestralDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler "
+            "DPMSolverSinglestepScheduler EulerAncestralDiscreteScheduler EulerDiscreteScheduler "
+            "FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler HeunDiscreteScheduler "
             "KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler LMSDiscreteScheduler PNDMScheduler "
             "SASolverScheduler UniPCMultistepScheduler"
         )
