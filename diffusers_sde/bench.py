@@ -216,7 +216,7 @@ def robustness(seed: int) -> None:
         ddim.set_timesteps(n)
         rows.append([str(n), f"{worst[0]:.3f}", f"{rmse(sample(denoiser, ddim, noise), reference):.3f}", worst[1]])
     spread = reference.std().item()
-    title = f"Worst error of {count} selectable settings (standard deviation of the data {spread:.2f})"
+    title = f"Worst error of {count} runs, every selectable setting (standard deviation of the data {spread:.2f})"
     print_table(title, ["NFE", "worst", "DDIM", "setting"], rows)
 
 
