@@ -21,14 +21,6 @@ COMPONENTS, DIM = 5, 16
 FILES = ["error.png", "grid.png", "results.csv"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def mixture(scheduler):
     """The exact network for a mixture on 4x4 images, under the process of ``scheduler``."""
     g = torch.Generator().manual_seed(3)

@@ -26,15 +26,6 @@ ODE_OF_STOCK = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only cost time on networks this small, a lot of it where other processes want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 

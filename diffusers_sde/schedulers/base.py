@@ -21,7 +21,7 @@ from diffusers_sde import noise
 from diffusers_sde.grids import Nodes, make_grid, nodes_from_times, nodes_from_user
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving, path_from_config
 from diffusers_sde.prediction import convert, model_coefficients
-from diffusers_sde.schedulers.config import canonical_config, named_grid
+from diffusers_sde.schedulers.config import canonical_config, is_canonical, named_grid
 from diffusers_sde.schedulers.data_prediction import limited, split_variance
 from diffusers_sde.schedulers.defaults import measured_defaults
 from diffusers_sde.schedulers.noising import Noising
@@ -84,9 +84,9 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
         config without a diffusion process.
         """
         if isinstance(config, Mapping):
-            ours = "noise_conditioning" in config
+            foreign = not is_canonical(config)
             config = canonical_config(config)
-            if not ours:
+            if foreign:
                 config = {k: v for k, v in config.items() if k not in cls._own_keys or cls._inherits(config, k)}
             if "grid" not in kwargs and named_grid(kwargs):
                 kwargs["grid"] = named_grid(kwargs)

@@ -130,6 +130,11 @@ def stock_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_canonical(config: Mapping[str, Any]) -> bool:
+    """Whether a config already spells its process in this package's keys."""
+    return "use_flow_sigmas" in config and "noise_conditioning" in config
+
+
 def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` of any diffusers scheduler with its process spelled in this package's keys.
 
@@ -141,8 +146,7 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
     name = str(config.get("_class_name", ""))
     values = {**stock_defaults(config), **{k: v for k, v in config.items() if k != "_use_default_values"}}
     has_betas = "beta_start" in values or values.get("trained_betas") is not None
-    is_ours = "use_flow_sigmas" in values and "noise_conditioning" in values
-    if is_ours:
+    if is_canonical(values):
         return values
     flow_keys = "shift" in values or "flow_shift" in values
     known = has_betas or flow_keys or "beta_schedule" in values or values.get("sigma_data") is not None
