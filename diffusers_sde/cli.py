@@ -1,4 +1,4 @@
-"""The command line: ``diffusers-sde compare`` and ``diffusers-sde bench``.
+"""The command line: ``diffusers-sde compare``, ``bench`` and ``prepare``.
 
 Knows the names of the subcommands and the module that each one lives in, imported only when it is asked for.  Knows
 nothing of their arguments.
@@ -10,12 +10,20 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 COMMANDS = {
     "compare": "Sample one model with several samplers from the same noise: picture grid, table, error plot.",
     "bench": "Measure this package's samplers against diffusers' own.",
+    "prepare": "Make the image folders that the embedded models were trained on.",
 }
+MODULES = {"prepare": "diffusers_sde.training.prepare"}  # the others are named like their command
+
+
+def module_of(command: str) -> ModuleType:
+    """The module of a subcommand, imported now."""
+    return importlib.import_module(MODULES.get(command, f"diffusers_sde.{command}"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +47,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         sub = subparsers.add_parser(name, help=text, description=text, formatter_class=Formatter)
         if name == command:
-            importlib.import_module(f"diffusers_sde.{name}").add_arguments(sub)
+            module_of(name).add_arguments(sub)
     return parser
 
 
@@ -51,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(command).parse_args(arguments)
     except SystemExit as stop:
         return int(stop.code or 0)
-    return int(importlib.import_module(f"diffusers_sde.{args.command}").run(args))
+    return int(module_of(args.command).run(args))
 
 
 if __name__ == "__main__":
