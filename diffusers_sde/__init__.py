@@ -9,14 +9,19 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils as _loading
 
 from diffusers_sde.analytic import GaussianMixtureModel
+from diffusers_sde.classifier import NoisyClassifierModel
 from diffusers_sde.hub import write_component_modules
-from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde.models import FlowMapUNet2DModel
+from diffusers_sde.schedulers import DPMSolverScheduler, FlowMapScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 
 __version__ = "0.1.0"
 __all__ = [
     "DPMSolverScheduler",
+    "FlowMapScheduler",
+    "FlowMapUNet2DModel",
     "GaussianMixtureModel",
     "ModelMixin",
+    "NoisyClassifierModel",
     "ProbabilityFlowScheduler",
     "ReverseSDEScheduler",
     "SchedulerMixin",

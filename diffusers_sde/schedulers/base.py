@@ -73,6 +73,11 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
         """The noise level of each step of the whole grid."""
         return [0.0] * (len(nodes) - 1)
 
+    def _default_grid(self, path: Path, n: int, mu: float | None) -> np.ndarray:
+        """The ``n`` times of a run where the config names no grid."""
+        default = measured_defaults(path, n, self._stochastic)
+        return make_grid(path, default.grid, n, rho=default.rho, mu=mu)
+
     # -- config --
 
     @classmethod
@@ -242,11 +247,11 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
             raise ValueError("Pass num_inference_steps, timesteps or sigmas to set_timesteps.")
         else:
             n = int(num_inference_steps)
-            default = measured_defaults(path, n, self._stochastic)
-            grid, rho = config.grid or config.sigma_schedule, config.rho
+            grid = config.grid or config.sigma_schedule
             if grid is None:
-                grid, rho = default.grid, default.rho
-            times = make_grid(path, grid, n, rho=rho, mu=mu, steps_offset=config.steps_offset)
+                times = self._default_grid(path, n, mu)
+            else:
+                times = make_grid(path, grid, n, rho=config.rho, mu=mu, steps_offset=config.steps_offset)
             if config.round_timesteps:
                 times = _distinct_integers(times)
             nodes = nodes_from_times(path, times, config.final_sigmas_type)

@@ -1,0 +1,74 @@
+"""The flow map scheduler, for few-step networks that jump: which table it builds, which target time it names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusers_sde.flow_maps import build_flow_map, gamma_targets
+from diffusers_sde.grids import Nodes, karras, make_grid
+from diffusers_sde.paths import Path, VarianceExploding
+from diffusers_sde.schedulers.base import TableScheduler
+from diffusers_sde.schedulers.config import scheduler_init
+from diffusers_sde.tables import Table
+
+FLOW_MAPS = ("consistency", "mean_flow")
+
+
+class FlowMapScheduler(TableScheduler):
+    r"""Few-step sampling with flow map networks: jump along the ODE, re-noise by gamma, jump again (CTM, Kim et al.
+    2023, arXiv:2310.02279, algorithm 3; the formulas are in :mod:`diffusers_sde.flow_maps`).
+
+    Args:
+        flow_map: ``consistency`` for networks that know one target, clean data (consistency models, LCM; with
+            gamma < 1 trajectory-consistent ones as TCD); ``mean_flow`` for networks that are also told the target time,
+            ``network(sample, timestep, target_timestep=scheduler.target_timestep(timestep))``.
+        gamma: 1 jumps to clean data and re-noises fully (consistency multistep), 0 jumps deterministically to the next
+            level; None: 1 for consistency, 0 for mean_flow.
+        noise_seed: as in :class:`ReverseSDEScheduler`.
+        kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`; with no
+            grid the steps are equal in time (``trailing``), Karras' for variance exploding models.
+            ``final_sigmas_type="sigma_min"`` ends at the cleanest training time, where a consistency function is
+            trained to arrive; ``zero`` goes the rest of that jump, to clean data.
+    """
+
+    __module__ = "diffusers_sde"
+    _own_keys = ("flow_map", "gamma", "noise_seed")
+
+    @scheduler_init
+    def __init__(self, flow_map: str = "consistency", gamma: float | None = None, noise_seed: int | None = None):
+        if flow_map not in FLOW_MAPS:
+            raise ValueError(f"flow_map {flow_map!r} is unknown: use {' or '.join(FLOW_MAPS)}.")
+        if gamma is not None and not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must lie between 0 (deterministic jumps) and 1 (consistency), not {gamma}.")
+        self._setup()
+
+    @property
+    def gamma(self) -> float:
+        """The config's ``gamma`` or its default."""
+        c = self.config
+        return (1.0 if c.flow_map == "consistency" else 0.0) if c.gamma is None else float(c.gamma)
+
+    def target_timestep(self, timestep: Any) -> torch.Tensor:
+        """The time that the step at ``timestep`` jumps to, a 0-dimensional float32 tensor on the device of
+        ``timesteps``: what a mean flow network is told."""
+        run = self._run
+        target = gamma_targets(self.path, self._nodes(run), self.gamma).time[self._index(run, timestep)]
+        return torch.full((), float(target), dtype=torch.float32, device=run.timesteps.device)
+
+    @property
+    def _stochastic(self) -> bool:
+        return self.gamma > 0
+
+    def _taus(self, nodes: Nodes) -> list[float]:
+        return [float(self._stochastic)] * (len(nodes) - 1)
+
+    def _default_grid(self, path: Path, n: int, mu: float | None) -> np.ndarray:
+        if isinstance(path, VarianceExploding):  # the last node of its grids is where the last jump ends
+            return karras(path, n + 1)[:n]
+        return make_grid(path, "trailing", n, mu=mu)
+
+    def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
+        return build_flow_map(path, nodes, self.gamma)
