@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ class FlowMapUNet2DModel(UNet2DModel):
 
     __module__ = "diffusers_sde"
 
-    @functools.wraps(UNet2DModel.__init__)
+    class_embedding: Any
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.config.time_embedding_type != "positional" or self.config.class_embed_type is not None:
@@ -30,6 +31,8 @@ class FlowMapUNet2DModel(UNet2DModel):
         self.class_embedding = _ClassAndTarget(
             self.class_embedding, TimestepEmbedding(*_sizes(self.time_embedding.linear_1))
         )
+
+    __init__.__signature__ = inspect.signature(UNet2DModel.__init__)  # type: ignore[attr-defined]  # the config's keys
 
     @classmethod
     def from_unet(cls, unet: UNet2DModel) -> FlowMapUNet2DModel:
@@ -43,7 +46,7 @@ class FlowMapUNet2DModel(UNet2DModel):
         missing, unexpected = model.load_state_dict(state, strict=False)
         if unexpected or any(not k.startswith(f"{prefix}target.") for k in missing):
             raise ValueError(f"These weights are not those of a plain UNet2DModel: {[*unexpected, *missing][:3]}.")
-        return model.to(unet.dtype)
+        return model if model.dtype == unet.dtype else model.to(unet.dtype)
 
     def forward(
         self,

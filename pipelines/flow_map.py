@@ -1,0 +1,83 @@
+r"""Few-step generation with consistency, CTM and MeanFlow models.
+
+One network evaluation jumps along the probability-flow ODE from time t to time s,
+
+    X(x_t, t, s) = alpha_s D + sigma_s eps,        D, eps from the network's output m(x_t, t[, s]),
+
+and between jumps the sample is re-noised by ``gamma`` (CTM, Kim et al. 2023, arXiv:2310.02279, algorithm 3): jump to
+``(sigma/alpha)_u = sqrt(1 - gamma^2) (sigma/alpha)_next``, then add noise of standard deviation ``gamma sigma_next``.
+gamma = 1 is the multistep sampler of consistency models (Song et al. 2023, arXiv:2303.01469, algorithm 1), gamma = 0
+deterministic jumps, for networks that know their target (MeanFlow, Geng et al. 2025, arXiv:2505.13447).
+
+Usage, with a model of ``python -m diffusers_sde.train --objective consistency`` (or ``mean_flow``):
+
+```python
+import torch
+import diffusers_sde
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(
+    "few_step_model", custom_pipeline="pipelines/flow_map.py", trust_remote_code=True
+)
+images = pipe(class_labels=range(10), num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+```
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+
+from diffusers_sde import FlowMapScheduler
+from diffusers_sde.pipeline_io import check_output_type, initial_noise, label_tensor, pictures
+
+
+class FlowMapPipeline(DiffusionPipeline):
+    """Jump and re-noise with ``unet`` (a ``UNet2DModel``, or a ``FlowMapUNet2DModel`` that is told the target time)."""
+
+    def __init__(self, unet: Any, scheduler: Any):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Any = None,
+        num_inference_steps: int = 2,
+        batch_size: int | None = None,
+        timesteps: Any = None,
+        generator: Any = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate one picture per label (or ``batch_size`` of them).
+
+        Args: ``class_labels`` a label, several, or None for no class; ``num_inference_steps`` network evaluations, or
+        their ``timesteps``; ``latents`` unit noise (N, C, H, W); ``output_type`` pil, np, pt or latent.  gamma and the
+        kind of map are the scheduler's.  Raises ``ValueError`` for a scheduler of another kind and for wrong inputs.
+        """
+        if not isinstance(self.scheduler, FlowMapScheduler):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} cannot jump: use pipe.scheduler = FlowMapScheduler.from_config("
+                "pipe.scheduler.config, flow_map='consistency') or flow_map='mean_flow', as the model was trained."
+            )
+        check_output_type(output_type)
+        labels = label_tensor(self.unet, class_labels, batch_size)
+        told = {} if labels is None else {"class_labels": labels}
+        batch = (batch_size or 1) if labels is None else len(labels)
+        scheduler = self.scheduler
+        x = initial_noise(self.unet, scheduler, batch, generator, latents)
+        if timesteps is None:
+            scheduler.set_timesteps(num_inference_steps, device=x.device)
+        else:
+            scheduler.set_timesteps(timesteps=timesteps, device=x.device)
+        for t in self.progress_bar(scheduler.timesteps):
+            if scheduler.config.flow_map == "mean_flow":
+                told["target_timestep"] = scheduler.target_timestep(t)
+            m = self.unet(scheduler.scale_model_input(x, t), t, return_dict=False, **told)[0]
+            x = scheduler.step(m, t, x, generator=generator, return_dict=False)[0]
+        images = pictures(x, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
