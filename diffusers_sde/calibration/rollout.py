@@ -1,0 +1,80 @@
+"""Running tables on a batch of samples: the student's side of a calibration.
+
+Knows how a table's evaluations are formed from a network's predictions and how to start in the middle of a run.
+Knows nothing of where predictions come from or how tables are fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from diffusers_sde.calibration.sources import Batch
+from diffusers_sde.paths import Path, VarianceExploding
+from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.tables import Row, Table, evaluation_coefficients
+
+Tick = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a network says on which path, and the data scale that defines ``F``; ``tick`` is called per evaluation."""
+
+    path: Path
+    prediction_type: str
+    data_std: float
+    integer_times: bool = False
+    tick: Tick = field(default=lambda: None, compare=False)
+
+    def start(self, batch: Batch) -> torch.Tensor:
+        """The state of pure noise: ``sqrt(sigma_max^2 + sigma_data^2) noise`` for EDM, the noise itself otherwise."""
+        return batch.noise / self._input_scale(*(float(v) for v in self.path.alpha_sigma(self.path.noisiest)))
+
+    def _input_scale(self, alpha: float, sigma: float) -> float:
+        return 1 / math.hypot(sigma, self.path.sigma_data) if isinstance(self.path, VarianceExploding) else 1.0
+
+    def evaluate(self, batch: Batch, row: Row, x: torch.Tensor) -> torch.Tensor:
+        """``F`` of a row at the state ``x``: the network sees ``row.time``, the algebra uses the row's level."""
+        said = model_coefficients(self.path, self.prediction_type, row.alpha, row.sigma)
+        own = evaluation_coefficients(self.data_std, row.alpha, row.sigma)
+        k_x, k_m = convert(said, own, row.alpha, row.sigma)
+        # as a scheduler hands it out
+        time = torch.tensor(row.time, dtype=torch.int64 if self.integer_times else torch.float32)
+        scale = self._input_scale(row.alpha, row.sigma)
+        said_here = batch.evaluate(x if scale == 1.0 else x * scale, time)
+        self.tick()
+        return torch.mul(said_here.to(x.dtype), k_m).add_(x, alpha=k_x)
+
+    def normaliser(self, alpha: float, sigma: float) -> float:
+        """``rho = sqrt(data_std^2 alpha^2 + sigma^2)``: states over it have unit scale for data of this scale."""
+        return math.hypot(self.data_std * alpha, sigma)
+
+
+def advance(row: Row, x: torch.Tensor, evaluations: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``a x + sum_j b[j] F_{i-j}`` for a row i whose evaluation is the last of ``evaluations``."""
+    out = torch.mul(x, row.a)
+    for weight, evaluation in zip(row.b, reversed(evaluations), strict=False):
+        out.add_(evaluation, alpha=weight)
+    return out
+
+
+def roll(
+    process: Process,
+    batch: Batch,
+    table: Table,
+    x: torch.Tensor,
+    evaluations: Sequence[torch.Tensor] = (),
+    first: int = 0,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Run the rows from ``first`` on, from state ``x`` with the evaluations made before; returns the states that rows
+    ``first ..`` lead to and all evaluations."""
+    states, made = [], list(evaluations)
+    for row in table.rows[first:]:
+        made.append(process.evaluate(batch, row, x))
+        x = advance(row, x, made)
+        states.append(x)
+    return states, made

@@ -1,0 +1,228 @@
+"""The scheduler of learned tables: which table and grid a number of steps has, and for which process they hold.
+
+Knows how a calibration is written in a config and when it applies.  Knows nothing of how it was made
+(:mod:`diffusers_sde.calibration` does).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusers_sde.grids import Nodes
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
+from diffusers_sde.schedulers.base import TableScheduler
+from diffusers_sde.schedulers.config import canonical_config, scheduler_init
+from diffusers_sde.schedulers.defaults import measured_defaults, multistep_table
+from diffusers_sde.tables import Row, Table
+
+_STANDARD = SimpleNamespace(solver_order=2, corrector=None, data_std=None, clock=None)
+_VP_KEYS = (
+    "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale",
+)  # fmt: skip
+_FLOW_KEYS = ("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal", "invert_sigmas")
+_EDM_KEYS = ("sigma_data", "sigma_min", "sigma_max", "noise_conditioning")
+
+
+def process_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What must agree for a learned table to apply: the keys of the forward process and the prediction type."""
+    c = canonical_config(config)
+    keys = _FLOW_KEYS if c.get("use_flow_sigmas") else _EDM_KEYS if c.get("sigma_data") is not None else _VP_KEYS
+    if keys is _VP_KEYS and c.get("trained_betas") is not None:
+        keys = _VP_KEYS[3:]
+    out = {k: c.get(k) for k in ("num_train_timesteps", "prediction_type", "use_flow_sigmas", *keys)}
+    out["use_flow_sigmas"] = bool(out["use_flow_sigmas"])
+    for key in ("rescale_betas_zero_snr", "use_dynamic_shifting", "invert_sigmas"):
+        if key in out:
+            out[key] = bool(out[key])
+    standard = {"snr_shift_scale": 1.0, "shift": 1.0, "time_shift_type": "exponential", "noise_conditioning": "log"}
+    standard |= {"sigma_min": 0.002, "sigma_max": 80.0}
+    out |= {k: v for k, v in standard.items() if k in out and out[k] is None}
+    if out.get("trained_betas") is not None:
+        out["trained_betas"] = [float(b) for b in out["trained_betas"]]
+    return out
+
+
+def standard_table(path: Path, nodes: Nodes, tau: list[float] | None = None) -> Table:
+    """The exact table with the measured defaults: what a learned one must beat, and what it is a correction of."""
+    stochastic = tau is not None
+    levels = [0.0] * (len(nodes) - 1) if tau is None else tau
+    return multistep_table(_STANDARD, path, nodes, tau=levels, final="corrected", stochastic=stochastic)
+
+
+def table_entry(nodes: Nodes, table: Table | None, tau: list[float] | None, errors: Mapping[str, Any]) -> dict:
+    """One number of steps as it is written in a config: plain numbers and lists."""
+    entry: dict[str, Any] = {k: [float(v) for v in getattr(nodes, k)] for k in ("time", "alpha", "sigma")}
+    entry["rows"] = None if table is None else [[row.a, *row.b] for row in table.rows]
+    entry["tau"] = None if tau is None else [float(t) for t in tau]
+    entry["errors"] = dict(errors)
+    return entry
+
+
+def entry_nodes(entry: Mapping[str, Any]) -> Nodes:
+    return Nodes(*(np.asarray(entry[k], np.float64) for k in ("time", "alpha", "sigma")))
+
+
+def entry_table(entry: Mapping[str, Any], data_std: float) -> Table | None:
+    if entry["rows"] is None:
+        return None
+    columns = zip(entry["time"], entry["alpha"], entry["sigma"], entry["rows"], strict=False)
+    return Table(tuple(Row(t, a, s, row[0], tuple(row[1:]), 0.0) for t, a, s, row in columns), data_std)
+
+
+class CalibratedScheduler(TableScheduler):
+    r"""Sampling with tables learned for one model by :func:`diffusers_sde.calibrate`: ``x <- a x + sum_j b_j F_j`` with
+    fitted ``a``, ``b`` and times, one table for each calibrated number of steps, several in one config.
+
+    A number of steps that was not calibrated gets the exact solver (``ProbabilityFlowScheduler``'s defaults) on the
+    learned grid interpolated to it, and a warning; so does a grid of the user's own.  A run that starts inside the grid
+    (image-to-image) has no history for learned rows and gets exact rows on the rest of the grid.
+
+    Args:
+        calibration: what ``calibrate`` found: the process it holds for, ``data_std``, and for each number of steps
+            nodes, rows (None: the exact solver was better), tau (stochastic calibrations) and measured errors.
+        noise_seed: seed of the Brownian path of a stochastic calibration; None: a hash of the latents.
+        kwargs: process and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
+
+    ``errors[n]`` are the measured errors at n steps: ``training``, ``held_out``, ``exact`` and ``stock`` (the latter
+    two on the same held-out noise).  Raises ``ValueError`` without a calibration, for a process other than the
+    calibrated one, with thresholding or clipping, and for a table that lost to the exact one on held-out noise.
+    """
+
+    __module__ = "diffusers_sde"
+    _own_keys = ("calibration", "noise_seed")
+
+    @scheduler_init
+    def __init__(self, calibration: dict[str, Any] | None = None, noise_seed: int | None = None):
+        if not calibration or not calibration.get("tables"):
+            raise ValueError(
+                "A CalibratedScheduler needs a calibration: make one with diffusers_sde.calibrate, load one with "
+                "from_pretrained, or pass another's config.calibration."
+            )
+        self._setup()
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ``ValueError`` unless the calibration holds for the current config."""
+        config, calibration = self.config, self.config.calibration
+        self.check_process(config)
+        if config.thresholding or config.clip_sample:
+            raise ValueError("Learned tables are linear: they cannot be used with thresholding or clip_sample.")
+        for n, entry in calibration["tables"].items():
+            errors = entry["errors"]
+            learned = entry["rows"] is not None or entry["tau"] is not None
+            if learned and not errors["held_out"] <= errors["exact"]:
+                raise ValueError(
+                    f"The table for {n} steps is worse than the exact solver on held-out noise: calibrate again."
+                )
+            if len(entry["time"]) != int(n) + 1:
+                raise ValueError(f"The table for {n} steps has {len(entry['time']) - 1} of them.")
+
+    def check_process(self, config: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless a model with this scheduler config has the calibrated process: path (betas, shift,
+        EDM range) and prediction type."""
+        mine, other = self.config.calibration["process"], process_of(config)
+        differing = [k for k in {**mine, **other} if mine.get(k) != other.get(k)]
+        if differing:
+            said = ", ".join(f"{k} is {other.get(k)}, was {mine.get(k)}" for k in differing)
+            raise ValueError(f"This scheduler was calibrated for another process ({said}): calibrate it for this model.")
+
+    @property
+    def errors(self) -> dict[int, dict[str, Any]]:
+        """What was measured at each calibrated number of steps."""
+        return {int(n): dict(entry["errors"]) for n, entry in self.config.calibration["tables"].items()}
+
+    @property
+    def _stochastic(self) -> bool:
+        return bool(self.config.calibration["stochastic"])
+
+    def _entry(self, n: int) -> Mapping[str, Any] | None:
+        return self.config.calibration["tables"].get(str(n))
+
+    # -- layout --
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | torch.Tensor | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+    ) -> None:
+        """Lay out the learned grid for ``num_inference_steps`` evaluations, else one interpolated from it.
+
+        ``sigmas`` that are the plain ramp which pipelines pass by habit count as a number of steps; any other list, and
+        ``timesteps``, is a grid for the exact solver.  Raises ``ValueError`` where the config's process has changed.
+        """
+        self.check_process(self.config)
+        if sigmas is not None and timesteps is None and _is_habit(self.path, sigmas):
+            num_inference_steps, sigmas = num_inference_steps or len(sigmas), None
+        if sigmas is not None or timesteps is not None or num_inference_steps is None:
+            super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+            warnings.warn("This grid was not calibrated: the exact solver runs on it.", stacklevel=2)
+            return
+        n = int(num_inference_steps)
+        entry = self._entry(n)
+        if entry is not None:
+            self._lay_out(entry_nodes(entry), device)
+            return
+        known = sorted(int(k) for k in self.config.calibration["tables"])
+        warnings.warn(
+            f"{n} steps were not calibrated (only {', '.join(map(str, known))}): the exact solver runs on the "
+            "interpolated grid.",
+            stacklevel=2,
+        )
+        self._lay_out(self._interpolated(n, min(known, key=lambda k: (abs(math.log(k / n)), k))), device)
+
+    def _interpolated(self, n: int, known: int) -> Nodes:
+        """The levels of the grid for ``known`` steps at ``n`` equal parts of its index, in the network's time."""
+        if n < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, not {n}.")
+        path, learned = self.path, entry_nodes(self.config.calibration["tables"][str(known)])
+        times = path.time(learned.log_snr[:-1])
+        ends = np.append(times, path.cleanest)
+        at = np.interp(np.arange(n) * known / n, np.arange(known + 1), ends)
+        if self.config.round_timesteps:
+            at = np.round(at)
+        alpha, sigma = path.alpha_sigma(at)
+        return Nodes(np.append(at, learned.time[-1]), np.append(alpha, 1.0), np.append(sigma, 0.0))
+
+    def _taus(self, nodes: Nodes) -> list[float]:
+        if not self._stochastic:
+            return super()._taus(nodes)
+        entry = self._entry(len(nodes) - 1)
+        if entry is not None and entry["tau"] is not None and _same(nodes, entry_nodes(entry)):
+            return list(entry["tau"])
+        return [1.0] * (len(nodes) - 1)
+
+    def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
+        entry = self._entry(len(nodes) - 1)
+        if entry is not None and entry["rows"] is not None and _same(nodes, entry_nodes(entry)):
+            table = entry_table(entry, self.config.calibration["data_std"])
+            assert table is not None
+            return table
+        return standard_table(path, nodes, tau if self._stochastic else None)
+
+
+def _same(nodes: Nodes, learned: Nodes) -> bool:
+    return bool(np.array_equal(nodes.alpha, learned.alpha) and np.array_equal(nodes.sigma, learned.sigma))
+
+
+def _is_habit(path: Path, sigmas: Any) -> bool:
+    """Whether these sigmas are what pipelines pass whatever the user wants: the uniform ramp of flow matching pipelines
+    (1 to 1/n) or of EDM pipelines (0 to 1)."""
+    values = np.asarray(sigmas.cpu() if hasattr(sigmas, "cpu") else sigmas, np.float64)
+    n = len(values)
+    ramp = np.linspace(0, 1, n) if isinstance(path, VarianceExploding) else np.linspace(1, 1 / max(n, 1), n)
+    return isinstance(path, FlowMatching | VarianceExploding) and bool(np.allclose(values, ramp, atol=1e-6))
+
+
+def data_scale(path: Path) -> float:
+    """The data_std of the standard table: what F means in learned rows."""
+    return measured_defaults(path, 5).data_std
