@@ -1,0 +1,154 @@
+"""What a training leaves beside the weights: the loss curve and the model card.
+
+Knows files, matplotlib and the card's text.  Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+CURVE = ("step", "loss", "learning_rate")
+
+
+class LossCurve:
+    """``loss.csv``: the step, the mean loss since the row before, the learning rate.  Rows of steps that a resumed
+    training makes again are dropped."""
+
+    def __init__(self, file: Path, resumed_step: int):
+        self.file = file
+        rows = [row for row in read_curve(file) if row[0] <= resumed_step] if file.exists() else []
+        with open(file, "w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(CURVE)
+            writer.writerows(rows)
+
+    def append(self, step: int, loss: float, rate: float) -> None:
+        with open(self.file, "a", newline="") as stream:
+            csv.writer(stream).writerow((step, f"{loss:.8g}", f"{rate:.6g}"))
+
+
+def read_curve(file: Path) -> list[tuple[int, float, float]]:
+    """Rows ``(step, loss, learning rate)``; a line cut off by a kill is left out."""
+    rows = []
+    with open(file, newline="") as stream:
+        for row in list(csv.reader(stream))[1:]:
+            try:
+                rows.append((int(row[0]), float(row[1]), float(row[2])))
+            except (ValueError, IndexError):
+                continue
+    return rows
+
+
+def draw_curve(rows: list[tuple[int, float, float]], file: Path) -> None:
+    """Loss against steps, in means of up to 200 equal stretches."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), facecolor="white", layout="constrained")
+    ax = figure.subplots()
+    steps, losses = (np.array(column) for column in list(zip(*rows, strict=True))[:2])
+    stretches = np.array_split(np.arange(len(steps)), min(200, len(steps)))
+    ax.plot([steps[s].mean() for s in stretches], [losses[s].mean() for s in stretches], color="#1f77b4", linewidth=1.4)
+    ax.set(xlabel="optimizer step", ylabel="loss", yscale="log")
+    ax.grid(alpha=0.25, which="both")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
+_CARD = """---
+library_name: diffusers
+tags: [diffusers, diffusers_sde{tags}]
+{base}---
+
+# {title}
+
+{what}
+
+![Samples](samples.png)
+
+## Training
+
+{facts}
+
+Command:
+
+```bash
+{command}
+```
+
+![Loss](loss.png)
+
+## Sampling
+
+```python
+{snippet}
+```
+"""
+
+_SNIPPETS = {
+    "unconditional": """import torch
+import diffusers_sde
+from diffusers import DDPMPipeline
+from diffusers_sde.sampling import network_denoiser, sample
+
+pipe = DDPMPipeline.from_pretrained("{name}")
+scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+scheduler.set_timesteps(10)
+noise = torch.randn(4, {channels}, {size}, {size})
+images = sample(network_denoiser(pipe.unet), scheduler, noise)  # (4, {channels}, {size}, {size}) in [-1, 1]""",
+    "class": """import torch
+import diffusers_sde
+from diffusers import DDPMPipeline
+from diffusers_sde.sampling import network_denoiser, sample
+
+pipe = DDPMPipeline.from_pretrained("{name}")
+scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+scheduler.set_timesteps(10)
+labels = torch.tensor([0, 1, 2])
+noise = torch.randn(3, {channels}, {size}, {size})
+images = sample(network_denoiser(pipe.unet, labels, guidance_scale=2.0), scheduler, noise)  # in [-1, 1]""",
+    "pipeline": """import diffusers_sde
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")
+pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+images = pipe({condition}, num_inference_steps=10).images""",
+    "lora": """import diffusers_sde
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base_model}")
+pipe.load_lora_weights("{name}")
+pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+images = pipe({condition}, num_inference_steps=10).images""",
+}
+
+
+def write_card(
+    folder: Path,
+    *,
+    title: str,
+    what: str,
+    facts: dict[str, Any],
+    command: str,
+    kind: str,
+    values: dict[str, Any],
+    base_model: str | None = None,
+) -> None:
+    """``README.md`` of a model: what it is, how it was trained, its curves, how to sample it.
+
+    ``kind`` names the sampling snippet (unconditional, class, pipeline, lora), ``values`` fill it in.
+    """
+    base = f"base_model: {base_model}\n" if base_model else ""
+    tags = ", lora" if kind == "lora" else ""
+    text = _CARD.format(
+        tags=tags,
+        base=base,
+        title=title,
+        what=what,
+        facts="\n".join(f"* **{key}**: {value}" for key, value in facts.items()),
+        command=command,
+        snippet=_SNIPPETS[kind].format(base_model=base_model, **values),
+    )
+    (folder / "README.md").write_text(text)

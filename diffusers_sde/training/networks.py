@@ -1,0 +1,330 @@
+"""What is trained: a fresh network or one of a pipeline, its forward process, and how it is called.
+
+Knows diffusers' models and pipelines: the default network of a resolution, the config of each ``--path``, LoRA
+adapters, and how any pipeline conditions its network (by asking the pipeline itself).  Knows nothing of losses, data
+sets or optimizers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Any
+
+import diffusers
+import torch
+
+from diffusers_sde.classifier import NoisyClassifierModel
+from diffusers_sde.models import FlowMapUNet2DModel
+from diffusers_sde.paths import Path, VarianceExploding, path_from_config
+from diffusers_sde.schedulers import FlowMapScheduler, ProbabilityFlowScheduler
+from diffusers_sde.schedulers.config import canonical_config
+
+PATHS = ("from_model", "vp", "cosine", "ve", "edm", "flow")
+
+_PROCESSES: dict[str, dict[str, Any]] = {
+    "vp": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "ve": {"sigma_data": 1.0, "sigma_min": 0.01, "sigma_max": 50.0, "sigma_schedule": "exponential"},
+    "edm": {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_schedule": "karras"},
+    "flow": {"use_flow_sigmas": True},
+}
+
+
+def process_scheduler(path: str, prediction_type: str) -> Any:
+    """A scheduler whose config names the forward process ``path`` and the prediction: diffusers' own class where it
+    has one (so that the model works without this package), else :class:`ProbabilityFlowScheduler`.
+
+    ``vp`` linear betas 1e-4 to 0.02, ``cosine`` Nichol & Dhariwal's, ``ve`` sigma 0.01 to 50 at unit data scale,
+    ``edm`` Karras et al.'s sigma 0.002 to 80 and sigma_data 0.5, ``flow`` rectified flow without shift.
+    """
+    process = _PROCESSES[path]
+    if path in ("vp", "cosine") and prediction_type in ("epsilon", "sample", "v_prediction"):
+        return diffusers.DDPMScheduler(**process, prediction_type=prediction_type, clip_sample=False)
+    if path == "flow" and prediction_type == "flow_prediction":
+        return diffusers.FlowMatchEulerDiscreteScheduler()
+    if path == "edm" and prediction_type in ("epsilon", "v_prediction"):
+        return diffusers.EDMEulerScheduler(prediction_type=prediction_type)
+    return ProbabilityFlowScheduler(**process, prediction_type=prediction_type)
+
+
+def default_network(resolution: int, channels: int, classes: int) -> diffusers.UNet2DModel:
+    """A ``UNet2DModel`` that fits the resolution: widths 32, 64, 128, 128, ..., one level for each factor of two down
+    to 8x8 (at least two levels), one layer a block, attention at the lowest; about 2.7 M parameters at 32x32.
+
+    ``classes`` > 0 adds an embedding for each and a null one, the last.
+    """
+    levels = max(2, len([s for s in (8, 16, 32, 64, 128, 256) if s < resolution]) + 1)
+    levels = min(levels, 6)
+    widths = ([32, 64, 128] + [128] * 3)[:levels]
+    divisor = 2 ** (levels - 1)
+    if resolution % divisor:
+        raise ValueError(f"--resolution {resolution} must be a multiple of {divisor} for the default network.")
+    return diffusers.UNet2DModel(
+        sample_size=resolution,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=["DownBlock2D"] * (levels - 1) + ["AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D"] + ["UpBlock2D"] * (levels - 1),
+        norm_num_groups=8,
+        attention_head_dim=32,
+        num_class_embeds=classes + 1 if classes else None,
+    )
+
+
+def network_from_config(source: str, classes: int) -> Any:
+    """A fresh network from ``--model_config``: a JSON file or a model folder, whose ``_class_name`` is a class of
+    diffusers (default ``UNet2DModel``).  The number of classes is that of the data.
+
+    Raises ``ValueError`` for a file that does not exist or names no model.
+    """
+    file = File(source) / "config.json" if File(source).is_dir() else File(source)
+    if not file.is_file():
+        raise ValueError(f"--model_config {source} does not exist: pass a JSON file or a folder with a config.json.")
+    config = json.loads(file.read_text())
+    cls = getattr(diffusers, config.get("_class_name", "UNet2DModel"), None)
+    if cls is None or not hasattr(cls, "from_config"):
+        raise ValueError(f"--model_config {source} names {config.get('_class_name')!r}, which diffusers does not have.")
+    if issubclass(cls, diffusers.UNet2DModel):
+        config["num_class_embeds"] = classes + 1 if classes else None
+    return cls.from_config(config)
+
+
+@dataclass
+class Task:
+    """The trainable ``network`` of ``pipe`` (its component ``name``), the process of its scheduler, and the condition.
+
+    ``condition(labels, captions)`` gives the network's further keyword arguments for a batch; a label or caption that
+    is None stands for no condition (classifier-free guidance's dropout).
+    """
+
+    pipe: Any
+    name: str
+    network: Any
+    condition: Callable[[Sequence[int | None] | None, Sequence[str | None] | None], dict[str, Any]]
+    timestep_scale: float = 1.0
+
+    @property
+    def scheduler(self) -> Any:
+        return self.pipe.scheduler
+
+    @property
+    def vae(self) -> Any:
+        return getattr(self.pipe, "vae", None)
+
+    @property
+    def path(self) -> Path:
+        return path_from_config(canonical_config(self.scheduler.config))
+
+    @property
+    def prediction_type(self) -> str:
+        return str(canonical_config(self.scheduler.config).get("prediction_type", "epsilon"))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images that the data set has to give."""
+        return int(self.network.config.in_channels if self.vae is None else self.vae.config.in_channels)
+
+
+def fresh_task(network: Any, scheduler: Any, classes: int) -> Task:
+    """A network without a pipeline of its own: unconditional or class-conditional."""
+    return _unet_task(diffusers.DDPMPipeline(unet=network, scheduler=scheduler), classes)
+
+
+def pipeline_task(pipe: Any, classes: int, captions: bool) -> Task:
+    """The network of a pretrained pipeline.
+
+    Raises ``ValueError`` where the pipeline has no network to train or the data lacks what it is conditioned on.
+    """
+    name = next((n for n in ("unet", "transformer") if getattr(pipe, n, None) is not None), None)
+    if name is None:
+        raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer: pass another pipeline.")
+    network = getattr(pipe, name)
+    if isinstance(network, diffusers.UNet2DModel) and getattr(pipe, "vae", None) is None:
+        own = network.config.num_class_embeds
+        if own and classes and classes != own - 1:
+            raise ValueError(
+                f"The network knows {own - 1} classes and a null class, the data has {classes}: use the same classes."
+            )
+        if own and not classes:
+            raise ValueError(f"The network is conditioned on {own - 1} classes: put the images into class folders.")
+        return _unet_task(pipe, classes if own else 0)
+    takes = inspect.signature(pipe.__call__).parameters
+    for other in pipe.components.values():
+        if isinstance(other, torch.nn.Module) and other is not network:
+            other.requires_grad_(False).eval()
+    if "class_labels" in takes:
+        if not classes:
+            raise ValueError(f"{type(pipe).__name__} is class-conditional: put the images into class folders.")
+        return _captured_task(pipe, name, network, by_label=True)
+    if "prompt" in takes:
+        if not captions:
+            raise ValueError(f"{type(pipe).__name__} is conditioned on text: add captions in a metadata.jsonl.")
+        return _captured_task(pipe, name, network, by_label=False)
+    raise ValueError(f"{type(pipe).__name__} takes neither class labels nor prompts: pass another pipeline.")
+
+
+def _unet_task(pipe: Any, classes: int) -> Task:
+    def condition(labels: Sequence[int | None] | None, captions: Sequence[str | None] | None) -> dict[str, Any]:
+        if not classes or labels is None:
+            return {}
+        known = torch.tensor([classes if label is None else label for label in labels])
+        return {"class_labels": known.to(pipe.unet.device)}
+
+    return Task(pipe, "unet", pipe.unet, condition)
+
+
+def flow_map_task(task: Task, flow_map: str) -> Task:
+    """``task`` with a scheduler that jumps; for ``mean_flow`` also with a network that is told where to.
+
+    Raises ``ValueError`` for a mean flow from a network that is no ``UNet2DModel``.
+    """
+    task.pipe.scheduler = FlowMapScheduler.from_config(task.scheduler.config, flow_map=flow_map)
+    if flow_map == "consistency" or isinstance(task.network, FlowMapUNet2DModel):
+        return task
+    if not isinstance(task.network, diffusers.UNet2DModel):
+        raise ValueError(
+            f"{type(task.network).__name__} has no embedding of a target time: use --objective consistency."
+        )
+    network = FlowMapUNet2DModel.from_unet(task.network)
+    task.pipe.register_modules(**{task.name: network})
+    return dataclasses.replace(task, network=network)
+
+
+def classifier_task(scheduler: Any, resolution: int, channels: int, classes: int) -> Task:
+    """A small classifier of noisy images, for classifier guidance on the process of ``scheduler``."""
+    if not classes:
+        raise ValueError("A classifier needs labels: put the images into class folders.")
+    network = NoisyClassifierModel(sample_size=resolution, in_channels=channels, num_classes=classes)
+    nothing = types.SimpleNamespace(scheduler=scheduler, components={})
+    return Task(nothing, "classifier", network, lambda labels, captions: {})
+
+
+class _Captured(Exception):
+    """Carries what a pipeline hands to its network."""
+
+
+def _captured_task(pipe: Any, name: str, network: Any, by_label: bool) -> Task:
+    """Any pipeline: its own call says, once for each caption or label, what else the network is given (text
+    embeddings, pooled embeddings, sizes, masks), without guidance; kept on the host afterwards."""
+    known: dict[Any, dict[str, Any]] = {}
+    scale = 1.0
+
+    def capture(what: Any) -> dict[str, Any]:
+        nonlocal scale
+        signature, forward = inspect.signature(network.forward), network.forward
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            raise _Captured(signature.bind(*args, **kwargs).arguments)
+
+        inputs: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+        inputs["class_labels" if by_label else "prompt"] = [what]
+        taken = inspect.signature(pipe.__call__).parameters
+        network.forward = stop
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            with torch.no_grad():
+                pipe(**{k: v for k, v in inputs.items() if k in taken})
+        except _Captured as captured:
+            arguments = dict(captured.args[0])
+        finally:
+            network.forward = forward
+        arguments = {**arguments, **arguments.pop("kwargs", {})}
+        first = next(iter(signature.parameters))
+        latents = arguments.pop(first)
+        if latents.ndim != 4:
+            raise ValueError(f"{type(pipe).__name__} packs its latents, which is not supported: use another pipeline.")
+        time, level = arguments.pop("timestep"), float(pipe.scheduler.timesteps[0])
+        scale = float(torch.as_tensor(time).flatten()[0]) / level if level else 1.0
+        arguments.pop("return_dict", None)
+        return _to(arguments, torch.device("cpu"))
+
+    def condition(labels: Sequence[int | None] | None, captions: Sequence[str | None] | None) -> dict[str, Any]:
+        if by_label:
+            null = getattr(network.config, "num_embeds_ada_norm", None)
+            keys = [null if label is None else label for label in labels or ()]
+        else:
+            keys = [caption or "" for caption in captions or ()]
+        for key in dict.fromkeys(keys):
+            if key not in known:
+                known[key] = capture(0 if by_label else key)
+                if by_label:
+                    known[key]["class_labels"] = torch.tensor([key])
+        return _to(_stack([known[key] for key in keys]), network.device)
+
+    known[0 if by_label else ""] = capture(0 if by_label else "")
+    return Task(pipe, name, network, condition, scale)
+
+
+def _stack(values: Sequence[Any]) -> Any:
+    """One batch of several conditions of batch 1; what has no batch dimension must be the same in all."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _stack([value[key] for value in values]) for key in first}
+    if isinstance(first, torch.Tensor) and first.ndim and first.shape[0] == 1:
+        return torch.cat(list(values))
+    return first
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def call_network(
+    task: Task, network: Any, x: torch.Tensor, times: torch.Tensor, sigma: torch.Tensor, condition: dict[str, Any]
+) -> torch.Tensor:
+    """The prediction for states ``x`` at ``times`` (N,): EDM networks see ``x / sqrt(sigma^2 + sigma_data^2)``, learned
+    variances are split off.  ``network`` is ``task.network`` or what Accelerate made of it."""
+    path = task.path
+    if isinstance(path, VarianceExploding):
+        x = x / (sigma**2 + path.sigma_data**2).sqrt()
+    times = times if task.timestep_scale == 1.0 else times * task.timestep_scale
+    return network(x, timestep=times, **condition, return_dict=False)[0][:, : x.shape[1]]
+
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def add_lora(task: Task, rank: int, targets: Sequence[str] = LORA_TARGETS) -> None:
+    """Freeze the network and add trainable LoRA adapters of this rank to its attention projections (Hu et al. 2021,
+    arXiv:2106.09685), through peft.
+
+    Raises ``ValueError`` for a network or pipeline that cannot carry or save them.
+    """
+    if not hasattr(task.network, "add_adapter") or not hasattr(task.pipe, "save_lora_weights"):
+        raise ValueError(
+            f"{type(task.pipe).__name__} does not take LoRA weights: leave out --rank to train the whole network."
+        )
+    from peft import LoraConfig
+
+    task.network.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
+    task.network.add_adapter(config)
+    for parameter in task.network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def save_weights(task: Task, state: dict[str, torch.Tensor], folder: File, lora: bool) -> None:
+    """Write the LoRA weights, or the whole pipeline with ``state`` as the weights of its network, into ``folder``."""
+    if lora:
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(task.network, state_dict=state))
+        task.pipe.save_lora_weights(folder, **{f"{task.name}_lora_layers": layers})
+        return
+    if task.name == "classifier":
+        task.network.save_pretrained(folder, state_dict=state)
+        return
+    task.pipe.save_pretrained(folder)
+    task.network.save_pretrained(folder / task.name, state_dict=state)
