@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_sde.training.data import DataError, to_mode
+from diffusers_sde.training.samples import DataError, to_mode
 
 FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"

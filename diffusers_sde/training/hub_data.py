@@ -1,0 +1,212 @@
+"""Training images out of ``datasets``: tables and streams, local ones and those of the Hub.
+
+Knows the columns of such a data set and how its rows hold images; makes of them :class:`Images` or an
+:class:`ImageStream`.  Imported only where one is asked for: ``datasets`` is an extra.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import torch
+from PIL import Image
+
+from diffusers_sde.training.samples import (
+    UNREADABLE,
+    DataError,
+    Framing,
+    Images,
+    Item,
+    Samples,
+    annotation,
+    sample_seed,
+)
+
+SHUFFLE_BUFFER = 1000  # images of a stream that are shuffled at a time
+NO_LABEL = "{name} has rows without a label: remove them or pass another --label_column."
+MAX_UNREADABLE_RUN = 1000  # unreadable images in a row after which a stream is given up
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns of a data set that are used, and the class names if the labels have some."""
+
+    name: str
+    image: str
+    caption: str | None
+    label: str | None
+    class_names: list[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The image column of a ``datasets.Dataset``, undecoded."""
+
+    dataset: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return open_encoded(self.dataset[index][self.column])
+
+    def fingerprint(self) -> str:
+        """That of ``datasets``: a hash of the files and of what was done to them."""
+        return str(self.dataset._fingerprint)
+
+
+def open_encoded(value: Any) -> Image.Image:
+    """An image as ``datasets`` stores it: its bytes, or the path of its file, which may be remote or in an archive."""
+    if not value or (value["bytes"] is None and not value["path"]):
+        raise OSError("no image in this row")
+    if (data := value["bytes"]) is None:
+        with fsspec.open(value["path"], "rb") as file:
+            data = file.read()
+    return Image.open(io.BytesIO(data))
+
+
+def open_dataset(source: str, config_name: str | None, split: str, streaming: bool) -> Any:
+    """``datasets.load_dataset``; raises :class:`DataError` with its reason where that fails."""
+    try:
+        return datasets.load_dataset(source, config_name, split=split, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise DataError(
+            f"{source} is no folder of images and no data set ({reason}): check the name, or the connection."
+        ) from error
+
+
+def read_columns(dataset: Any, name: str, image: str, caption: str, label: str) -> Columns:
+    """Which of the wanted columns there are; only that of the images must be there."""
+    present = list(dataset.column_names or next(iter(dataset), {}))
+    if image not in present:
+        raise DataError(f"{name} has no column {image!r}: pass one of {', '.join(present)} as --image_column.")
+    features = dataset.features or {}
+    if not holds_images(features.get(image)):
+        raise DataError(f"Column {image!r} of {name} holds no images ({features[image]}): pass another --image_column.")
+    feature = features.get(label)
+    return Columns(
+        name,
+        image,
+        caption if caption in present else None,
+        label if label in present else None,
+        list(feature.names) if isinstance(feature, datasets.ClassLabel) else None,
+    )
+
+
+def holds_images(feature: Any) -> bool:
+    """Whether a column of this type (None: unknown) can be read as images: images, encoded ones, or their paths."""
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("string", "large_string", "binary", "large_binary")
+    return feature is None or isinstance(feature, datasets.Image | dict)
+
+
+def number_labels(dataset: Any, columns: Columns) -> tuple[list[str] | None, np.ndarray | None]:
+    """Class names and the label of each row: those of a ``ClassLabel``, else its integers or strings, sorted."""
+    if columns.label is None:
+        return None, None
+    values = list(dataset[columns.label])
+    if columns.class_names is not None:
+        labels = np.array([-1 if v is None else v for v in values])
+        if labels.min(initial=0) < 0:
+            raise DataError(NO_LABEL.format(name=columns.name))
+        return columns.class_names, labels
+    if not all(isinstance(v, int | str) for v in values):
+        raise DataError(f"Column {columns.label!r} of {columns.name} has no labels: pass another --label_column.")
+    names, labels = np.unique(np.array(values), return_inverse=True)
+    return [str(n) for n in names], labels
+
+
+def read_images(dataset: Any, framing: Framing, columns: Columns, cache_bytes: int) -> Images:
+    """The rows of a ``datasets.Dataset``; labels without a ``ClassLabel`` are numbered in sorted order."""
+    names, labels = number_labels(dataset, columns)
+    return Images(
+        Rows(dataset.cast_column(columns.image, datasets.Image(decode=False)), columns.image),
+        framing,
+        name=columns.name,
+        class_names=names,
+        labels=labels,
+        captions=[c or "" for c in dataset[columns.caption]] if columns.caption else None,
+        cache_bytes=cache_bytes,
+    )
+
+
+class ImageStream(Samples):
+    """The images of a ``datasets.IterableDataset``, epoch after epoch, each shuffled in a buffer by (seed, epoch).
+
+    Its length is unknown, and an item is found by reading up to it, so that a resumed training first passes over what
+    it has seen, undecoded.  Position p is the p-th row of the endless stream or, where that cannot be read, the next
+    one that can.  Every process reads the whole stream and decodes its own part.  Labels must be a ``ClassLabel``.
+    """
+
+    max_workers = 1  # datasets would give each of several workers only some of the files
+
+    def __init__(self, dataset: Any, framing: Framing, columns: Columns) -> None:
+        self.dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
+        self.framing, self.columns = framing, columns
+        self.class_names, self.captions = columns.class_names, columns.caption is not None
+
+    def __len__(self) -> int:
+        raise TypeError("The length of a stream is not known: pass --max_train_steps.")
+
+    def item(self, index: int, seed: int) -> Item:
+        raise TypeError("The items of a stream are only found in order: use batches.")
+
+    def rows(self, seed: int) -> Iterator[dict[str, Any]]:
+        """All rows, without end."""
+        shuffled = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
+        for epoch in itertools.count():
+            shuffled.set_epoch(epoch)
+            number = 0
+            for number, row in enumerate(shuffled, start=1):  # noqa: B007 (it counts the epoch)
+                yield row
+            if not number:
+                raise DataError(f"The stream of {self.columns.name} is empty: pass other data.")
+
+    def items(self, positions: Iterable[int], seed: int) -> Iterator[Item]:
+        """The items at increasing positions."""
+        wanted = iter(positions)
+        coming, waiting, run = next(wanted, None), collections.deque[int](), 0
+        for position, row in enumerate(self.rows(seed)):
+            if position == coming:
+                waiting.append(position)
+                coming = next(wanted, None)
+            if not waiting:
+                if coming is None:
+                    return
+                continue
+            try:
+                with open_encoded(row[self.columns.image]) as image:
+                    pixels = torch.from_numpy(self.framing.pixels(image))
+            except UNREADABLE as error:
+                self.skipped, run = self.skipped + 1, run + 1
+                warnings.warn(f"An image of {self.columns.name} is damaged and skipped: {error}", stacklevel=2)
+                if run == MAX_UNREADABLE_RUN:
+                    raise DataError(
+                        f"{run} images of {self.columns.name} in a row are damaged: pass other data."
+                    ) from error
+                continue
+            run = 0
+            label, caption = self.annotations(row)
+            while waiting:
+                own = sample_seed(seed, waiting.popleft())
+                yield {"pixel_values": self.framing.tensor(pixels, own), **annotation(label, caption, own)}
+
+    def annotations(self, row: dict[str, Any]) -> tuple[int | None, Any]:
+        """Label and caption of a row, None where the data set has none."""
+        columns, label = self.columns, None
+        if columns.label and columns.class_names:
+            label = row[columns.label]
+            if label is None or label < 0:
+                raise DataError(NO_LABEL.format(name=columns.name))
+        return label, (row[columns.caption] or "") if columns.caption else None
