@@ -74,8 +74,8 @@ def subgrid(nodes: Nodes, grid: Sequence[int]) -> Nodes:
 
 def fit_tables(
     samples: Samples, grids: Sequence[Sequence[int]], *, order: int = ORDER, ridge: float = RIDGE
-) -> list[Table]:
-    """A fitted table for each grid of teacher nodes, all grids of one length.
+) -> list[tuple[Table, float]]:
+    """A fitted table and its training error for each grid of teacher nodes, all grids of one length.
 
     Row by row: the student's states so far are its own; each row's correction of the exact row takes them as close to
     the teacher's states at the next node as least squares over all samples (of all processes) can.
@@ -109,7 +109,13 @@ def fit_tables(
             rows[g].append(corrected(exact[g].rows[i], delta))
             for first in samples.firsts:
                 states[g, first] = advance(rows[g][-1], states[g, first], made[g, first])
-    return [Table(tuple(r), process.data_std) for r in rows]
+    sums = np.zeros((len(grids), 2))
+    for (g, first), x in states.items():
+        errors = sample_errors(x, teacher.solution(first))
+        sums[g] += errors.sum(), len(errors)
+    sums = total(sums)
+    tables = [Table(tuple(r), process.data_std) for r in rows]
+    return [(table, float(s / count)) for table, (s, count) in zip(tables, sums, strict=True)]
 
 
 def sample_errors(x: torch.Tensor, solution: torch.Tensor) -> np.ndarray:

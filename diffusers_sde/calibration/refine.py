@@ -21,6 +21,7 @@ PARALLEL = 3e-3  # directions with a smaller share of the basis are left alone: 
 STATE_STEP = 0.01  # of the unit scale of a state
 TIME_STEP = 0.002  # of the training range
 TRIALS = 3  # damped steps to try for one Jacobian
+LEAST_DAMPING = 3e-3  # of the diagonal: barely determined combinations of parameters fit noise
 
 
 def directions(gram: np.ndarray, parallel: float = PARALLEL) -> np.ndarray:
@@ -43,7 +44,7 @@ class Refiner:
     def __init__(self, samples: Samples, table: Table, *, order: int = ORDER):
         self.samples, self.order = samples, order
         self.times = not samples.process.integer_times
-        self.damping, self.spent = 1e-3, 0
+        self.damping, self.spent = LEAST_DAMPING, 0
         self.table = table
         self.error, self._directions = self._measure(table)
 
@@ -78,7 +79,7 @@ class Refiner:
             trial = self._moved(np.linalg.solve(damped, -gradient))
             error, found = self._measure(trial)
             if error < self.error:
-                self.damping /= 5
+                self.damping = max(self.damping / 5, LEAST_DAMPING)
                 self.table, self.error, self._directions = trial, error, found
                 return True
             self.damping *= 10

@@ -6,10 +6,12 @@ again) and where: in memory or in a folder, one file per batch, never on the dev
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path as Folder
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,28 +52,40 @@ class Store:
     """Tensors by name, in memory or, with a folder, one safetensors file a name, written whole or not at all."""
 
     def __init__(self, folder: Folder | None = None):
-        self._folder, self._memory = folder, dict[str, dict[str, torch.Tensor]]()
+        self.folder, self._memory = folder, dict[str, dict[str, torch.Tensor]]()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._memory if self._folder is None else (self._folder / f"{name}.safetensors").is_file()
+        return name in self._memory if self.folder is None else (self.folder / f"{name}.safetensors").is_file()
 
     def put(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        if self._folder is None:
+        if self.folder is None:
             self._memory[name] = tensors
             return
-        path = self._folder / f"{name}.safetensors"
+        path = self.folder / f"{name}.safetensors"
         temporary = path.with_suffix(f".{os.getpid()}.part")
         save_file(tensors, temporary)
         os.replace(temporary, path)
 
     def get(self, name: str, key: str, index: int | None = None) -> torch.Tensor:
         """One tensor, or one entry of its first axis (only that is read)."""
-        if self._folder is None:
+        if self.folder is None:
             tensor = self._memory[name][key]
             return tensor if index is None else tensor[index]
-        with safe_open(self._folder / f"{name}.safetensors", "pt") as file:
+        with safe_open(self.folder / f"{name}.safetensors", "pt") as file:
             return file.get_tensor(key) if index is None else file.get_slice(key)[index : index + 1][0]
+
+    def note(self, name: str) -> Any:
+        """What :meth:`put_note` wrote, None if it did not."""
+        path = None if self.folder is None else self.folder / f"{name}.json"
+        return json.loads(path.read_text()) if path is not None and path.is_file() else None
+
+    def put_note(self, name: str, value: Any) -> None:
+        """Keep a small JSON value in the folder; without one there is nothing to resume."""
+        if self.folder is not None:
+            temporary = self.folder / f"{name}.{os.getpid()}.part"
+            temporary.write_text(json.dumps(value))
+            os.replace(temporary, self.folder / f"{name}.json")
 
 
 class Teacher:

@@ -131,7 +131,9 @@ class CalibratedScheduler(TableScheduler):
         differing = [k for k in {**mine, **other} if mine.get(k) != other.get(k)]
         if differing:
             said = ", ".join(f"{k} is {other.get(k)}, was {mine.get(k)}" for k in differing)
-            raise ValueError(f"This scheduler was calibrated for another process ({said}): calibrate it for this model.")
+            raise ValueError(
+                f"This scheduler was calibrated for another process ({said}): calibrate it for this model."
+            )
 
     @property
     def errors(self) -> dict[int, dict[str, Any]]:

@@ -1,0 +1,197 @@
+r"""Calibrated samplers: a table learned for one model, from forward passes only.
+
+A page of theory
+----------------
+**What is exact.**  In the coordinates of :mod:`diffusers_sde.tables` the linear part of the probability-flow ODE is
+integrated exactly, and a step is ``x <- a x + sum_j b_j F_j``.  Every multistep sampler without noise is such a table,
+so every one of them, and every better one, is a choice of the numbers ``a``, ``b`` and of the times at which the
+network is evaluated.  The exact table takes them from a model of F (a polynomial in a clock); a network's F is not a
+polynomial, but it is the same network each time: its own trajectories say which numbers fit it.
+
+**What is fitted.**
+1. *Teacher.*  S samples are solved with about 100 evaluations each; kept are the states ``z_i`` (normalised by
+   ``rho = sqrt(data_std^2 alpha^2 + sigma^2)``) at M nodes and, of the evaluations, only their inner products.
+2. *Cost of every possible step.*  The smallest error of ``z_next ~ (1 + a) z_cur + b_0 F_cur + b_1 F_prev`` over all
+   weights is a Schur complement ``K_nn - K_nB K_BB^-1 K_Bn`` of the Gram matrix K of these 2M + 1 vectors: all
+   M^3 / 6 triples cost no evaluation (:func:`~diffusers_sde.calibration.dynamic_program.step_costs`).
+3. *Grid.*  Bellman's recursion over (previous, current) finds the best grid for each number of steps; power grids
+   compete with it in rollouts.
+4. *Rows.*  The student runs on its own states; each row in turn is the exact row plus the ridge-regularised least
+   squares correction that takes these states closest to the teacher's at the next node
+   (:func:`~diffusers_sde.calibration.fit.fit_tables`).
+5. *Refinement.*  The solution depends smoothly on all weights and on the time at which each row's evaluation is made (the
+   state stays where it is).  Finite differences of rollouts give its Jacobian J; damped Gauss-Newton steps
+   ``-(J'WJ + mu diag)^-1 J'Wr`` lower the mean error of the *final* samples (:mod:`~diffusers_sde.calibration.refine`).
+   Past states need no weights of their own: they are combinations of the present one and of earlier evaluations.
+
+**Why it cannot hurt.**  Without data, or with an infinite ridge, a fitted row *is* the exact row.  Refinement accepts
+only steps that lower the training error.  And every table is tried on noise that the fit has not seen, next to the exact
+solver with its own best grid: a table that loses there is not kept, that number of steps gets the exact solver.  A few
+dozen numbers are fitted to S times the dimension of a sample of equations, so training and held-out error are close;
+both are always reported.
+
+What it does not do: make the network better.  The target is the model's own converged ODE solution, with its guidance.
+
+Stochastic samplers have no error of a sample; for these (``stochastic=True``) the grid and the noise level of each step
+are chosen so that the samples' distribution is closest to the teacher's, in energy distance
+(:mod:`~diffusers_sde.calibration.stochastic`).
+
+Knows the order of the work, what it costs, and what is reported.  Knows no solver and no pipeline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path as Folder
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from diffusers_sde.calibration.choose import deterministic_entries, format_errors
+from diffusers_sde.calibration.plan import NODES, Plan
+from diffusers_sde.calibration.processes import is_main, wait
+from diffusers_sde.calibration.sources import DenoiserSource, PipelineSource, Source
+from diffusers_sde.calibration.stochastic import stochastic_entries
+from diffusers_sde.calibration.teacher import Store
+from diffusers_sde.paths import path_from_config
+from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
+from diffusers_sde.schedulers.calibrated import data_scale, process_of
+
+
+def calibrate(
+    model: Any,
+    num_inference_steps: int | Sequence[int] = (4, 5, 6, 8, 10),
+    num_samples: int = 64,
+    *,
+    scheduler: Any = None,
+    sample_shape: Sequence[int] | None = None,
+    seed: int = 0,
+    stochastic: bool = False,
+    refine: bool = True,
+    budget: int | None = None,
+    num_held_out: int | None = None,
+    batch_size: int | None = None,
+    device: Any = None,
+    work_dir: str | Folder | None = None,
+    progress: bool = True,
+    **pipeline_kwargs: Any,
+) -> CalibratedScheduler:
+    """A :class:`CalibratedScheduler` for this model: tables fitted to its own converged solutions, no gradients.
+
+    Args:
+        model: a diffusers pipeline, sampled through its own call with ``pipeline_kwargs`` (prompts, class labels and
+            negative prompts may be lists, dealt out over the samples; a list of guidance scales over the batches), or
+            a callable ``denoiser(sample, timestep)`` that returns what ``scheduler``'s prediction_type says.
+        num_inference_steps: the numbers of evaluations to calibrate.
+        num_samples: training samples, rounded up to whole batches.
+        scheduler, sample_shape, device: for a callable: any scheduler of its process, the shape (C, H, W) of a sample,
+            where its samples live (default: the CPU).
+        seed: of all noise; held-out samples have other noise.
+        stochastic: calibrate the grid and tau of the reverse SDE instead.
+        refine, budget: refine by rollouts, with at most ``budget`` evaluations a training sample over all numbers of
+            steps (default: three Gauss-Newton iterations each).
+        num_held_out: samples for the held-out error; default: half of num_samples, at least one batch.
+        batch_size: samples of one evaluation, always full batches; default 8 for a pipeline, for a callable
+            num_samples up to 64.  Device memory depends on it and not on num_samples.
+        work_dir: keep the teacher's states and finished tables there instead of in memory; calling again with the same
+            arguments resumes an interrupted run.
+        progress: print what will be done, a progress bar and the measured errors.
+
+    The result's ``errors[n]`` holds training and held-out error (mean over samples of the root mean square distance to
+    the converged solution), that of the exact solver and that of the best stock scheduler on the same held-out noise.
+    Under ``accelerate launch`` the samples are shared out and every process returns the same scheduler.
+
+    Raises ``ValueError`` for thresholding (no table is linear then; clip_sample is switched off with a warning), for a
+    model that draws noise of its own, for a work_dir of another run, and where no number of steps gained anything.
+    """
+    counts = sorted({num_inference_steps} if isinstance(num_inference_steps, int) else set(num_inference_steps))
+    if not counts or counts[0] < 1 or counts[-1] > NODES // 2:
+        raise ValueError(f"num_inference_steps must be numbers from 1 to {NODES // 2}, not {counts}.")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
+    source: Source
+    if isinstance(model, DiffusionPipeline):
+        if scheduler is not None or sample_shape is not None:
+            raise ValueError("A pipeline has its own scheduler and shapes: leave out scheduler and sample_shape.")
+        config = _usable(model.scheduler.config)
+        source = PipelineSource(model, pipeline_kwargs, batch_size or min(num_samples, 8), seed)
+    else:
+        if not callable(model) or scheduler is None or sample_shape is None:
+            raise ValueError("Pass a pipeline, or a callable denoiser with scheduler= and sample_shape=(C, H, W).")
+        if pipeline_kwargs:
+            raise ValueError(f"A bare denoiser takes no {next(iter(pipeline_kwargs))}: bind it to the denoiser.")
+        config = _usable(scheduler.config)
+        size, kind = batch_size or min(num_samples, 64), config.variance_type
+        source = DenoiserSource(model, tuple(sample_shape), size, seed, device=device or "cpu", variance_type=kind)
+    held_out = num_held_out or num_samples // 2
+    store = _opened(work_dir, config, seed, source.batch_size, stochastic, pipeline_kwargs)
+    plan = Plan(
+        config,
+        source,
+        store,
+        counts,
+        refine=refine and not stochastic,
+        budget=budget,
+        num_samples=num_samples,
+        num_held_out=held_out,
+    )
+    with plan.announce(progress):
+        entries = stochastic_entries(plan) if stochastic else deterministic_entries(plan)
+    out = _assemble(config, entries, stochastic)
+    if progress and is_main():
+        print(format_errors(out.errors))
+    return out
+
+
+def _usable(config: Mapping[str, Any]) -> Any:
+    """The config as one of this package, without clipping; raises where a table cannot be linear."""
+    ours = ProbabilityFlowScheduler.from_config(config).config
+    if ours.thresholding:
+        raise ValueError(
+            "Thresholding makes every step depend on the sample, a learned table is linear: calibrate a scheduler with "
+            "thresholding=False."
+        )
+    if ours.clip_sample:
+        warnings.warn("clip_sample is switched off: a learned table is linear.", stacklevel=3)
+        ours = ProbabilityFlowScheduler.from_config(config, clip_sample=False).config
+    return ours
+
+
+def _opened(
+    work_dir: str | Folder | None, config: Any, seed: int, batch: int, stochastic: bool, inputs: Mapping[str, Any]
+) -> Store:
+    """The store in ``work_dir``, which must be new or of the same run."""
+    if work_dir is None:
+        return Store()
+    folder = Folder(work_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([process_of(config), seed, batch, NODES, stochastic, repr(sorted(inputs.items()))])
+    mine = hashlib.sha256(text.encode()).hexdigest()
+    mark = folder / "run.txt"
+    if not mark.exists() and is_main():
+        mark.write_text(mine)
+    wait()
+    if mark.read_text() != mine:
+        raise ValueError(f"{folder} holds a calibration of another process, seed or input: pass another work_dir.")
+    return Store(folder)
+
+
+def _assemble(
+    config: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]], stochastic: bool
+) -> CalibratedScheduler:
+    """The scheduler of these tables; raises where none of them is better than the exact solver."""
+    if all("lost" in e["errors"] for e in entries.values()):
+        raise ValueError(
+            "No calibrated table is better than the exact solver on held-out noise: use more samples, or keep "
+            "ProbabilityFlowScheduler."
+        )
+    calibration = {
+        "process": process_of(config),
+        "data_std": data_scale(path_from_config(config)),
+        "stochastic": stochastic,
+        "tables": {str(n): entry for n, entry in entries.items()},
+    }
+    return CalibratedScheduler.from_config(config, calibration=calibration)
