@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import io
 import itertools
+import random
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffusers_sde.training.randomness import seed_of
 from diffusers_sde.training.samples import (
     UNREADABLE,
     DataError,
@@ -28,6 +30,7 @@ from diffusers_sde.training.samples import (
     Item,
     Samples,
     annotation,
+    epoch_order,
     sample_seed,
 )
 
@@ -141,8 +144,23 @@ def read_images(dataset: Any, framing: Framing, columns: Columns, cache_bytes: i
     )
 
 
+def shuffled(rows: Iterable[Any], size: int, draw: random.Random) -> Iterator[Any]:
+    """``rows`` shuffled in a buffer: each comes at the earliest when ``size`` others wait."""
+    buffer: list[Any] = []
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+        else:
+            i = draw.randrange(size)
+            buffer[i], row = row, buffer[i]
+            yield row
+    draw.shuffle(buffer)
+    yield from buffer
+
+
 class ImageStream(Samples):
-    """The images of a ``datasets.IterableDataset``, epoch after epoch, each shuffled in a buffer by (seed, epoch).
+    """The images of a ``datasets.IterableDataset``, epoch after epoch: files in the order of (seed, epoch), their rows
+    shuffled in a buffer.  (The shuffling of ``datasets`` depends on whether a worker reads.)
 
     Its length is unknown, and an item is found by reading up to it, so that a resumed training first passes over what
     it has seen, undecoded.  Position p is the p-th row of the endless stream or, where that cannot be read, the next
@@ -164,14 +182,18 @@ class ImageStream(Samples):
 
     def rows(self, seed: int) -> Iterator[dict[str, Any]]:
         """All rows, without end."""
-        shuffled = self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
         for epoch in itertools.count():
-            shuffled.set_epoch(epoch)
-            number = 0
-            for number, row in enumerate(shuffled, start=1):  # noqa: B007 (it counts the epoch)
+            row = None
+            for row in shuffled(self.epoch_rows(seed, epoch), SHUFFLE_BUFFER, random.Random(seed_of(seed, epoch))):
                 yield row
-            if not number:
+            if row is None:
                 raise DataError(f"The stream of {self.columns.name} is empty: pass other data.")
+
+    def epoch_rows(self, seed: int, epoch: int) -> Iterator[dict[str, Any]]:
+        """The rows of an epoch, file after file in an order of its own."""
+        files = self.dataset.num_shards
+        for file in epoch_order(files, seed, epoch).tolist():
+            yield from self.dataset.shard(num_shards=files, index=file)
 
     def items(self, positions: Iterable[int], seed: int) -> Iterator[Item]:
         """The items at increasing positions."""

@@ -117,6 +117,7 @@ class Samples(torch.utils.data.Dataset):
     images that cannot be read; ``max_workers`` bounds the processes that may read at once (None: any number).
     """
 
+    framing: Framing
     class_names: list[str] | None = None
     captions: bool = False
     skipped: int = 0
