@@ -1,0 +1,140 @@
+r"""Data to noise and back along the probability-flow ODE: a high-order table run backwards, and an exactly reversible
+two-step method.
+
+Both move the normalised state ``z = x/rho``, ``rho^2 = c^2 alpha^2 + sigma^2``, in the angle
+``theta = atan(sigma/(c alpha))`` with data scale c (``data_std``), where the ODE is
+
+    dz/dtheta = V(z, theta) = cos(theta) E[eps|x] - sin(theta) E[x_0|x]/c,
+
+bounded at sigma = 0 and at alpha = 0.  The reversible method is the leapfrog
+
+    z_{i+1} = z_{i-1} + (theta_{i+1} - theta_{i-1}) V(z_i, theta_i):
+
+swapping the two ends is the same formula, so the run backwards retraces its states, for any network, with any number
+of steps.  It is second order at one evaluation a step.  O-BELM (Wang et al. 2024, arXiv:2410.07273) is the
+leapfrog in sigma/alpha; its parasitic mode is multiplied by the squared ratio of consecutive steps, the one here by -1.
+
+Knows fields and nodes; knows nothing of pipelines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusers_sde.fields import Field
+from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
+from diffusers_sde.paths import Path
+from diffusers_sde.schedulers.defaults import measured_defaults
+from diffusers_sde.tables import Point, build_multistep, evaluation_coefficients
+
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Where a run stands: the state x at a node, and for the reversible method the state at the node before it.
+
+    ``state`` (N, C, H, W); ``companion`` of the same shape or None; ``points``: the nodes run so far, in order.
+    """
+
+    state: torch.Tensor
+    companion: torch.Tensor | None
+    points: tuple[Point, ...]
+
+
+def inversion_points(path: Path, steps: int, strength: float = 1.0, mu: float | None = None) -> tuple[Point, ...]:
+    """``steps + 1`` nodes from the smallest training noise up to the largest (grid ``balanced``, rho 1.1), or only the
+    first fraction ``strength`` of the steps.
+
+    Raises ``ValueError`` for fewer than 2 steps or a strength outside (0, 1].
+    """
+    if steps < 2:
+        raise ValueError(f"num_inference_steps must be at least 2, not {steps}.")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1], not {strength}: 1 goes all the way to noise.")
+    nodes = nodes_from_times(path, make_grid(path, "balanced", steps, rho=1.1, mu=mu), final="sigma_min")
+    points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
+    points.sort(key=lambda point: point.log_snr, reverse=True)
+    return tuple(points[: max(math.ceil(strength * steps - 1e-9), 2) + 1])
+
+
+def reversible(
+    field: Field, start: Trajectory, points: Sequence[Point], *, data_std: float = 0.5, tick: Tick = lambda: None
+) -> Trajectory:
+    """The leapfrog of the module docstring from ``start`` along ``points``, whose first one is where ``start`` stands.
+
+    Without a companion the run starts itself with one Heun step (2 evaluations, else 1 a step).  To go back, hand the
+    result and the reversed points over: the states of the way there are retraced up to rounding.  ``tick`` is called
+    after each evaluation.  Raises ``ValueError`` for ``data_std <= 0`` and for points that do not start there.
+    """
+    if not data_std > 0:
+        raise ValueError(f"data_std must be positive for the reversible method, not {data_std}.")
+    if start.points[-1] != points[0]:
+        raise ValueError("The points must start where the trajectory stands.")
+    angles = [math.atan2(p.sigma, data_std * p.alpha) for p in points]
+    scales = [math.hypot(data_std * p.alpha, p.sigma) for p in points]
+
+    def velocity(z: torch.Tensor, i: int) -> torch.Tensor:
+        v = field(z * scales[i], points[i], (-math.sin(angles[i]) / data_std, math.cos(angles[i])))
+        tick()
+        return v
+
+    older = start.state / scales[0]
+    if start.companion is None:
+        h, slope = angles[1] - angles[0], velocity(older, 0)
+        newer = older + 0.5 * h * (slope + velocity(older + h * slope, 1))
+    else:  # the companion stands one node further on in the new direction: it was passed on the way here
+        newer = start.companion / scales[1]
+    for i in range(1, len(points) - 1):
+        older, newer = newer, older + (angles[i + 1] - angles[i - 1]) * velocity(newer, i)
+    return Trajectory(newer * scales[-1], older * scales[-2], tuple(points))
+
+
+def multistep(
+    field: Field,
+    start: Trajectory,
+    points: Sequence[Point],
+    *,
+    order: int = 2,
+    tick: Tick = lambda: None,
+) -> Trajectory:
+    """The probability-flow table of ``order`` (with corrector) along ``points``, towards noise or data alike; one
+    evaluation a step.  data_std and clock are the measured defaults of the path."""
+    default = measured_defaults(field.path, len(points) - 1)
+    data_std = default.data_std
+    columns = zip(*((float(field.path.time(p.log_snr)), p.alpha, p.sigma) for p in points), strict=True)
+    nodes = Nodes(*map(np.array, columns))
+    options: dict[str, Any] = {
+        "order": order,
+        "corrector": order > 1,
+        "data_std": data_std,
+        "clock": default.clock,
+        "final": "exact",
+    }
+    with np.errstate(divide="ignore"):  # a table may end at alpha = 0
+        table = build_multistep(field.path, nodes, **options)
+    x, history = start.state, []
+    for i, row in enumerate(table.rows):
+        history.insert(0, field(x, points[i], evaluation_coefficients(data_std, row.alpha, row.sigma)))
+        tick()
+        x = row.a * x + sum(b * f for b, f in zip(row.b, history, strict=False))
+        del history[table.history(i) :]
+    return Trajectory(x, None, tuple(points))
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, weight: float) -> torch.Tensor:
+    """Interpolation of each sample on the great circle through ``a`` and ``b`` (N, ...), with norms interpolated too:
+    noise between two noises has their norm (Shoemake 1985).  Nearly parallel samples are interpolated linearly."""
+    left, right = a.flatten(1), b.flatten(1)
+    norms = left.norm(dim=1, keepdim=True), right.norm(dim=1, keepdim=True)
+    u, v = left / norms[0].clamp(min=1e-30), right / norms[1].clamp(min=1e-30)
+    angle = (u * v).sum(1, keepdim=True).clamp(-1, 1).arccos()
+    curved = (torch.sin((1 - weight) * angle) * u + torch.sin(weight * angle) * v) / angle.sin().clamp(min=1e-30)
+    unit = torch.where(angle.sin().abs() < 1e-6, (1 - weight) * u + weight * v, curved)
+    return (unit * ((1 - weight) * norms[0] + weight * norms[1])).reshape(a.shape)
