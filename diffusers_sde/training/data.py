@@ -160,7 +160,7 @@ def read_captions(folder: Path, paths: Sequence[str], column: str) -> list[str] 
     if not file.exists():
         return None
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         captions = {Path(row["file_name"]).as_posix(): row[column] for row in rows if column in row}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not JSON lines with a file_name each ({error!r}): correct it.") from error

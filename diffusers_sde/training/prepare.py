@@ -90,6 +90,8 @@ def fashion_mnist(source: str | Path = FASHION_FOLDER, split: str = "train") -> 
     labels = read_idx(Path(f"{stem}-labels-idx1-ubyte.gz"), 1)
     if len(images) != len(labels):
         raise DataError(f"{source} has {len(images)} images but {len(labels)} labels: pass another --source.")
+    if labels.max(initial=0) >= len(FASHION_CLASSES):
+        raise DataError(f"{source} has labels above {len(FASHION_CLASSES) - 1}: pass another --source.")
     margin = [(32 - n) // 2 for n in images.shape[1:]]
     return np.pad(images, ((0, 0), *((m, m) for m in margin))), labels
 
@@ -118,7 +120,7 @@ def package_reader(source: str | Path | None) -> Iterator[Callable[[str], bytes]
         if not path.exists():
             raise DataError(f"{path} does not exist: pass the tarball or folder of {EMOJI_PACKAGE}, or no --source.")
         try:
-            tar = stack.enter_context(tarfile.open(path))
+            tar = stack.enter_context(tarfile.open(path, "r:gz"))
             members = {member.name.partition("/")[2]: member for member in tar}
         except (tarfile.TarError, OSError, EOFError) as error:
             raise DataError(f"{path} is no tarball ({error}): `npm pack {EMOJI_PACKAGE}` makes it.") from error
@@ -192,7 +194,7 @@ def write_folder(pictures: Iterable[Picture], output_dir: str | Path, readme: st
     try:
         count = 0
         with open(partial / "metadata.jsonl", "w") as metadata:
-            for picture in tqdm(pictures, desc=output.name, unit=" images"):
+            for picture in tqdm(pictures, desc=output.name, unit=" images", disable=None):
                 folder = partial / picture.folder
                 folder.mkdir(exist_ok=True)
                 picture.image.save(folder / picture.name)
