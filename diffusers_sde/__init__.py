@@ -9,13 +9,21 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils as _loading
 
 from diffusers_sde.analytic import GaussianMixtureModel
+from diffusers_sde.calibration import calibrate
 from diffusers_sde.classifier import NoisyClassifierModel
 from diffusers_sde.hub import write_component_modules
 from diffusers_sde.models import FlowMapUNet2DModel
-from diffusers_sde.schedulers import DPMSolverScheduler, FlowMapScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde.schedulers import (
+    CalibratedScheduler,
+    DPMSolverScheduler,
+    FlowMapScheduler,
+    ProbabilityFlowScheduler,
+    ReverseSDEScheduler,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "CalibratedScheduler",
     "DPMSolverScheduler",
     "FlowMapScheduler",
     "FlowMapUNet2DModel",
@@ -25,6 +33,7 @@ __all__ = [
     "ProbabilityFlowScheduler",
     "ReverseSDEScheduler",
     "SchedulerMixin",
+    "calibrate",
     "write_component_modules",
 ]
 

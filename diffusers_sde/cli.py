@@ -1,4 +1,4 @@
-"""The command line: ``diffusers-sde compare``, ``bench`` and ``prepare``.
+"""The command line: ``diffusers-sde compare``, ``bench``, ``calibrate`` and ``prepare``.
 
 Knows the names of the subcommands and the module that each one lives in, imported only when it is asked for.  Knows
 nothing of their arguments.
@@ -16,9 +16,11 @@ from typing import NoReturn
 COMMANDS = {
     "compare": "Sample one model with several samplers from the same noise: picture grid, table, error plot.",
     "bench": "Measure this package's samplers against diffusers' own.",
+    "calibrate": "Learn a 4-to-10-step sampler for one model, from forward passes only.",
     "prepare": "Make the image folders that the embedded models were trained on.",
 }
-MODULES = {"prepare": "diffusers_sde.training.prepare"}  # the others are named like their command
+# the others are named like their command
+MODULES = {"calibrate": "diffusers_sde.calibration.command", "prepare": "diffusers_sde.training.prepare"}
 
 
 def module_of(command: str) -> ModuleType:

@@ -19,15 +19,15 @@ polynomial, but it is the same network each time: its own trajectories say which
 4. *Rows.*  The student runs on its own states; each row in turn is the exact row plus the ridge-regularised least
    squares correction that takes these states closest to the teacher's at the next node
    (:func:`~diffusers_sde.calibration.fit.fit_tables`).
-5. *Refinement.*  The solution depends smoothly on all weights and on the time at which each row's evaluation is made (the
-   state stays where it is).  Finite differences of rollouts give its Jacobian J; damped Gauss-Newton steps
+5. *Refinement.*  The solution depends smoothly on all weights and on the time at which each row's evaluation is made
+   (the state stays where it is).  Finite differences of rollouts give its Jacobian J; damped Gauss-Newton steps
    ``-(J'WJ + mu diag)^-1 J'Wr`` lower the mean error of the *final* samples (:mod:`~diffusers_sde.calibration.refine`).
    Past states need no weights of their own: they are combinations of the present one and of earlier evaluations.
 
 **Why it cannot hurt.**  Without data, or with an infinite ridge, a fitted row *is* the exact row.  Refinement accepts
-only steps that lower the training error.  And every table is tried on noise that the fit has not seen, next to the exact
-solver with its own best grid: a table that loses there is not kept, that number of steps gets the exact solver.  A few
-dozen numbers are fitted to S times the dimension of a sample of equations, so training and held-out error are close;
+only steps that lower the training error.  And every table is tried on noise that the fit has not seen, next to the
+exact solver with its own best grid: a table that loses there is not kept, that number of steps gets the exact solver.
+A few dozen numbers are fitted to S times the dimension of a sample of equations, so training and held-out error are close;
 both are always reported.
 
 What it does not do: make the network better.  The target is the model's own converged ODE solution, with its guidance.
@@ -53,12 +53,19 @@ from diffusers import DiffusionPipeline
 from diffusers_sde.calibration.choose import deterministic_entries, format_errors
 from diffusers_sde.calibration.plan import NODES, Plan
 from diffusers_sde.calibration.processes import is_main, wait
-from diffusers_sde.calibration.sources import DenoiserSource, PipelineSource, Source
+from diffusers_sde.calibration.sources import (
+    DenoiserSource,
+    PipelineSource,
+    Source,
+    class_conditional_source,
+    is_class_conditional,
+)
 from diffusers_sde.calibration.stochastic import stochastic_entries
 from diffusers_sde.calibration.teacher import Store
 from diffusers_sde.paths import path_from_config
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 from diffusers_sde.schedulers.calibrated import data_scale, process_of
+from diffusers_sde.schedulers.config import SHARED
 
 
 def calibrate(
@@ -84,7 +91,8 @@ def calibrate(
     Args:
         model: a diffusers pipeline, sampled through its own call with ``pipeline_kwargs`` (prompts, class labels and
             negative prompts may be lists, dealt out over the samples; a list of guidance scales over the batches), or
-            a callable ``denoiser(sample, timestep)`` that returns what ``scheduler``'s prediction_type says.
+            a bare class-conditional network (its DDPMPipeline passes no labels; class_labels, by default all but the
+            null class, and guidance_scale, by default 1, are dealt out over the samples), or a callable ``denoiser(sample, timestep)`` that returns what ``scheduler``'s prediction_type says.
         num_inference_steps: the numbers of evaluations to calibrate.
         num_samples: training samples, rounded up to whole batches.
         scheduler, sample_shape, device: for a callable: any scheduler of its process, the shape (C, H, W) of a sample,
@@ -117,7 +125,8 @@ def calibrate(
         if scheduler is not None or sample_shape is not None:
             raise ValueError("A pipeline has its own scheduler and shapes: leave out scheduler and sample_shape.")
         config = _usable(model.scheduler.config)
-        source = PipelineSource(model, pipeline_kwargs, batch_size or min(num_samples, 8), seed)
+        make = class_conditional_source if is_class_conditional(model) else PipelineSource
+        source = make(model, pipeline_kwargs, batch_size or min(num_samples, 8), seed)
     else:
         if not callable(model) or scheduler is None or sample_shape is None:
             raise ValueError("Pass a pipeline, or a callable denoiser with scheduler= and sample_shape=(C, H, W).")
@@ -194,4 +203,5 @@ def _assemble(
         "stochastic": stochastic,
         "tables": {str(n): entry for n, entry in entries.items()},
     }
-    return CalibratedScheduler.from_config(config, calibration=calibration)
+    shared = {k: v for k, v in config.items() if k in SHARED}
+    return CalibratedScheduler(**shared, calibration=calibration)

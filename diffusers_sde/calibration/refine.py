@@ -25,7 +25,7 @@ LEAST_DAMPING = 3e-3  # of the diagonal: barely determined combinations of param
 
 
 def directions(gram: np.ndarray, parallel: float = PARALLEL) -> np.ndarray:
-    """(r, k): combinations of k vectors with inner products ``gram`` that are orthonormal, the parallel ones left out."""
+    """(r, k): orthonormal combinations of k vectors with inner products ``gram``, the nearly parallel ones left out."""
     scale = np.sqrt(np.maximum(np.diag(gram), 1e-300))
     values, vectors = np.linalg.eigh(gram / np.outer(scale, scale))
     kept = values > parallel**2 * values[-1]
@@ -86,8 +86,8 @@ class Refiner:
         return False
 
     def _normal_equations(self) -> tuple[np.ndarray, np.ndarray]:
-        """``J'WJ`` and ``J'Wr`` summed over samples, with weights ``W = 1/error`` of each sample: the Gauss-Newton model
-        of the mean of their root mean square errors."""
+        """``J'WJ`` and ``J'Wr`` summed over samples, with weights ``W = 1/error`` of each sample: the Gauss-Newton
+        model of the mean of their root mean square errors."""
         process, table = self.samples.process, self.table
         n, found = len(table.rows), self._directions
         count = sum(len(d) for d in found) + self.times * n

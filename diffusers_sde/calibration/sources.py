@@ -19,7 +19,7 @@ import torch
 
 from diffusers_sde.grids import Nodes
 from diffusers_sde.noise import seeds_from_int
-from diffusers_sde.sampling import Denoiser
+from diffusers_sde.sampling import Denoiser, network_denoiser
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
 from diffusers_sde.schedulers.base import SchedulerOutput
 from diffusers_sde.schedulers.data_prediction import split_variance
@@ -52,7 +52,7 @@ class Source(Protocol):
 class DenoiserSource:
     """A callable ``denoiser(sample, timestep)``, always called with ``batch_size`` samples (C, H, W)."""
 
-    mu = None
+    mu: float | None = None
 
     def __init__(
         self,
@@ -86,6 +86,43 @@ def _generators(seed: int, first: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(s % 2**63) for s in seeds]
 
 
+def is_class_conditional(pipe: Any) -> bool:
+    """Whether a pipeline is a bare class-conditional network, whose labels its own call does not pass."""
+    return set(pipe.components) == {"unet", "scheduler"} and bool(pipe.unet.config.get("num_class_embeds"))
+
+
+def class_conditional_source(pipe: Any, inputs: Mapping[str, Any], batch_size: int, seed: int) -> DenoiserSource:
+    """A bare class-conditional network: each batch has every label at every guidance scale (1: no guidance), as often
+    as fits into ``batch_size``, at least once.
+
+    inputs: ``class_labels`` (default: all but the last class, which is null) and ``guidance_scale``, numbers or lists.
+    """
+    unknown = sorted(set(inputs) - {"class_labels", "guidance_scale"})
+    if unknown:
+        raise ValueError(f"A class-conditional network takes class_labels and guidance_scale, no {unknown[0]}.")
+    network, config = pipe.unet, pipe.unet.config
+    given = inputs.get("class_labels", range(config.num_class_embeds - 1))
+    labels, scales = (
+        [v] if isinstance(v, int | float) else list(v) for v in (given, inputs.get("guidance_scale", 1.0))
+    )
+    times = max(batch_size // (len(labels) * len(scales)), 1)
+    each = torch.tensor([k for k in labels for _ in scales] * times, device=pipe.device)
+    if len(scales) == 1:
+        denoiser = network_denoiser(network, each, float(scales[0]))
+    else:
+        conditional = network_denoiser(network, each)
+        null = network_denoiser(network, torch.full_like(each, config.num_class_embeds - 1))
+        weights = torch.tensor(scales * (len(labels) * times), device=pipe.device)[:, None, None, None]
+
+        def denoiser(sample: torch.Tensor, t: Any) -> torch.Tensor:
+            return torch.lerp(null(sample, t), conditional(sample, t), weights)
+
+    size = config.sample_size
+    shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    kind = pipe.scheduler.config.get("variance_type", "fixed_small")
+    return DenoiserSource(denoiser, shape, len(each), seed, device=pipe.device, variance_type=kind)
+
+
 # -- a pipeline --
 
 
@@ -100,9 +137,14 @@ class _Asked(ProbabilityFlowScheduler):
     _call: _Call
 
     def set_timesteps(
-        self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, mu: Any = None, **kwargs: Any
+        self,
+        num_inference_steps: Any = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: Any = None,
+        timesteps: Any = None,
     ) -> None:
-        given = next((v for v in (sigmas, kwargs.get("timesteps")) if v is not None), ())
+        given = next((v for v in (sigmas, timesteps) if v is not None), ())
         times = np.full((num_inference_steps or len(given)) + 1, self.path.noisiest)
         self._lay_out(Nodes(times, *self.path.alpha_sigma(times)), device)
         self._call.mu = mu
@@ -197,13 +239,18 @@ class _Call:
 
 
 class _PipelineBatch:
-    def __init__(self, start: Callable[[], _Call]):
-        self._start, self._left = start, CHUNK - 1
+    """The samples of one call; a pipeline may hold each twice for guidance (DiT), and then wants them back twice."""
+
+    def __init__(self, start: Callable[[], _Call], size: int):
+        self._start, self._left, self._size = start, CHUNK - 1, size
         self.call = start()
-        self._first, state = self.call.get()
+        state = self.call.get()[1]
+        self._copies = len(state) // size
+        if not torch.equal(state, state[:size].repeat(self._copies, *[1] * (state.ndim - 1))):
+            raise ValueError(f"The pipeline made {len(state)} samples where {size} were asked for: pass batch_size=1.")
+        state = state[:size]
         self._dtype = torch.float32 if state.dtype in (torch.float16, torch.bfloat16) else state.dtype
         self.noise = state.to(self._dtype)
-        self._noisiest: float | None = None
 
     def evaluate(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         if not self._left:
@@ -211,7 +258,8 @@ class _PipelineBatch:
             self.call, self._left = self._start(), CHUNK - 1
             self.call.get()
         self._left -= 1
-        return self.call.ask(sample, timestep).to(self._dtype)
+        copies = sample if self._copies == 1 else sample.repeat(self._copies, *[1] * (sample.ndim - 1))
+        return self.call.ask(copies, timestep)[: self._size].to(self._dtype)
 
 
 class PipelineSource:
@@ -236,7 +284,8 @@ class PipelineSource:
         if "class_labels" in known and "class_labels" not in inputs:
             raise ValueError(f"{type(pipe).__name__} needs class_labels: pass one or a list.")
         self._pipe, self._inputs, self._known = pipe, dict(inputs), known
-        self.batch_size, self._seed, self.mu = batch_size, seed, None
+        self.batch_size, self._seed = batch_size, seed
+        self.mu: float | None = None
 
     def _arguments(self, first: int) -> dict[str, Any]:
         out, b = dict(self._inputs), self.batch_size
@@ -281,12 +330,7 @@ class PipelineSource:
 
         pipe.set_progress_bar_config(disable=True)
         try:
-            batch = _PipelineBatch(start)
-            if len(batch.noise) != self.batch_size:
-                raise ValueError(
-                    f"{type(pipe).__name__} made {len(batch.noise)} samples where {self.batch_size} were asked for: "
-                    "pass batch_size=1."
-                )
+            batch = _PipelineBatch(start, self.batch_size)
             assert call is not None
             self.mu = call.mu
             with torch.no_grad():

@@ -1,6 +1,7 @@
 """Calibration of the reverse SDE: a grid and a noise level for each step, by the distance between distributions.
 
-A stochastic sampler has no error of a sample; what can be compared is its samples with the teacher's, in energy distance
+A stochastic sampler has no error of a sample; what can be compared is its samples with the teacher's, in energy
+distance
 
     2 E|X - Y| - E|X - X'| - E|Y - Y'|  >= 0, and 0 for equal laws only (Szekely & Rizzo 2013),
 

@@ -33,10 +33,12 @@ _EDM_KEYS = ("sigma_data", "sigma_min", "sigma_max", "noise_conditioning")
 def process_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What must agree for a learned table to apply: the keys of the forward process and the prediction type."""
     c = canonical_config(config)
-    keys = _FLOW_KEYS if c.get("use_flow_sigmas") else _EDM_KEYS if c.get("sigma_data") is not None else _VP_KEYS
+    keys: tuple[str, ...] = (
+        _FLOW_KEYS if c.get("use_flow_sigmas") else _EDM_KEYS if c.get("sigma_data") is not None else _VP_KEYS
+    )
     if keys is _VP_KEYS and c.get("trained_betas") is not None:
         keys = _VP_KEYS[3:]
-    out = {k: c.get(k) for k in ("num_train_timesteps", "prediction_type", "use_flow_sigmas", *keys)}
+    out: dict[str, Any] = {k: c.get(k) for k in ("num_train_timesteps", "prediction_type", "use_flow_sigmas", *keys)}
     out["use_flow_sigmas"] = bool(out["use_flow_sigmas"])
     for key in ("rescale_betas_zero_snr", "use_dynamic_shifting", "invert_sigmas"):
         if key in out:
@@ -125,8 +127,8 @@ class CalibratedScheduler(TableScheduler):
                 raise ValueError(f"The table for {n} steps has {len(entry['time']) - 1} of them.")
 
     def check_process(self, config: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` unless a model with this scheduler config has the calibrated process: path (betas, shift,
-        EDM range) and prediction type."""
+        """Raise ``ValueError`` unless a model with this scheduler config has the calibrated process: path (betas,
+        shift, EDM range) and prediction type."""
         mine, other = self.config.calibration["process"], process_of(config)
         differing = [k for k in {**mine, **other} if mine.get(k) != other.get(k)]
         if differing:

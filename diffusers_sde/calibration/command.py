@@ -1,0 +1,77 @@
+"""``diffusers-sde calibrate``: learn tables for one model and write its scheduler.
+
+Knows the command's arguments.  Knows nothing of how tables are learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.calibration import calibrate
+from diffusers_sde.calibration.processes import is_main
+from diffusers_sde.named_samplers import UsageError
+from diffusers_sde.problems import load_pipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="embedded", help="Hub id or folder of a pipeline, or 'embedded' for the package's own."
+    )
+    parser.add_argument("--steps", nargs="+", type=int, default=[4, 5, 6, 8, 10], help="Numbers of evaluations.")
+    parser.add_argument("--num_samples", type=int, default=64, help="Training samples, rounded up to whole batches.")
+    parser.add_argument("--num_held_out", type=int, default=None, help="Held-out samples. Default: half of the others.")
+    parser.add_argument("--batch_size", type=int, default=None, help="Samples in one evaluation. Default: 8.")
+    parser.add_argument(
+        "--guidance_scale", type=float, nargs="+", default=None, help="One or several. Default: the pipeline's own."
+    )
+    parser.add_argument("--prompt", nargs="+", default=None, help="Prompts, dealt out over the samples.")
+    parser.add_argument("--class_labels", type=int, nargs="+", default=None, help="Classes. Default: all, if it can.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget", type=int, default=None, help="Most evaluations of a training sample to refine by.")
+    parser.add_argument("--no_refine", action="store_true", help="Fit only.")
+    parser.add_argument("--stochastic", action="store_true", help="Grid and noise levels of the reverse SDE instead.")
+    parser.add_argument("--work_dir", default=None, help="Keeps the teacher on disk; the same command resumes.")
+    parser.add_argument("--output_dir", default="calibrated", help="Gets scheduler_config.json.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Device of the model.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The subcommand: calibrate, write, print; returns the exit status."""
+    inputs: dict[str, Any] = {}
+    for name in ("guidance_scale", "prompt", "class_labels"):
+        value = getattr(args, name)
+        if value is not None:
+            inputs[name] = value[0] if len(value) == 1 else value
+    try:
+        output = Path(args.output_dir).absolute()
+        existing = next(p for p in (output, *output.parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UsageError(f"--output_dir {args.output_dir}: {existing} cannot be written to, pass another folder.")
+        pipe = load_pipeline(str(DEFAULT_MODEL) if args.model == "embedded" else args.model).to(args.device)
+        scheduler = calibrate(
+            pipe,
+            num_inference_steps=args.steps,
+            num_samples=args.num_samples,
+            num_held_out=args.num_held_out,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            budget=args.budget,
+            refine=not args.no_refine,
+            stochastic=args.stochastic,
+            work_dir=args.work_dir,
+            **inputs,
+        )
+    except ValueError as error:
+        print(f"diffusers-sde calibrate: {error}", file=sys.stderr)
+        return 2
+    if is_main():
+        scheduler.save_pretrained(output)
+        print(f"Written to {args.output_dir}; use it with CalibratedScheduler.from_pretrained({args.output_dir!r}).")
+    return 0
