@@ -413,6 +413,13 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
             mean = mean.to(dtype) if row.c else prev
         return SchedulerOutput(prev, x0, mean, row.c)
 
+    def reorder(self, index: torch.Tensor | slice) -> None:
+        """Between two steps: go on with the samples ``index`` of the batch, as particle methods do after resampling.
+        Stored evaluations follow, cut off from autograd's graph."""
+        run = self._run
+        run.history[:] = [evaluation.detach()[index] for evaluation in run.history]
+        run.seeds = None if run.seeds is None else run.seeds[index]
+
     def _seeds(self, sample: torch.Tensor, generator: Any) -> torch.Tensor:
         """One seed per sample: from the pipeline's generator, else ``noise_seed``, else the latents themselves."""
         if generator is not None:
