@@ -44,7 +44,7 @@ class LatentImages(Samples):
     """
 
     def __init__(self, images: Images, folder: Path, *, scaling_factor: float, shift_factor: float) -> None:
-        self.images, self.folder = images, folder
+        self.images, self.folder, self.framing = images, folder, images.framing
         self.class_names, self.captions, self.skipped = images.class_names, images.captions, images.skipped
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
         self._open: dict[int, Any] = {}

@@ -44,7 +44,8 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB" if channels == 3 else "L")
+    mode = "RGB" if channels == 3 else "L"
+    return image if image.mode == mode else image.convert(mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +65,14 @@ class Framing:
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 ``(C, h, w)`` whose shorter side is the resolution (Lanczos), both if cropped centrally."""
-        image = to_mode(ImageOps.exif_transpose(image), self.channels)
         side = self.resolution
+        ImageOps.exif_transpose(image, in_place=True)
+        image = to_mode(image, self.channels)
         if min(image.size) != side:
             scale = side / min(image.size)
             width, height = (max(side, round(n * scale)) for n in image.size)
             image = image.resize((width, height), Image.Resampling.LANCZOS)
-        if self.center_crop:
+        if self.center_crop and max(image.size) != side:
             left, top = ((n - side) // 2 for n in image.size)
             image = image.crop((left, top, left + side, top + side))
         pixels = np.array(image)
