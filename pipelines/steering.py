@@ -23,23 +23,23 @@ pipe = DiffusionPipeline.from_pretrained(
 pipe.scheduler = ReverseSDEScheduler.from_config(pipe.scheduler.config)
 
 
-def symmetry(images):  # 0 for a picture that is its own mirror image
-    return -(images - images.flip(-1)).square().mean((1, 2, 3))
+def brightness(images):
+    return images.mean((1, 2, 3))
 
 
 rows = []
-for beta in (0, 50):
+for beta in (-60, 0, 60):
     out = pipe(
-        symmetry,
-        class_labels=[5, 7, 8, 9],
+        brightness,
+        class_labels=[2] * 4,  # pullovers, four populations of particles
         beta=beta,
         num_particles=6,
         num_inference_steps=10,
         generator=torch.Generator().manual_seed(0),
     )
-    print(f"beta {beta}: E r = {out.mean_reward:.4f} +- {out.mean_reward_error:.4f}")
+    print(f"beta {beta}: E r = {out.mean_reward:.3f} +- {out.mean_reward_error:.3f}")
     rows += out.images
-make_image_grid(rows, 2, 4).resize((512, 256)).save("steering.png")
+make_image_grid(rows, 3, 4).resize((512, 384)).save("steering.png")
 ```
 """
 
@@ -64,8 +64,8 @@ class SteeringOutput(BaseOutput):
     """images: one of each population, drawn by weight (the best for best_of_n); rewards (P,): theirs.
 
     mean_reward, mean_reward_error: the estimate of ``E[r]`` under the tilted law and its standard error (NaN for one
-    population); log_normalizer, log_normalizer_error: of ``log E[exp(beta r)]``; particles: everything
-    (:class:`diffusers_sde.control.Particles`), in the latents' range.
+    population; with several labels, of the law that draws the label too); log_normalizer, log_normalizer_error: of
+    ``log E[exp(beta r)]``; particles: everything (:class:`diffusers_sde.control.Particles`), in the latents' range.
     """
 
     images: Any

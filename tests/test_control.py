@@ -333,12 +333,8 @@ def test_network_batches_do_not_matter(tmp_path):
 
 @pytest.mark.slow
 def test_snippet(tmp_path, monkeypatch):
-    """The usage in the pipeline's docstring runs as it stands, and steers: the reward is higher."""
+    """The usage in the pipeline's docstring runs as it stands, and steers: dark, plain and bright pictures."""
     found = run_snippet("steering", tmp_path, monkeypatch)
     assert (tmp_path / "steering.png").stat().st_size < 200_000
-    first, last = found["rows"][:4], found["rows"][4:]
-    values = [
-        np.mean([-np.square(np.asarray(i, float) - np.asarray(i, float)[:, ::-1]).mean() for i in r])
-        for r in (first, last)
-    ]
-    assert values[1] > values[0]
+    dark, plain, bright = np.reshape([np.mean(image) for image in found["rows"]], (3, 4)).mean(1)
+    assert dark < plain < bright
