@@ -14,7 +14,12 @@ from typing import Any
 import diffusers
 
 from diffusers_sde.paths import FlowMatching, VarianceExploding, path_from_config
-from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde.schedulers import (
+    CalibratedScheduler,
+    DPMSolverScheduler,
+    ProbabilityFlowScheduler,
+    ReverseSDEScheduler,
+)
 from diffusers_sde.schedulers.config import SHARED, canonical_config
 
 
@@ -77,6 +82,20 @@ def _ours(cls: type, **options: Any) -> Callable[[Mapping[str, Any]], Any]:
     return build
 
 
+CALIBRATED = "calibrated"  # the folder beside a model that holds its CalibratedScheduler, and its key in a config
+
+
+def _calibrated(config: Mapping[str, Any]) -> Any:
+    """The learned scheduler that lies beside the model; raises where there is none or it is for another process."""
+    if not config.get(CALIBRATED):
+        raise UsageError(f"no {CALIBRATED}/scheduler_config.json lies beside it (make it with diffusers-sde calibrate)")
+    scheduler = CalibratedScheduler.from_pretrained(config[CALIBRATED])
+    scheduler.check_process(config)
+    if scheduler.config.calibration["stochastic"]:
+        raise UsageError("the calibration beside it is stochastic, and has no error of a sample")
+    return scheduler
+
+
 def _stock(classes: Mapping[str, str], **options: Any) -> Callable[[Mapping[str, Any]], Any]:
     """Factory of a diffusers sampler from the class name for each kind of process.
 
@@ -109,6 +128,7 @@ _DPM = _both("DPMSolverMultistepScheduler")
 # diffusers' DEIS stops at the smallest training noise instead of 0 (on flow models at its last evaluation: left out
 # there), its DDIM and DDPM do with a number of steps that does not divide T; they have no option for it.
 SAMPLERS: dict[str, Sampler] = {
+    "calibrated": Sampler(_calibrated, ours=True),
     "pf-ode": Sampler(_ours(ProbabilityFlowScheduler), ours=True),
     "dpm-solver": Sampler(_ours(DPMSolverScheduler), ours=True),
     "reverse-sde": Sampler(_ours(ReverseSDEScheduler), ours=True, stochastic=True),
@@ -137,9 +157,9 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm++2m-sde": Sampler(_stock(_DPM, algorithm_type="sde-dpmsolver++"), stochastic=True),
 }
 DEFAULT_SAMPLERS = {
-    "variance preserving": ["pf-ode", "dpm-solver", "ddim", "dpm++2m", "unipc", "reverse-sde", "euler-a"],
-    "flow matching": ["pf-ode", "dpm-solver", "euler", "dpm++2m", "unipc", "heun", "reverse-sde"],
-    "EDM": ["pf-ode", "dpm-solver", "euler", "dpm++2m", "reverse-sde"],
+    "variance preserving": ["calibrated", "pf-ode", "dpm-solver", "ddim", "dpm++2m", "unipc", "reverse-sde", "euler-a"],
+    "flow matching": ["calibrated", "pf-ode", "dpm-solver", "euler", "dpm++2m", "unipc", "heun", "reverse-sde"],
+    "EDM": ["calibrated", "pf-ode", "dpm-solver", "euler", "dpm++2m", "reverse-sde"],
 }
 
 

@@ -17,7 +17,7 @@ import diffusers
 import numpy as np
 import torch
 
-from diffusers_sde.named_samplers import UsageError, process_kind
+from diffusers_sde.named_samplers import CALIBRATED, UsageError, process_kind
 from diffusers_sde.sampling import network_denoiser, sample
 
 Tick = Callable[[], None]
@@ -75,6 +75,13 @@ def make_problem(
     return _pipeline_problem(pipe, num_images, seed, guidance_scale, prompt)
 
 
+def model_config(pipe: Any) -> Mapping[str, Any]:
+    """The pipeline's scheduler config and, where a calibrated scheduler lies beside its weights, that folder."""
+    folder = Path(str(pipe.name_or_path)) / CALIBRATED
+    config = pipe.scheduler.config
+    return {**config, CALIBRATED: str(folder)} if (folder / "scheduler_config.json").is_file() else config
+
+
 def _network_problem(pipe: Any, num_images: int, seed: int, guidance_scale: float | None) -> Problem:
     network, device = pipe.unet, pipe.device
     classes = getattr(network.config, "num_class_embeds", None)
@@ -98,7 +105,7 @@ def _network_problem(pipe: Any, num_images: int, seed: int, guidance_scale: floa
         lay_out(scheduler, steps)
         return sample(mean, scheduler, start, generator=generator, callback=tick).float().cpu()
 
-    return Problem(pipe.scheduler.config, solve, own_loop=True)
+    return Problem(model_config(pipe), solve, own_loop=True)
 
 
 def lay_out(scheduler: Any, steps: int) -> None:
@@ -145,7 +152,7 @@ def _pipeline_problem(
             raise UsageError(f"{reason}; leave that out of --samplers or pass another --model.") from error
         return torch.from_numpy(np.asarray(images)).movedim(-1, 1).float() * 2 - 1
 
-    return Problem(pipe.scheduler.config, solve, own_loop=False)
+    return Problem(model_config(pipe), solve, own_loop=False)
 
 
 def ticking(scheduler: Any, tick: Tick) -> Any:

@@ -96,6 +96,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
 
 # by name, so that two plots agree
 COLOURS = {
+    "calibrated": "#111111",
     "pf-ode": "#d1495b",
     "dpm-solver": "#e58f1c",
     "reverse-sde": "#8e44ad",

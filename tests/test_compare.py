@@ -4,6 +4,7 @@ import csv
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,15 @@ import torch
 from PIL import Image
 from tiny_pipelines import PIPELINES
 
-from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, compare, named_samplers, problems, report
+from diffusers_sde import (
+    GaussianMixtureModel,
+    ProbabilityFlowScheduler,
+    calibrate,
+    compare,
+    named_samplers,
+    problems,
+    report,
+)
 from diffusers_sde.cli import main
 
 COMPONENTS, DIM = 5, 16
@@ -102,7 +111,8 @@ def test_evaluations_are_counted_true(mixture_folder):
     pipe = problems.load_pipeline(mixture_folder)
     problem, calls = problems.make_problem(pipe, num_images=1, seed=0), []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    for name, sampler in named_samplers.SAMPLERS.items():
+    for name in (name for name in named_samplers.SAMPLERS if name != "calibrated"):  # this model has none
+        sampler = named_samplers.SAMPLERS[name]
         for n in (1, 4, 5):
             calls.clear()
             scheduler, ticks = named_samplers.make_scheduler(name, problem.config), []
@@ -133,6 +143,7 @@ def test_default_samplers_of_each_process():
     for kind, names in named_samplers.DEFAULT_SAMPLERS.items():
         assert len(names) >= 5 and set(names) <= set(named_samplers.SAMPLERS), kind
     assert {name for name in named_samplers.SAMPLERS if named_samplers.SAMPLERS[name].ours} == {
+        "calibrated",
         "pf-ode",
         "dpm-solver",
         "reverse-sde",
@@ -326,3 +337,35 @@ def test_module_runs_and_reports_its_status(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and "--steps must be at least 1" in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == "" and os.listdir(tmp_path) == []
+
+
+# -- the calibrated sampler --
+
+
+def test_calibrated_scheduler_beside_the_model_is_shown_by_default(mixture_folder, tmp_path, capsys):
+    """It lies in ``<model>/calibrated`` and wins at a number of steps that it was calibrated for; a model without one
+    is shown without it, and asking for it says how to make one."""
+    folder = tmp_path / "model"
+    shutil.copytree(mixture_folder, folder)
+    plain = problems.make_problem(problems.load_pipeline(str(folder)), num_images=8, seed=1)
+    assert "calibrated" not in compare.choose_samplers(None, plain)
+    assert run("--model", folder, "--samplers", "calibrated", "--steps", 5, "--output_dir", tmp_path / "out") == 2
+    assert "diffusers-sde calibrate" in capsys.readouterr().err
+
+    pipe = problems.load_pipeline(str(folder))
+    options = {"num_samples": 32, "budget": 0, "batch_size": 16, "progress": False}
+    calibrate(pipe, num_inference_steps=5, **options).save_pretrained(folder / "calibrated")
+    problem = problems.make_problem(problems.load_pipeline(str(folder)), num_images=8, seed=1)
+    assert compare.choose_samplers(None, problem)[0] == "calibrated"
+    found = errors(problem, ["calibrated", "pf-ode", "unipc"], [5])
+    assert found["calibrated", 5] == min(found.values())
+
+
+def test_calibrated_scheduler_of_another_process_is_refused(mixture_folder, tmp_path):
+    pipe = problems.load_pipeline(mixture_folder)
+    options = {"num_samples": 16, "budget": 0, "batch_size": 16, "progress": False}
+    calibrate(pipe, num_inference_steps=4, **options).save_pretrained(tmp_path / "calibrated")
+    config = {**pipe.scheduler.config, "calibrated": str(tmp_path / "calibrated")}
+    named_samplers.make_scheduler("calibrated", config)
+    with pytest.raises(named_samplers.UsageError, match="beta_end"):
+        named_samplers.make_scheduler("calibrated", {**config, "beta_end": 0.03})

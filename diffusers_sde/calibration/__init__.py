@@ -27,8 +27,8 @@ polynomial, but it is the same network each time: its own trajectories say which
 **Why it cannot hurt.**  Without data, or with an infinite ridge, a fitted row *is* the exact row.  Refinement accepts
 only steps that lower the training error.  And every table is tried on noise that the fit has not seen, next to the
 exact solver with its own best grid: a table that loses there is not kept, that number of steps gets the exact solver.
-A few dozen numbers are fitted to S times the dimension of a sample of equations, so training and held-out error are close;
-both are always reported.
+A few dozen numbers are fitted to S times the dimension of a sample of equations, so training and held-out error are
+close; both are always reported.
 
 What it does not do: make the network better.  The target is the model's own converged ODE solution, with its guidance.
 
@@ -90,9 +90,10 @@ def calibrate(
 
     Args:
         model: a diffusers pipeline, sampled through its own call with ``pipeline_kwargs`` (prompts, class labels and
-            negative prompts may be lists, dealt out over the samples; a list of guidance scales over the batches), or
-            a bare class-conditional network (its DDPMPipeline passes no labels; class_labels, by default all but the
-            null class, and guidance_scale, by default 1, are dealt out over the samples), or a callable ``denoiser(sample, timestep)`` that returns what ``scheduler``'s prediction_type says.
+            negative prompts may be lists, dealt out over the samples; a list of guidance scales over the batches); or
+            a callable ``denoiser(sample, timestep)`` that returns what ``scheduler``'s prediction_type says.  A bare
+            class-conditional network, whose DDPMPipeline passes no labels, takes class_labels (default: all but the
+            null class) and guidance_scale (default 1), dealt out over the samples.
         num_inference_steps: the numbers of evaluations to calibrate.
         num_samples: training samples, rounded up to whole batches.
         scheduler, sample_shape, device: for a callable: any scheduler of its process, the shape (C, H, W) of a sample,

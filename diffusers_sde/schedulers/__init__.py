@@ -6,4 +6,10 @@ from diffusers_sde.schedulers.flow_map import FlowMapScheduler
 from diffusers_sde.schedulers.probability_flow import ProbabilityFlowScheduler
 from diffusers_sde.schedulers.reverse_sde import ReverseSDEScheduler
 
-__all__ = ["CalibratedScheduler", "DPMSolverScheduler", "FlowMapScheduler", "ProbabilityFlowScheduler", "ReverseSDEScheduler"]
+__all__ = [
+    "CalibratedScheduler",
+    "DPMSolverScheduler",
+    "FlowMapScheduler",
+    "ProbabilityFlowScheduler",
+    "ReverseSDEScheduler",
+]
