@@ -39,13 +39,22 @@ def label_tensor(network: Any, class_labels: Any, batch: int | None = None) -> t
         return None if null is None else torch.full((batch or 1,), null, device=network.device)
     if null is None:
         raise ValueError("This network has no classes: leave out class_labels.")
+    labels = labels_of(class_labels, batch)
+    if bool((labels > null).any()):
+        raise ValueError(f"class_labels must be whole numbers from 0 to {null - 1}, or {null} for no class.")
+    return labels.to(network.device)
+
+
+def labels_of(class_labels: Any, batch: int | None = None) -> torch.Tensor:
+    """``class_labels`` (an int, an iterable, a tensor) as a tensor (N,) int64 on the CPU, one label repeated ``batch``
+    times; raises ``ValueError`` for what is no list of labels, or not as long as the batch."""
     several = isinstance(class_labels, Iterable) and not isinstance(class_labels, torch.Tensor)
     labels = torch.as_tensor(list(class_labels) if several else class_labels).reshape(-1).cpu()
-    if labels.is_floating_point() or not len(labels) or not bool(((labels >= 0) & (labels <= null)).all()):
-        raise ValueError(f"class_labels must be whole numbers from 0 to {null - 1}, or {null} for no class.")
+    if labels.is_floating_point() or not len(labels) or bool((labels < 0).any()):
+        raise ValueError("class_labels must be one or more whole numbers, 0 or larger.")
     if batch is not None and len(labels) not in (1, batch):
         raise ValueError(f"{len(labels)} class_labels for {batch} images: pass one, or one for each image.")
-    return labels.long().expand(batch or len(labels)).to(network.device)
+    return labels.long().expand(batch or len(labels))
 
 
 def sample_shape(network: Any) -> tuple[int, ...]:

@@ -476,6 +476,7 @@ def test_pipeline_refuses(few_step_model):
     pipe = load("flow_map", few_step_model)
     for wrong, words in (
         ({"class_labels": [11]}, "from 0 to 9"),
+        ({"class_labels": [0.5]}, "whole numbers"),
         ({"class_labels": [1, 2], "batch_size": 3}, "one for each"),
         ({"latents": randn(1, 3, 8, 8)}, "latents"),
         ({"output_type": "jpeg"}, "output_type"),

@@ -1,0 +1,190 @@
+r"""Class-conditional generation with every kind of guidance, in ODE and SDE form.
+
+With predictions ``m_y`` (label y) and ``m_0`` (no label), the guided one is
+
+    m = m_0 + w (m_y - m_0)                                  classifier-free guidance (arXiv:2207.12598), scale w
+    w -> w / (1 - exp(-h)), 0 < w <= 1                       CFG++ (arXiv:2406.08070), h the step of log(alpha/sigma)
+    w -> 1 outside (sigma/alpha) in [low, high]              guidance interval (arXiv:2404.07724)
+    m -> blend of m and m std(m_y)/std(m)                    rescale (arXiv:2305.08891)
+    D = D_y + (w - 1) (part of D_y - D_0 orthogonal to D_y)  APG (arXiv:2410.02416), on data predictions
+    m_0 -> the prediction of a weaker model                  autoguidance (arXiv:2406.02507)
+    D -> D + s sigma^2/alpha grad log p_t(y | x_t)           classifier guidance (arXiv:2105.05233), scale s
+
+Scale 1 of classifier-free guidance is conditional sampling; scale 0 with a classifier at scale 1 samples the same law.
+Larger scales do not sample ``p(x) p(y | x)^w``; ``pipelines/steering.py`` with the reward ``log p(y | x)`` does.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+
+from diffusers_sde import ProbabilityFlowScheduler
+from diffusers_sde.assets import DEFAULT_MODEL
+
+pipe = DiffusionPipeline.from_pretrained(
+    DEFAULT_MODEL, custom_pipeline="pipelines/guided_generation.py", trust_remote_code=True
+)
+pipe.scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+rows = []
+for options in (
+    {"guidance_scale": 1},
+    {"guidance_scale": 5},
+    {"guidance_scale": 5, "guidance_interval": (0.3, 5.0)},
+    {"guidance_scale": 5, "apg_parallel": 0.0, "apg_norm_threshold": 3.0, "apg_momentum": -0.5},
+):
+    generator = torch.Generator().manual_seed(0)
+    rows += pipe(class_labels=range(0, 10, 2), num_inference_steps=10, generator=generator, **options).images
+make_image_grid(rows, 4, 5).resize((480, 384)).save("guided_generation.png")
+```
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+
+from diffusers_sde.guidance import (
+    Classifier,
+    adaptive_projection,
+    cfg_plus_plus_scale,
+    classifier_free,
+    classifier_gradient,
+    data_shift,
+    interval_scale,
+    rescaled,
+)
+from diffusers_sde.pipeline_io import check_output_type, initial_noise, label_tensor, labels_of, null_label, pictures
+from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.schedulers.base import TableScheduler
+
+
+class GuidedGenerationPipeline(DiffusionPipeline):
+    """Guided sampling of a class-conditional ``unet`` with any scheduler of diffusers_sde."""
+
+    def __init__(self, unet: Any, scheduler: Any):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Any = None,
+        num_images: int | None = None,
+        num_inference_steps: int = 20,
+        timesteps: Any = None,
+        guidance_scale: float = 3.0,
+        cfg_plus_plus: bool = False,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
+        apg_parallel: float | None = None,
+        apg_norm_threshold: float = float("inf"),
+        apg_momentum: float = 0.0,
+        weak_unet: Any = None,
+        classifier: Classifier | None = None,
+        classifier_scale: float = 1.0,
+        generator: Any = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate one picture per label.
+
+        Args: ``class_labels`` a label, several, or None for none; ``num_inference_steps`` network evaluations (twice as
+        many where guidance needs two predictions), or their ``timesteps``; ``guidance_scale`` 0 unconditional, 1
+        conditional, larger guided; ``guidance_interval`` of noise levels sigma/alpha; ``guidance_rescale`` in [0, 1];
+        ``apg_parallel`` what APG keeps of the parallel part (None: no APG), with ``apg_norm_threshold`` and
+        ``apg_momentum``; ``weak_unet`` for autoguidance; ``classifier(x, t)`` logits of noisy pictures, its labels are
+        the network's; ``latents`` unit noise (N, C, H, W).
+        Raises ``ValueError`` for guidance that the network cannot give, a scheduler of another kind and wrong inputs.
+        """
+        check_output_type(output_type)
+        self._check(class_labels, guidance_scale, cfg_plus_plus, guidance_interval, guidance_rescale, weak_unet)
+        if classifier is not None and class_labels is None:
+            raise ValueError("Classifier guidance needs class_labels: pass the classes that the pictures should have.")
+        has_classes, scheduler = null_label(self.unet) is not None, self.scheduler
+        labels = label_tensor(self.unet, class_labels if has_classes else None, num_images)
+        wanted = None if class_labels is None else labels_of(class_labels, num_images).to(self.unet.device)
+        batch = (num_images or 1) if wanted is None else len(wanted)
+        x = initial_noise(self.unet, scheduler, batch, generator, latents)
+        steps = {"num_inference_steps": num_inference_steps} if timesteps is None else {"timesteps": timesteps}
+        scheduler.set_timesteps(device=x.device, **steps)
+        path, kind = scheduler.path, scheduler.config.prediction_type
+        log_snrs = path.log_snr_of_label(scheduler.sigmas.double().numpy())
+        average = None
+        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            alpha, sigma = (float(v) for v in path.alpha_sigma_of(log_snrs[i]))
+            said = model_coefficients(path, kind, alpha, sigma)
+            k_x, k_m = convert(said, (1.0, 0.0), alpha, sigma)  # D = k_x x + k_m m
+            level = sigma / alpha if alpha else float("inf")
+            scale = 1.0 if labels is None else interval_scale(guidance_scale, level, guidance_interval)
+            if cfg_plus_plus:
+                scale = cfg_plus_plus_scale(guidance_scale, log_snrs[i], log_snrs[i + 1])
+            scaled = scheduler.scale_model_input(x, t)
+            null, m = self._predict(scaled, t, labels, scale, weak_unet)
+            if null is not None and apg_parallel is not None:
+                guided, average = adaptive_projection(
+                    k_x * x + k_m * null,
+                    k_x * x + k_m * m,
+                    scale,
+                    parallel=apg_parallel,
+                    norm_threshold=apg_norm_threshold,
+                    momentum=apg_momentum,
+                    average=average,
+                )
+                m = (guided - k_x * x) / k_m
+            elif null is not None:
+                guided = classifier_free(null, m, scale)
+                m = rescaled(guided, m, guidance_rescale) if guidance_rescale else guided
+            if classifier is not None:
+                gradient = classifier_gradient(
+                    classifier, lambda y, t=t: scheduler.scale_model_input(y, t), x, t, wanted
+                )
+                m = m + data_shift(gradient, alpha, sigma, classifier_scale) / k_m
+            x = scheduler.step(m, t, x, generator=generator, return_dict=False)[0]
+        images = pictures(x, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(
+        self, scaled: torch.Tensor, t: Any, labels: torch.Tensor | None, scale: float, weak_unet: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The prediction to move away from (None where there is no guidance) and the one to move to."""
+        if labels is None:
+            return None, self.unet(scaled, t, return_dict=False)[0]
+        none = torch.full_like(labels, null_label(self.unet))
+        if scale in (0.0, 1.0):
+            return None, self.unet(scaled, t, labels if scale else none, return_dict=False)[0]
+        if weak_unet is not None:
+            return tuple(net(scaled, t, labels, return_dict=False)[0] for net in (weak_unet, self.unet))
+        both = self.unet(torch.cat([scaled, scaled]), t, torch.cat([none, labels]), return_dict=False)[0]
+        return both.chunk(2)
+
+    def _check(
+        self,
+        class_labels: Any,
+        scale: float,
+        plus_plus: bool,
+        interval: tuple[float, float] | None,
+        rescale: float,
+        weak_unet: Any,
+    ) -> None:
+        if not isinstance(self.scheduler, TableScheduler):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} does not say its noise levels: use pipe.scheduler = "
+                "ProbabilityFlowScheduler.from_config(pipe.scheduler.config), or ReverseSDEScheduler."
+            )
+        if scale != 1.0 and class_labels is None and scale != 0.0:
+            raise ValueError("Guidance needs class_labels: pass some, or guidance_scale=1.")
+        if null_label(self.unet) is None and scale not in (0.0, 1.0):
+            raise ValueError("Classifier-free guidance needs a network with a class for 'none': use guidance_scale=1.")
+        if weak_unet is not None and null_label(weak_unet) != null_label(self.unet):
+            raise ValueError("weak_unet must have the classes of the pipeline's network.")
+        if plus_plus and not 0 < scale <= 1:
+            raise ValueError(f"The guidance_scale of CFG++ lies in (0, 1], not {scale}: 0.6 is a usual one.")
+        if plus_plus and interval is not None:
+            raise ValueError("CFG++ chooses its scale at every level: leave out guidance_interval.")
+        if interval is not None and not 0 <= interval[0] < interval[1]:
+            raise ValueError(f"guidance_interval must be (low, high) noise levels sigma/alpha, not {interval}.")
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"guidance_rescale must lie in [0, 1], not {rescale}.")
