@@ -2,7 +2,10 @@
 
 import sys
 
-from diffusers_sde.training.script import main
+from diffusers_sde.training.processes import start_missing
 
 if __name__ == "__main__":
+    start_missing()
+    from diffusers_sde.training.script import main
+
     sys.exit(main())

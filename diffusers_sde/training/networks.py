@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import types
 from collections.abc import Callable, Sequence
@@ -314,17 +315,25 @@ def add_lora(task: Task, rank: int, targets: Sequence[str] = LORA_TARGETS) -> No
             parameter.data = parameter.data.float()
 
 
-def save_weights(task: Task, state: dict[str, torch.Tensor], folder: File, lora: bool) -> None:
+def save_weights(task: Task, state: dict[str, torch.Tensor], folder: File, lora: bool, dtype: torch.dtype) -> None:
     """Write the LoRA weights, or the whole pipeline with ``state`` as the weights of its network, into ``folder``."""
     if lora:
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(task.network, state_dict=state))
+        layers = {name: value.to(dtype) for name, value in layers.items()}
         task.pipe.save_lora_weights(folder, **{f"{task.name}_lora_layers": layers})
         return
+    network = type(task.network).from_config(task.network.config)  # whole and on the host, however it was trained
+    network.load_state_dict(state)
+    for values in itertools.chain(network.parameters(), network.buffers()):
+        values.data = values.data.to(dtype)
     if task.name == "classifier":
-        task.network.save_pretrained(folder, state_dict=state)
+        network.save_pretrained(folder)
         return
-    task.pipe.save_pretrained(folder)
-    task.network.save_pretrained(folder / task.name, state_dict=state)
+    task.pipe.register_modules(**{task.name: network})
+    try:
+        task.pipe.save_pretrained(folder)
+    finally:
+        task.pipe.register_modules(**{task.name: task.network})

@@ -38,7 +38,7 @@ from diffusers_sde.training.checkpoints import (
     publish,
     publish_into,
 )
-from diffusers_sde.training.data import Samples, batches, find_images, load_images
+from diffusers_sde.training.data import Samples, batches, cache_latents, find_images, load_images
 from diffusers_sde.training.ema import PowerEMA
 from diffusers_sde.training.losses import Loss, make_loss
 from diffusers_sde.training.networks import Task
@@ -109,6 +109,8 @@ def build_task(args: argparse.Namespace) -> tuple[Task, Samples, int]:
         )
         task = networks.fresh_task(network, networks.process_scheduler(fresh_path(args), fresh_kind(args)), classes)
     check_objective(task.path, task.prediction_type, args.loss_weighting, args.loss)
+    if args.cache_latents and task.vae is None:
+        raise UsageError("--cache_latents is for latent models, this one has no vae: leave it out.")
     if args.objective in ("consistency", "mean_flow"):
         task = networks.flow_map_task(task, args.objective)
     if args.rank is not None:
@@ -341,10 +343,6 @@ def prepare(
         if isinstance(other, torch.nn.Module) and other is not task.network:
             other.to(accelerator.device)
     if args.cache_latents:
-        if task.vae is None:
-            raise UsageError("--cache_latents is for latent models, this one has no vae: leave it out.")
-        from diffusers_sde.training.latents import cache_latents
-
         with accelerator.main_process_first():
             images = cache_latents(
                 images,
@@ -495,10 +493,9 @@ def finish(session: Session, command: str) -> None:
         if not accelerator.is_main_process:
             return
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.save_precision]
-        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
 
         def write(folder: Path) -> None:
-            networks.save_weights(task, state, folder, lora=args.rank is not None)
+            networks.save_weights(task, state, folder, lora=args.rank is not None, dtype=dtype)
             rows = card.read_curve(session.output / "loss.csv")
             if rows:
                 card.draw_curve(rows, folder / "loss.png")

@@ -1,0 +1,97 @@
+"""Small images, a small network, and the training script run in this process or through Accelerate's launcher."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+from diffusers_sde.training.script import main
+
+TINY = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 16,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+
+
+def make_images(folder: Path, count: int = 64, size: int = 16, classes: int = 2, channels: int = 1) -> Path:
+    """``count`` images of bars, horizontal ones in class a, vertical ones in class b."""
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        label = i % max(classes, 1)
+        pixels = draw.integers(0, 60, (size, size)).astype(np.uint8)
+        line, at = draw.integers(100, 255), draw.integers(0, size - 3)
+        pixels[(slice(at, at + 3), slice(None)) if label else (slice(None), slice(at, at + 3))] = line
+        image = Image.fromarray(pixels)
+        target = folder / ("ab"[label] if classes else "") / f"{i:03d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (image if channels == 1 else image.convert("RGB")).save(target)
+    return folder
+
+
+def tiny_config(folder: Path, **changes: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "tiny.json"
+    file.write_text(json.dumps({**TINY, **changes}))
+    return file
+
+
+def common(data: Path, output: Path, config: Path | None, steps: int, **options: object) -> list[str]:
+    """Arguments of a short training."""
+    values: dict[str, object] = {
+        "train_data_dir": data,
+        "output_dir": output,
+        "max_train_steps": steps,
+        "train_batch_size": 4,
+        "lr_warmup_steps": 2,
+        "learning_rate": 1e-3,
+        "checkpointing_steps": 2,
+        "num_validation_images": 0,
+        "report_to": "none",
+        "logging_steps": 1,
+        **({} if config is None else {"model_config": config, "resolution": 16}),
+        **options,
+    }
+    arguments = []
+    for key, value in values.items():
+        arguments += [f"--{key}"] if value is True else [] if value in (None, False) else [f"--{key}", str(value)]
+    return arguments
+
+
+def train_here(arguments: list[str]) -> int:
+    """The script in this process; its exit status."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state(*([True] if state is AcceleratorState else []))
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    return main(arguments)
+
+
+def launch(arguments: list[str], processes: int = 1, **environment: str) -> subprocess.Popen[str]:
+    """The script through ``accelerate launch``, in its own process group."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
+    command += ["--main_process_port", "0", "-m", "diffusers_sde.train", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def losses(output: Path) -> dict[int, float]:
+    """The loss of each step."""
+    with open(output / "loss.csv", newline="") as file:
+        return {int(row[0]): float(row[1]) for row in list(csv.reader(file))[1:]}
