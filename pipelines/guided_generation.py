@@ -30,7 +30,7 @@ for options in (
     {"guidance_scale": 1},
     {"guidance_scale": 5},
     {"guidance_scale": 5, "guidance_interval": (0.3, 5.0)},
-    {"guidance_scale": 5, "apg_parallel": 0.0, "apg_norm_threshold": 3.0, "apg_momentum": -0.5},
+    {"guidance_scale": 5, "apg_parallel": 0.0, "apg_norm_threshold": 3.0},
 ):
     generator = torch.Generator().manual_seed(0)
     rows += pipe(class_labels=range(0, 10, 2), num_inference_steps=10, generator=generator, **options).images
