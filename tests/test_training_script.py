@@ -161,6 +161,14 @@ def test_the_learning_rate_follows_optimizer_steps_under_accumulation(data: Path
 # -- results --
 
 
+def run_snippet(output: Path) -> dict:
+    """Run the code of a model card, whose three labels our two classes and the null class are."""
+    code = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)[1]
+    namespace: dict = {"noisy_images": torch.zeros(2, 1, 16, 16), "timesteps": torch.tensor([5.0, 9.0])}
+    exec(code.replace(f'"{output.name}"', f'"{output}"'), namespace)
+    return namespace
+
+
 def test_the_result_is_a_stock_pipeline_with_card_curve_and_samples(data: Path, config: Path, tmp_path: Path) -> None:
     arguments = common(data, tmp_path / "out", config, 4, num_validation_images=4, validation_inference_steps=3)
     assert train_here([*arguments, "--report_to", "tensorboard", "--save_precision", "fp16"]) == 0
@@ -172,11 +180,8 @@ def test_the_result_is_a_stock_pipeline_with_card_curve_and_samples(data: Path, 
     for name in ("samples.png", "loss.png", "loss.csv"):
         assert (tmp_path / "out" / name).stat().st_size > 0 and (name == "loss.csv" or name in card)
     assert list((tmp_path / "out/logs").rglob("events.out.tfevents*"))
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace('"out"', f'"{tmp_path / "out"}"')
-    code = code.replace("[0, 1, 2]", "[0, 1, 1]")
-    namespace: dict = {}
-    exec(code, namespace)
-    assert namespace["images"].shape == (3, 1, 16, 16) and namespace["images"].isfinite().all()
+    images = run_snippet(tmp_path / "out")["images"]
+    assert images.shape == (3, 1, 16, 16) and images.isfinite().all()
     assert not list((tmp_path / "out").glob(".*"))
 
 
@@ -244,6 +249,7 @@ def test_a_flow_map_is_distilled_and_sampled_in_one_two_and_four_steps(
             target = {"target_timestep": scheduler.target_timestep(t)} if objective == "mean_flow" else {}
             x = scheduler.step(pipe.unet(x, t, labels, **target).sample.detach(), t, x).prev_sample
         assert x.isfinite().all()
+    assert run_snippet(tmp_path / "out")["x"].isfinite().all()
 
 
 def test_a_noisy_classifier_learns_the_labels(data: Path, trained: Path, tmp_path: Path) -> None:
@@ -257,6 +263,7 @@ def test_a_noisy_classifier_learns_the_labels(data: Path, trained: Path, tmp_pat
         logits = classifier(torch.stack([item["pixel_values"] for item in items]), 20.0)
     right = logits.argmax(1) == torch.tensor([item["class_labels"] for item in items])
     assert right.float().mean() > 0.9
+    assert run_snippet(tmp_path / "out")["logits"].shape == (2, 2)
 
 
 # -- refusals --

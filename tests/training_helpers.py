@@ -69,7 +69,8 @@ def common(data: Path, output: Path, config: Path | None, steps: int, **options:
     }
     arguments = []
     for key, value in values.items():
-        arguments += [f"--{key}"] if value is True else [] if value in (None, False) else [f"--{key}", str(value)]
+        if value is not None and value is not False:
+            arguments += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     return arguments
 
 

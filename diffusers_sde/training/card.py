@@ -66,9 +66,7 @@ tags: [diffusers, diffusers_sde{tags}]
 
 {what}
 
-![Samples](samples.png)
-
-## Training
+{samples}## Training
 
 {facts}
 
@@ -78,9 +76,7 @@ Command:
 {command}
 ```
 
-![Loss](loss.png)
-
-## Sampling
+{loss}## Use
 
 ```python
 {snippet}
@@ -88,6 +84,21 @@ Command:
 """
 
 _SNIPPETS = {
+    "classifier": """from diffusers_sde import NoisyClassifierModel
+
+classifier = NoisyClassifierModel.from_pretrained("{name}")
+logits = classifier(noisy_images, timesteps)  # log p(class | x_t) up to a constant, (N, classes)""",
+    "flow_map": """import torch
+import diffusers_sde
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")
+scheduler = pipe.scheduler  # FlowMapScheduler
+scheduler.set_timesteps(2)
+x = torch.randn(3, {channels}, {size}, {size})
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        x = scheduler.step(pipe.unet(x, t{labels}{target}).sample, t, x).prev_sample  # in [-1, 1]""",
     "unconditional": """import torch
 import diffusers_sde
 from diffusers import DDPMPipeline
@@ -138,8 +149,13 @@ def write_card(
 ) -> None:
     """``README.md`` of a model: what it is, how it was trained, its curves, how to sample it.
 
-    ``kind`` names the sampling snippet (unconditional, class, pipeline, lora), ``values`` fill it in.
+    ``kind`` names the sampling snippet (unconditional, class, flow_map, classifier, pipeline, lora), ``values`` fill it
+    in.  Without ``samples.png`` or ``loss.png`` in ``folder`` the card shows none.
     """
+
+    def shown(title: str, file: str) -> str:
+        return f"![{title}]({file})\n\n" if (folder / file).exists() else ""
+
     base = f"base_model: {base_model}\n" if base_model else ""
     tags = ", lora" if kind == "lora" else ""
     text = _CARD.format(
@@ -148,6 +164,8 @@ def write_card(
         title=title,
         what=what,
         facts="\n".join(f"* **{key}**: {value}" for key, value in facts.items()),
+        samples=shown("Samples", "samples.png"),
+        loss=shown("Loss", "loss.png"),
         command=command,
         snippet=_SNIPPETS[kind].format(base_model=base_model, **values),
     )

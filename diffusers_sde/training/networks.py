@@ -226,6 +226,7 @@ def _captured_task(pipe: Any, name: str, network: Any, by_label: bool) -> Task:
             raise _Captured(signature.bind(*args, **kwargs).arguments)
 
         inputs: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+        inputs["use_resolution_binning"] = False
         inputs["class_labels" if by_label else "prompt"] = [what]
         taken = inspect.signature(pipe.__call__).parameters
         network.forward = stop

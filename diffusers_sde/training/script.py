@@ -512,8 +512,15 @@ def finish(session: Session, command: str) -> None:
 def card_content(session: Session, command: str, rows: list[tuple[int, float, float]]) -> dict[str, Any]:
     """The arguments of :func:`card.write_card`."""
     args, task, plan = session.args, session.task, session.plan
-    classes = session.classes if task.vae is None and task.network.config.get("num_class_embeds") else 0
-    kind = "lora" if args.rank is not None else "pipeline" if task.vae is not None else "class" if classes else ""
+    conditional = bool(task.vae is None and task.network.config.get("num_class_embeds"))
+    if args.rank is not None:
+        kind = "lora"
+    elif task.vae is not None:
+        kind = "pipeline"
+    elif args.objective == "denoising":
+        kind = "class" if conditional else "unconditional"
+    else:
+        kind = "classifier" if args.objective == "classifier" else "flow_map"
     late = [loss for step, loss, _ in rows if step > 0.9 * plan.steps]
     total = sum(p.numel() for p in task.network.parameters())
     facts = {
@@ -534,12 +541,14 @@ def card_content(session: Session, command: str, rows: list[tuple[int, float, fl
         + (f" ({session.classes} classes)." if session.classes else "."),
         "facts": facts,
         "command": f"accelerate launch -m diffusers_sde.train {command}",
-        "kind": kind or "unconditional",
+        "kind": kind,
         "values": {
             "name": name,
             "channels": task.channels,
             "size": task.network.config.sample_size,
             "condition": condition,
+            "labels": ", torch.tensor([0, 1, 2])" if conditional else "",
+            "target": ", target_timestep=scheduler.target_timestep(t)" if args.objective == "mean_flow" else "",
         },
         "base_model": args.pretrained_model_name_or_path,
     }

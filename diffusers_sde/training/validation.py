@@ -6,6 +6,7 @@ Knows how to sample the network of a task.  Knows nothing of losses or checkpoin
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 from typing import Any
 
@@ -76,6 +77,8 @@ def _samples(
         inputs["prompt"] = [prompts[i % len(prompts)] for i in numbers]
     else:
         inputs["class_labels"] = labels
+    if "use_resolution_binning" in inspect.signature(pipe.__call__).parameters:  # PixArt, Sana: the trained size
+        inputs["use_resolution_binning"] = False
     kept, pipe.scheduler = pipe.scheduler, scheduler
     try:
         images = pipe(**inputs, generator=generators).images

@@ -1,0 +1,159 @@
+"""What can be trained: default networks, any pipeline conditioned by its own call, LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import tiny_pipelines
+import torch
+from tiny_pipelines import PIPELINES
+from training_helpers import common, losses, make_images, train_here
+
+from diffusers_sde.training.networks import default_network, pipeline_task, process_scheduler
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_images(tmp_path_factory.mktemp("captioned"), 8, 16, classes=0, channels=3)
+    lines = [json.dumps({"file_name": f"{i:03d}.png", "text": ["a cat", "a mat"][i % 2]}) for i in range(8)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("labelled"), 8, 16, channels=3)
+
+
+def saved(name: str, folder: Path) -> Path:
+    pipe, _, _ = PIPELINES[name]()
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("resolution", [16, 24, 32, 64, 128, 256])
+def test_the_default_network_fits_the_resolution(resolution: int) -> None:
+    network = default_network(resolution, 3, 4)
+    count = sum(p.numel() for p in network.parameters())
+    assert network.config.num_class_embeds == 5 and count < 8e6
+    if resolution <= 32:
+        x = torch.zeros(1, 3, resolution, resolution)
+        assert network(x, 0, torch.tensor([0])).sample.shape == x.shape
+
+
+def test_a_resolution_that_does_not_halve_is_refused_with_the_divisor() -> None:
+    with pytest.raises(ValueError, match="multiple of 4"):
+        default_network(30, 3, 0)
+
+
+def test_the_default_network_at_32_is_of_the_size_of_the_embedded_models() -> None:
+    assert 2e6 < sum(p.numel() for p in default_network(32, 3, 8).parameters()) < 4e6
+
+
+@pytest.mark.parametrize("path", ["vp", "cosine", "flow", "edm"])
+def test_processes_that_diffusers_knows_are_saved_as_its_own(path: str) -> None:
+    kind = {"flow": "flow_prediction", "edm": "epsilon"}.get(path, "v_prediction")
+    assert type(process_scheduler(path, kind)).__module__.startswith("diffusers.")
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart_alpha"])
+def test_the_condition_of_a_caption_is_what_the_pipeline_gives_its_network(name: str) -> None:
+    """The captured arguments make the network say what it says inside the pipeline's own call."""
+    pipe, call, _ = PIPELINES[name]()
+    task = pipeline_task(pipe, 0, captions=True)
+    seen: list = []
+    forward = task.network.forward
+
+    def watch(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        seen.append((args, kwargs, out[0]))
+        return out
+
+    task.network.forward = watch
+    taken = {k: v for k, v in call.items() if k in ("height", "width", "use_resolution_binning")}
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent", "generator": generator}
+    pipe(prompt=["a cat"], **options, **taken)
+    task.network.forward = forward
+    args, kwargs, said = seen[0]
+    x = args[0] if args else kwargs["hidden_states" if name in ("sd3", "pixart_alpha") else "sample"]
+    time = kwargs["timestep"] if "timestep" in kwargs else args[1]
+    condition = task.condition(None, ["a cat"])
+    with torch.no_grad():
+        mine = task.network(x, timestep=time, **condition, return_dict=False)[0]
+    torch.testing.assert_close(mine, said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart_alpha"])
+def test_text_to_image_pipelines_are_fine_tuned(name: str, captioned: Path, tmp_path: Path) -> None:
+    model = saved(name, tmp_path / "model")
+    arguments = common(captioned, tmp_path / "out", None, 2, pretrained_model_name_or_path=model, resolution=16)
+    assert train_here([*arguments, "--cache_latents", "--center_crop"]) == 0
+    assert (
+        type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")).__name__
+        == type(PIPELINES[name]()[0]).__name__
+    )
+    assert all(v < 20 for v in losses(tmp_path / "out").values())
+
+
+def test_a_class_conditional_transformer_is_fine_tuned(labelled: Path, tmp_path: Path) -> None:
+    model = saved("dit", tmp_path / "model")
+    arguments = common(labelled, tmp_path / "out", None, 2, pretrained_model_name_or_path=model, resolution=16)
+    assert train_here([*arguments, "--center_crop"]) == 0
+    assert (tmp_path / "out/transformer").is_dir()
+
+
+def test_lora_of_stable_diffusion_loads_into_the_pipeline(captioned: Path, tmp_path: Path) -> None:
+    """The saved weights are the trained ones: they change the picture, and only the adapters were trained."""
+    model = saved("sd", tmp_path / "model")
+    arguments = common(captioned, tmp_path / "out", None, 3, pretrained_model_name_or_path=model, resolution=16)
+    options = [
+        "--rank",
+        "2",
+        "--learning_rate",
+        "0.05",
+        "--num_validation_images",
+        "1",
+        "--validation_prompts",
+        "a cat",
+    ]
+    assert train_here([*arguments, *options, "--validation_inference_steps", "2"]) == 0
+    assert (tmp_path / "out/pytorch_lora_weights.safetensors").is_file() and not (tmp_path / "out/unet").exists()
+    pipe, call, _ = PIPELINES["sd"]()
+
+    def picture():
+        return pipe(**{**call, "generator": torch.Generator().manual_seed(0), "output_type": "np"})[0]
+
+    before = picture()
+    pipe.load_lora_weights(tmp_path / "out")
+    try:
+        assert abs(picture() - before).max() > 1e-4
+    finally:
+        pipe.unload_lora_weights()
+    assert "load_lora_weights" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "remedy"),
+    [
+        ("sd", {}, "metadata.jsonl"),
+        ("dit", {"classes": 0}, "class folders"),
+        ("flux", {"captions": True}, "packs its latents"),
+    ],
+)
+def test_data_and_pipelines_that_do_not_fit_are_refused_with_the_remedy(name: str, options: dict, remedy: str) -> None:
+    pipe, _, _ = PIPELINES[name]()
+    with pytest.raises(ValueError, match=remedy):
+        pipeline_task(pipe, options.get("classes", 2 if name == "dit" else 0), captions=options.get("captions", False))
+
+
+def test_a_model_without_adapters_refuses_lora(labelled: Path, tmp_path: Path, capsys) -> None:
+    network = tiny_pipelines.ddpm_unet()
+    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "model")
+    arguments = common(labelled, tmp_path / "out", None, 2, pretrained_model_name_or_path=tmp_path / "model", rank=2)
+    assert train_here(arguments) == 2
+    assert "leave out --rank" in capsys.readouterr().err and not (tmp_path / "out").exists()
