@@ -68,14 +68,23 @@ def network_field(
     guidance_scale: float = 1.0,
 ) -> Field:
     """The field of a ``UNet2DModel``-like network under the process of any scheduler's ``config``, ours or diffusers',
-    with labels (N,) and classifier-free guidance as in :func:`diffusers_sde.sampling.network_denoiser`.
+    with labels (N,) and classifier-free guidance as in :func:`diffusers_sde.sampling.network_denoiser`; a batch of k N
+    states is taken for k copies of the batch.
 
     Raises ``ValueError`` for a config without a process, for labels that the network does not have, and for guidance
     without classes.
     """
     process = canonical_config(config)
+    denoiser = network_denoiser(network, class_labels, guidance_scale)
+
+    def repeated(sample: torch.Tensor, t: Any) -> torch.Tensor:
+        copies = 1 if class_labels is None else len(sample) // len(class_labels)
+        if class_labels is None or copies == 1:
+            return denoiser(sample, t)
+        return network_denoiser(network, class_labels.repeat(copies), guidance_scale)(sample, t)
+
     return Field(
-        network_denoiser(network, class_labels, guidance_scale),
+        repeated,
         path_from_config(process),
         process.get("prediction_type") or "epsilon",
         process.get("variance_type") or "fixed_small",

@@ -119,7 +119,8 @@ def multistep(
     }
     with np.errstate(divide="ignore"):  # a table may end at alpha = 0
         table = build_multistep(field.path, nodes, **options)
-    x, history = start.state, []
+    x = start.state
+    history: list[torch.Tensor] = []
     for i, row in enumerate(table.rows):
         history.insert(0, field(x, points[i], evaluation_coefficients(data_std, row.alpha, row.sigma)))
         tick()
