@@ -10,6 +10,9 @@ With predictions ``m_y`` (label y) and ``m_0`` (no label), the guided one is
     m_0 -> the prediction of a weaker model                  autoguidance (arXiv:2406.02507)
     D -> D + s sigma^2/alpha grad log p_t(y | x_t)           classifier guidance (arXiv:2105.05233), scale s
 
+Langevin corrector steps (predictor-corrector sampling, arXiv:2011.13456) and Restart (arXiv:2306.14878) spend further
+evaluations on removing errors (:mod:`diffusers_sde.langevin`).
+
 Scale 1 of classifier-free guidance is conditional sampling; scale 0 with a classifier at scale 1 samples the same law.
 Larger scales do not sample ``p(x) p(y | x)^w``; ``pipelines/steering.py`` with the reward ``log p(y | x)`` does.
 
@@ -55,6 +58,7 @@ from diffusers_sde.guidance import (
     interval_scale,
     rescaled,
 )
+from diffusers_sde.langevin import sample, visits
 from diffusers_sde.pipeline_io import check_output_type, initial_noise, label_tensor, labels_of, null_label, pictures
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.schedulers.base import TableScheduler
@@ -84,6 +88,9 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         weak_unet: Any = None,
         classifier: Classifier | None = None,
         classifier_scale: float = 1.0,
+        corrector_steps: int = 0,
+        corrector_snr: float = 0.1,
+        restart: tuple[float, float, int] | None = None,
         generator: Any = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -96,7 +103,9 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         conditional, larger guided; ``guidance_interval`` of noise levels sigma/alpha; ``guidance_rescale`` in [0, 1];
         ``apg_parallel`` what APG keeps of the parallel part (None: no APG), with ``apg_norm_threshold`` and
         ``apg_momentum``; ``weak_unet`` for autoguidance; ``classifier(x, t)`` logits of noisy pictures, its labels are
-        the network's; ``latents`` unit noise (N, C, H, W).
+        the network's; ``corrector_steps`` Langevin steps after each step, of size 2 (corrector_snr sigma)^2;
+        ``restart`` (low, high, repeats), an interval of noise levels sigma/alpha to go through again; ``latents`` unit
+        noise (N, C, H, W).
         Raises ``ValueError`` for guidance that the network cannot give, a scheduler of another kind and wrong inputs.
         """
         check_output_type(output_type)
@@ -113,16 +122,19 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         path, kind = scheduler.path, scheduler.config.prediction_type
         log_snrs = path.log_snr_of_label(scheduler.sigmas.double().numpy())
         average = None
-        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            alpha, sigma = (float(v) for v in path.alpha_sigma_of(log_snrs[i]))
+
+        def predict(x: torch.Tensor, row: int) -> torch.Tensor:
+            """The guided model output."""
+            nonlocal average
+            t = scheduler.timesteps[row]
+            alpha, sigma = (float(v) for v in path.alpha_sigma_of(log_snrs[row]))
             said = model_coefficients(path, kind, alpha, sigma)
             k_x, k_m = convert(said, (1.0, 0.0), alpha, sigma)  # D = k_x x + k_m m
             level = sigma / alpha if alpha else float("inf")
             scale = 1.0 if labels is None else interval_scale(guidance_scale, level, guidance_interval)
             if cfg_plus_plus:
-                scale = cfg_plus_plus_scale(guidance_scale, log_snrs[i], log_snrs[i + 1])
-            scaled = scheduler.scale_model_input(x, t)
-            null, m = self._predict(scaled, t, labels, scale, weak_unet)
+                scale = cfg_plus_plus_scale(guidance_scale, log_snrs[row], log_snrs[row + 1])
+            null, m = self._predict(scheduler.scale_model_input(x, t), t, labels, scale, weak_unet)
             if null is not None and apg_parallel is not None:
                 guided, average = adaptive_projection(
                     k_x * x + k_m * null,
@@ -138,11 +150,21 @@ class GuidedGenerationPipeline(DiffusionPipeline):
                 guided = classifier_free(null, m, scale)
                 m = rescaled(guided, m, guidance_rescale) if guidance_rescale else guided
             if classifier is not None:
-                gradient = classifier_gradient(
-                    classifier, lambda y, t=t: scheduler.scale_model_input(y, t), x, t, wanted
-                )
+                gradient = classifier_gradient(classifier, lambda y: scheduler.scale_model_input(y, t), x, t, wanted)
                 m = m + data_shift(gradient, alpha, sigma, classifier_scale) / k_m
-            x = scheduler.step(m, t, x, generator=generator, return_dict=False)[0]
+            return m
+
+        with self.progress_bar(total=len(visits(scheduler, restart))) as bar:
+            x = sample(
+                predict,
+                scheduler,
+                x,
+                corrector_steps=corrector_steps,
+                corrector_snr=corrector_snr,
+                restart=restart,
+                generator=generator,
+                tick=bar.update,
+            )
         images = pictures(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -413,6 +413,12 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
             mean = mean.to(dtype) if row.c else prev
         return SchedulerOutput(prev, x0, mean, row.c)
 
+    def rewind(self, index: int) -> None:
+        """Go on from row ``index`` with another state: earlier evaluations and the noise path are forgotten."""
+        run = self._run
+        run.step_index, run.seeds = index, None
+        run.history.clear()
+
     def reorder(self, index: torch.Tensor | slice) -> None:
         """Between two steps: go on with the samples ``index`` of the batch, as particle methods do after resampling.
         Stored evaluations follow, cut off from autograd's graph."""

@@ -1,0 +1,192 @@
+r"""Langevin dynamics: ULA and MALA for densities, Langevin correctors and Restart for reverse processes.
+
+Knows ``dx = grad log p dt + sqrt(2) dw``, which leaves p as it is, its discretisations, and how to run a scheduler of
+this package with corrector steps between its steps or with parts of the grid repeated.  Knows no network and no
+pipeline.
+
+* ULA, ``x <- x + h grad log p(x) + sqrt(2 h) z``, is biased; on N(0, v) its stationary variance is
+  ``v / (1 - h/(2v))`` (Lu, arXiv:2607.01693, chapter 2).  MALA accepts or rejects the same proposal and has no bias
+  (Roberts & Tweedie 1996).
+* Predictor-corrector (Song et al. 2021, arXiv:2011.13456, algorithms 2 to 5): after each step to a noise level, ULA
+  steps for the law there, of size ``h = 2 (snr sigma)^2``; the relative bias in variance is at most
+  ``snr^2/(1 - snr^2)``.
+* Restart (Xu et al. 2023, arXiv:2306.14878, algorithm 1): from the low end of an interval of noise levels go back to
+  its high end by adding noise, and come down again.  On N(0, c^2) data an error in variance shrinks each time by
+  ``(c^2 + s_low^2)/(c^2 + s_high^2)``, s = sigma/alpha.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_sde.prediction import convert, model_coefficients
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+# -- for a density --
+
+
+def ula(
+    score: Function, x: torch.Tensor, step: float, num_steps: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """``num_steps`` times ``x <- x + step score(x) + sqrt(2 step) z``, from x (N, ...)."""
+    _check_step(step)
+    for _ in range(num_steps):
+        x = x + step * score(x) + math.sqrt(2 * step) * _normals(x, generator)
+    return x
+
+
+def ula_gaussian_variance(variance: float, step: float, num_steps: float = math.inf, start: float = 0.0) -> float:
+    """The variance of :func:`ula` on N(0, variance) after k steps from variance ``start``:
+    ``v_inf + q^(2k) (start - v_inf)``, ``q = 1 - step/variance``, ``v_inf = variance / (1 - step/(2 variance))``.
+
+    Raises ``ValueError`` for steps of ``2 variance`` or more, with which it diverges.
+    """
+    if not 0 < step < 2 * variance:
+        raise ValueError(f"step must lie between 0 and 2 variance = {2 * variance:g}, not {step:g}: ULA diverges.")
+    limit = variance / (1 - step / (2 * variance))
+    forgotten = 0.0 if math.isinf(num_steps) else (1 - step / variance) ** (2 * num_steps)
+    return limit + forgotten * (start - limit)
+
+
+def mala(
+    log_density: Function,
+    score: Function,
+    x: torch.Tensor,
+    step: float,
+    num_steps: int,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, float]:
+    """``(x, share of accepted proposals)`` after ``num_steps`` of ULA's proposal, accepted with probability
+    ``min(1, p(y) q(x|y) / (p(x) q(y|x)))``, ``log q(y|x) = -|y - x - step score(x)|^2 / (4 step)``.
+
+    log_density: (N, ...) -> (N,), up to a constant.  The law of ``log_density`` is stationary at any step.
+    """
+    _check_step(step)
+    log_p, slope, accepted = log_density(x), score(x), 0.0
+    for _ in range(num_steps):
+        y = x + step * slope + math.sqrt(2 * step) * _normals(x, generator)
+        log_p_y, slope_y = log_density(y), score(y)
+        forward, backward = (
+            (a - b - step * g).flatten(1).square().sum(1) for a, b, g in ((y, x, slope), (x, y, slope_y))
+        )
+        log_ratio = log_p_y - log_p + (forward - backward) / (4 * step)
+        chosen = torch.rand(len(x), generator=generator, dtype=log_p.dtype).to(x.device).log() < log_ratio
+        accepted += float(chosen.double().mean())
+        each = chosen.reshape(-1, *[1] * (x.ndim - 1))
+        x, slope = torch.where(each, y, x), torch.where(each, slope_y, slope)
+        log_p = torch.where(chosen, log_p_y, log_p)
+    return x, accepted / max(num_steps, 1)
+
+
+# -- for a reverse process --
+
+
+class Visit(NamedTuple):
+    """One evaluation of a run: the row of the grid, and the row whose state is noised up to it first, if any."""
+
+    row: int
+    back_from: int | None = None
+
+
+def restart_visits(
+    noise_levels: Sequence[float] | np.ndarray, interval: tuple[float, float], repeats: int
+) -> list[Visit]:
+    """The rows of a grid in the order of Restart: down to the lowest level in ``interval`` (noise levels sigma/alpha,
+    low to high), ``repeats`` times back to the highest one in it and down again, then on.
+
+    noise_levels: of the n rows, decreasing.  Raises ``ValueError`` where the interval holds fewer than two of them.
+    """
+    inside = [i for i, s in enumerate(noise_levels) if interval[0] <= s <= interval[1]]
+    if repeats < 0:
+        raise ValueError(f"Restart repeats an interval 0 or more times, not {repeats}.")
+    if len(inside) < 2:
+        raise ValueError(
+            f"The restart interval {interval} holds {len(inside)} of the noise levels: widen it or take more steps."
+        )
+    first, last = inside[0], inside[-1]
+    down = [Visit(first, last), *(Visit(i) for i in range(first + 1, last))]
+    return [*(Visit(i) for i in range(last)), *(down * repeats), *(Visit(i) for i in range(last, len(noise_levels)))]
+
+
+def renoise(x: torch.Tensor, start: tuple[float, float], end: tuple[float, float], z: torch.Tensor) -> torch.Tensor:
+    """Forward process between levels ``(alpha, sigma)``: ``(alpha'/alpha) x + c z``,
+    ``c^2 = sigma'^2 - (alpha' sigma/alpha)^2``."""
+    kept = end[0] / start[0]
+    return kept * x + math.sqrt(max(end[1] ** 2 - (kept * start[1]) ** 2, 0.0)) * z
+
+
+def corrector_step(x: torch.Tensor, eps: torch.Tensor, sigma: float, snr: float, z: torch.Tensor) -> torch.Tensor:
+    """One ULA step at a noise level, ``h = 2 (snr sigma)^2`` and ``score = -eps/sigma``:
+    ``x - 2 snr^2 sigma eps + 2 snr sigma z``."""
+    return x - 2 * snr**2 * sigma * eps + 2 * snr * sigma * z
+
+
+def sample(
+    predict: Callable[[torch.Tensor, int], torch.Tensor],
+    scheduler: Any,
+    x: torch.Tensor,
+    *,
+    corrector_steps: int = 0,
+    corrector_snr: float = 0.1,
+    restart: tuple[float, float, int] | None = None,
+    generator: Any = None,
+    tick: Callable[[], Any] | None = None,
+) -> torch.Tensor:
+    """Run a scheduler of this package, whose timesteps are set, from ``x``, with Langevin correctors and Restart.
+
+    predict(x, row): the model output (N, ...) for the state x at that row of the grid.  corrector_steps: ULA steps at
+    each level but the first and the last (sigma = 0).  restart: (low, high, repeats) of :func:`restart_visits`.
+    tick(): called after each step, as often as there are :func:`visits`.
+    Raises ``ValueError`` as :func:`restart_visits`, and unless ``0 < corrector_snr < 1``, where correctors converge.
+    """
+    if corrector_steps < 0 or (corrector_steps and not 0 < corrector_snr < 1):
+        raise ValueError(f"Correctors need 0 or more steps and 0 < snr < 1, not {corrector_steps} and {corrector_snr}.")
+    path, kind = scheduler.path, scheduler.config.prediction_type
+    log_snr = path.log_snr_of_label(scheduler.sigmas.double().numpy())
+    levels = [(float(alpha), float(sigma)) for alpha, sigma in zip(*path.alpha_sigma_of(log_snr), strict=True)]
+    rows = len(scheduler.timesteps)
+
+    def normals() -> torch.Tensor:
+        return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+    for row, back_from in visits(scheduler, restart):
+        if back_from is not None:
+            x = renoise(x, levels[back_from], levels[row], normals())
+            scheduler.rewind(row)
+        t = scheduler.timesteps[row]
+        x = scheduler.step(predict(x, row), t, x, generator=generator, return_dict=False)[0]
+        if row + 1 < rows:
+            alpha, sigma = levels[row + 1]
+            e_x, e_m = convert(model_coefficients(path, kind, alpha, sigma), (0.0, 1.0), alpha, sigma)
+            for _ in range(corrector_steps):
+                eps = e_x * x + e_m * predict(x, row + 1)
+                x = corrector_step(x, eps, sigma, corrector_snr, normals())
+        if tick is not None:
+            tick()
+    return x
+
+
+def visits(scheduler: Any, restart: tuple[float, float, int] | None) -> list[Visit]:
+    """The visits that :func:`sample` makes on the scheduler's grid."""
+    if restart is None:
+        return [Visit(i) for i in range(len(scheduler.timesteps))]
+    log_snr = scheduler.path.log_snr_of_label(scheduler.sigmas.double().numpy())
+    low, high, repeats = restart
+    return restart_visits(np.exp(-log_snr[:-1]), (low, high), repeats)
+
+
+def _check_step(step: float) -> None:
+    if not 0 < step < math.inf:
+        raise ValueError(f"The step of Langevin dynamics must be positive, not {step}.")
+
+
+def _normals(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    return torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
