@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,11 @@ def make_problem(
     seed: int,
     guidance_scale: float | None = None,
     prompt: str | None = None,
+    class_labels: Sequence[int] | None = None,
 ) -> Problem:
     """``pipe`` as a :class:`Problem`: a bare network in this package's loop, any other pipeline through its call.
 
+    ``class_labels``, one an image, of a class-conditional bare network; None spreads the images over its classes.
     Raises :class:`UsageError` for what the model does not take (guidance, prompt) or needs (prompt), and for a
     scheduler that names no known process.
     """
@@ -71,7 +73,7 @@ def make_problem(
     if set(pipe.components) == {"unet", "scheduler"}:
         if prompt is not None:
             raise UsageError("This model takes no prompt: leave out --prompt.")
-        return _network_problem(pipe, num_images, seed, guidance_scale)
+        return _network_problem(pipe, num_images, seed, guidance_scale, class_labels)
     return _pipeline_problem(pipe, num_images, seed, guidance_scale, prompt)
 
 
@@ -82,7 +84,9 @@ def model_config(pipe: Any) -> Mapping[str, Any]:
     return {**config, CALIBRATED: str(folder)} if (folder / "scheduler_config.json").is_file() else config
 
 
-def _network_problem(pipe: Any, num_images: int, seed: int, guidance_scale: float | None) -> Problem:
+def _network_problem(
+    pipe: Any, num_images: int, seed: int, guidance_scale: float | None, class_labels: Sequence[int] | None
+) -> Problem:
     network, device = pipe.unet, pipe.device
     classes = getattr(network.config, "num_class_embeds", None)
     if not classes and guidance_scale not in (None, 1.0):
@@ -90,7 +94,8 @@ def _network_problem(pipe: Any, num_images: int, seed: int, guidance_scale: floa
             "Guidance needs a class-conditional model, this one has no classes: leave out --guidance_scale."
         )
     scale = (2.0 if classes else 1.0) if guidance_scale is None else guidance_scale
-    labels = torch.tensor(spread_labels(num_images, classes - 1), device=device) if classes else None
+    chosen = spread_labels(num_images, classes - 1) if classes and class_labels is None else class_labels
+    labels = torch.tensor(chosen, device=device) if classes else None
     denoiser, size = network_denoiser(network, labels, scale), network.config.sample_size
     channels = network.config.in_channels
     shape = (num_images, channels, *((size, size) if isinstance(size, int) else size))

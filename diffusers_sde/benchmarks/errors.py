@@ -110,22 +110,34 @@ def mixture(error: float = 0.0) -> GaussianMixtureModel:
 
 
 def mixture_errors(method: str, steps: Sequence[int], seed: int, n: int = 256) -> list[dict[str, float]]:
-    """Root mean square of each bracket of the module docstring, per sample (not per dimension), for each of ``steps``;
-    deterministic methods only."""
+    """:func:`coupled_errors` of a deterministic method for each of ``steps``."""
     kind, options = METHODS[method]
-    right, wrong = mixture(), mixture(0.05)
+    schedulers = [(kind(**SHORT, **options, final_sigmas_type="sigma_min"), count) for count in steps]
+    return coupled_errors(mixture(), mixture(0.05), schedulers, seed, n)
+
+
+def coupled_errors(
+    right: GaussianMixtureModel,
+    wrong: GaussianMixtureModel,
+    schedulers: Sequence[tuple[TableScheduler, int]],
+    seed: int,
+    n: int,
+    tolerance: float = 1e-8,
+) -> list[dict[str, float]]:
+    """Root mean square of each bracket of the module docstring, per sample (not per dimension), for each deterministic
+    ``(scheduler, steps)``, which ends at the cleanest training time; ``tolerance`` is that of the exact flow."""
     path, generator = right.path, torch.Generator().manual_seed(seed)
     eps = torch.randn(n, *right.sample_shape, dtype=torch.float64, generator=generator)
     alpha, sigma = (float(v) for v in path.alpha_sigma(path.noisiest))
     x_t = alpha * right.sample(n, generator) + sigma * eps
 
     def flow(model: GaussianMixtureModel, x: torch.Tensor) -> torch.Tensor:
-        return exact_flow_map(path, model.posterior_mean, x, path.noisiest, path.cleanest, rtol=1e-8, atol=1e-8)
+        accuracy = {"rtol": tolerance, "atol": tolerance}
+        return exact_flow_map(path, model.posterior_mean, x, path.noisiest, path.cleanest, **accuracy)
 
     truth, from_noise, wrong_flow = flow(right, x_t), flow(right, eps), flow(wrong, eps)
     results = []
-    for count in steps:
-        scheduler = kind(**SHORT, **options, final_sigmas_type="sigma_min")
+    for scheduler, count in schedulers:
         scheduler.set_timesteps(count)
         solved = sample(network_denoiser(wrong), scheduler, eps)
         results.append(
