@@ -28,16 +28,23 @@ from diffusers_sde.sampling import Denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.tables import CLOCKS
 
-SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness")
+SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "calibration")
 ERROR_STEPS = (5, 6, 8, 10, 15, 20)
 SDE_STEPS = (6, 10, 20, 50)
 SHAPES = ((1, 4, 64, 64), (8, 16, 128, 128))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="What to measure.")
+    choices = (*SECTIONS, "training", "errors")
+    parser.add_argument("--sections", nargs="+", choices=choices, default=list(SECTIONS), help="What to measure.")
     parser.add_argument("--num_images", type=int, default=10, help="Images of the network section.")
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[1.0, 3.0], help="Of the network section.")
+    parser.add_argument(
+        "--training_images", default=None, help="Folder of the embedded model's training images, for sample quality."
+    )
+    for name, text in {"training": "a training step", "errors": "the error budget of a sampler"}.items():
+        only = {"dest": "sections", "action": "store_const", "const": [name]}
+        parser.add_argument(f"--{name}", **only, help=f"Measure nothing but {text}.")  # type: ignore[arg-type]
     parser.add_argument("--candidates", action="store_true", help="Also measure the settings the defaults beat.")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -72,6 +79,19 @@ def run(args: argparse.Namespace) -> int:
             sde_quality(args.seed)
         elif section == "robustness":
             robustness(args.seed)
+        elif section == "training":
+            from diffusers_sde.benchmarks import training
+
+            training.measure()
+        elif section == "errors":
+            from diffusers_sde.benchmarks import errors as error_budget
+
+            error_budget.measure(args.seed)
+        elif section == "calibration":
+            from diffusers_sde.benchmarks import calibration
+
+            images = max(args.num_images, 20)
+            calibration.measure(args.seed, images, args.guidance_scale, args.training_images)
     return 0
 
 

@@ -1,0 +1,213 @@
+"""``diffusers-sde bench --sections calibration``: learned tables against exact ones and against diffusers' schedulers.
+
+Knows the problems (mixture oracles, a flow matching and a strongly guided one, the embedded network), what is measured
+on them, and the goals.  All samplers start from the same noise, which no fit and no choice has seen.  Prints tables;
+asserts nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffusers_sde import bench
+from diffusers_sde.assets import load_default_model
+from diffusers_sde.calibration import calibrate
+from diffusers_sde.calibration.plan import STOCK
+from diffusers_sde.named_samplers import SAMPLERS, make_scheduler
+from diffusers_sde.problems import lay_out
+from diffusers_sde.sampling import Denoiser, network_denoiser, sample
+from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
+
+STEPS = (4, 5, 6, 8, 10)
+FLOW = {"num_train_timesteps": 1000, "use_flow_sigmas": True, "prediction_type": "flow_prediction", "shift": 3.0}
+ORACLE_SAMPLES, NETWORK_SAMPLES = 64, 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem: the network as a denoiser of ``len(noise)`` samples, fresh noise, its process, and its calibration."""
+
+    name: str
+    denoiser: Denoiser
+    noise: torch.Tensor
+    config: dict[str, Any]
+    calibrate: Callable[[], CalibratedScheduler]
+
+
+def oracles(seed: int) -> Iterator[Case]:
+    """The bench's mixtures under both betas and flow matching, and one guided with weight 7.5 to its components."""
+    for name, process, scale in (
+        *((f"mixture, {name} betas", process, None) for name, process in bench.PROCESSES.items()),
+        ("mixture, flow matching", FLOW, None),
+        ("mixture, guidance 7.5", bench.PROCESSES["scaled linear"], 7.5),
+    ):
+        model, n = bench.oracle(seed=seed, process=process), ORACLE_SAMPLES
+        components = len(model.config.weights)
+        model.register_to_config(num_class_embeds=components + 1)
+        labels = torch.arange(n) % components
+        denoiser = (
+            network_denoiser(model, labels, scale) if scale else lambda x, t, m=model: m(x, t, return_dict=False)[0]
+        )
+        noise = torch.randn(n, *model.sample_shape, generator=torch.Generator().manual_seed(seed + 12345))
+
+        def learn(denoiser: Any = denoiser, process: Any = process, shape: Any = model.sample_shape) -> Any:
+            scheduler = ProbabilityFlowScheduler.from_config(process)
+            options = {"scheduler": scheduler, "sample_shape": shape, "seed": seed, "progress": False}
+            return calibrate(denoiser, STEPS, ORACLE_SAMPLES, **options)
+
+        yield Case(name, denoiser, noise, process, learn)
+
+
+def networks(seed: int, num_images: int, guidance_scales: list[float]) -> Iterator[Case]:
+    """The embedded class-conditional network, every class equally often."""
+    pipe = load_default_model()
+    config = pipe.unet.config
+    classes, size = config.num_class_embeds - 1, config.sample_size
+    for scale in guidance_scales:
+        generator = torch.Generator().manual_seed(seed + 12345)
+        noise = torch.randn(num_images, config.in_channels, size, size, generator=generator)
+        denoiser = network_denoiser(pipe.unet, torch.arange(num_images) % classes, scale)
+
+        def learn(scale: float = scale) -> CalibratedScheduler:
+            return calibrate(pipe, STEPS, NETWORK_SAMPLES, seed=seed, batch_size=20, guidance_scale=scale)
+
+        yield Case(f"embedded network, guidance {scale:g}", denoiser, noise, dict(pipe.scheduler.config), learn)
+
+
+def competition(config: dict[str, Any], n: int) -> Iterator[tuple[str, Any]]:
+    """Every stock setting of the bench; for flow matching the named stock samplers."""
+    if not config.get("use_flow_sigmas"):
+        yield from bench.stock_odes(config, n)
+        return
+    for name in STOCK:
+        with contextlib.suppress(ValueError):
+            scheduler = make_scheduler(name, config)
+            lay_out(scheduler, SAMPLERS[name].steps(n))
+            yield name, scheduler
+
+
+def errors(case: Case, scheduler: CalibratedScheduler) -> None:
+    """Error to the converged solution from fresh noise at each number of steps, and the ratios."""
+    reference = bench.reference_solution(case.denoiser, case.noise, case.config, 160)
+    exact = ProbabilityFlowScheduler.from_config(case.config, clip_sample=False)
+    table: dict[str, list[str]] = {
+        k: [] for k in ("best of diffusers", "exact (default)", "calibrated", "to exact", "to diffusers", "setting")
+    }
+    for n in tqdm(STEPS, desc=case.name, leave=False):
+        best = (float("inf"), "")
+        for name, stock in competition(case.config, n):
+            with contextlib.suppress(Exception):  # a stock scheduler that crashes on its own grid is no competition
+                best = min(best, (bench.rmse(sample(case.denoiser, stock, case.noise), reference), name))
+        found = []
+        for own in (exact, scheduler):
+            own.set_timesteps(n)
+            found.append(bench.rmse(sample(case.denoiser, own, case.noise), reference))
+        cells = (
+            *(f"{v:.4f}" for v in (best[0], *found)),
+            *(f"{found[1] / v:.2f}" for v in (found[0], best[0])),
+            best[1],
+        )
+        for values, cell in zip(table.values(), cells, strict=True):
+            values.append(cell)
+    settings = table.pop("setting")
+    title = f"Calibrated samplers, error to the exact ODE solution: {case.name}, {len(case.noise)} samples"
+    bench.print_table(title, ["", *(f"{n} NFE" for n in STEPS)], [[k, *v] for k, v in table.items()])
+    print("best of diffusers was: " + "; ".join(f"{n}: {name}" for n, name in zip(STEPS, settings, strict=True)))
+
+
+# -- quality of the samples --
+
+
+def read_images(folder: str | Path, count: int, channels: int, size: int) -> torch.Tensor:
+    """``count`` images spread over a folder (and its sub-folders), (N, C, H, W) in [-1, 1].
+
+    Raises ``ValueError`` for a folder without enough images.
+    """
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if len(files) < count:
+        raise ValueError(f"{folder} has {len(files)} images, {count} are needed: make it with diffusers-sde prepare.")
+    chosen = [files[i * len(files) // count] for i in range(count)]
+    images = []
+    for file in chosen:
+        image = Image.open(file).convert("L" if channels == 1 else "RGB").resize((size, size))
+        images.append(torch.from_numpy(np.asarray(image, np.float32).reshape(size, size, channels)).movedim(-1, 0))
+    return torch.stack(images) / 127.5 - 1
+
+
+@torch.no_grad()
+def features(pipe: Any, images: torch.Tensor) -> torch.Tensor:
+    """The network's own middle features of slightly noisy images, averaged over places, (N, features)."""
+    seen: list[torch.Tensor] = []
+    hook = pipe.unet.mid_block.register_forward_hook(lambda _, __, out: seen.append(out.mean((2, 3))))
+    null = pipe.unet.config.num_class_embeds - 1
+    try:
+        for part in images.split(50):
+            labels = torch.full((len(part),), null)
+            noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(0))
+            noisy = ProbabilityFlowScheduler.from_config(pipe.scheduler.config).add_noise(part, noise, 100)
+            pipe.unet(noisy, 100, labels)
+    finally:
+        hook.remove()
+    return torch.cat(seen)
+
+
+def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Frechet distance of two sets of features as Gaussians (Heusel et al. 2017, eq. 6)."""
+    x, y = x.double(), y.double()
+    a, b = torch.cov(x.T), torch.cov(y.T)
+    values = torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt().sum()
+    return float((x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * values)
+
+
+def quality(scheduler: CalibratedScheduler, scale: float, folder: str, count: int, seed: int) -> None:
+    """Distances of calibrated samples and of the teacher's to training images, from the same noise."""
+    pipe = load_default_model()
+    config = pipe.unet.config
+    real = read_images(folder, count, config.in_channels, config.sample_size)
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(seed + 54321))
+    real_features, rows = features(pipe, real), []
+    exact = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+    for name, own, n in (("teacher", exact, 80), *(("calibrated", scheduler, n) for n in STEPS)):
+        made = []
+        for first in tqdm(range(0, count, 50), desc=f"quality, {name} {n}", leave=False):
+            part = noise[first : first + 50]
+            labels = (torch.arange(len(part)) + first) % (config.num_class_embeds - 1)
+            own.set_timesteps(n)
+            made.append(sample(network_denoiser(pipe.unet, labels, scale), own, part))
+        images = torch.cat(made)
+        distances = (bench.sliced_wasserstein(images, real), frechet(features(pipe, images), real_features))
+        rows.append([f"{name}, {n} NFE", *(f"{v:.4f}" for v in distances)])
+    title = f"Distance of {count} samples to training images: embedded network, guidance {scale:g}"
+    bench.print_table(title, ["", "sliced Wasserstein", "Frechet, own features"], rows)
+
+
+def measure(
+    seed: int = 0,
+    num_images: int = 20,
+    guidance_scales: list[float] | None = None,
+    training_images: str | None = None,
+    quality_images: int = 300,
+) -> None:
+    """The section: every oracle, then the embedded network at each guidance scale, its sample quality where a folder of
+    training images is given."""
+    for case in oracles(seed):
+        errors(case, case.calibrate())
+    scales = [1.0, 3.0] if guidance_scales is None else guidance_scales
+    for scale, case in zip(scales, networks(seed, num_images, scales), strict=True):
+        start = time.perf_counter()
+        scheduler = case.calibrate()
+        minutes = (time.perf_counter() - start) / 60
+        print(f"\n{case.name}: calibrated for {len(STEPS)} numbers of steps in {minutes:.1f} minutes")
+        errors(case, scheduler)
+        if training_images:
+            quality(scheduler, scale, training_images, quality_images, seed)
