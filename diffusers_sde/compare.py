@@ -91,7 +91,7 @@ def compare(problem: Problem, names: Sequence[str], steps: Sequence[int], refere
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="Hub id or folder of a pipeline.")
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="Embedded model, folder or hub id of a pipeline.")
     parser.add_argument(
         "--samplers",
         nargs="*",

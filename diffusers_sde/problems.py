@@ -17,6 +17,7 @@ import diffusers
 import numpy as np
 import torch
 
+from diffusers_sde.assets import embedded_models
 from diffusers_sde.named_samplers import CALIBRATED, UsageError, process_kind
 from diffusers_sde.sampling import network_denoiser, sample
 
@@ -34,15 +35,15 @@ class Problem:
 
 
 def load_pipeline(model: str, **options: Any) -> diffusers.DiffusionPipeline:
-    """The pipeline in a folder or of a hub id (``options`` as of ``from_pretrained``); raises :class:`UsageError` where there
-    is none."""
-    folder = Path(model)
+    """The embedded pipeline of a name, that in a folder, or that of a hub id (``options`` as of ``from_pretrained``);
+    raises :class:`UsageError` where there is none."""
+    folder = embedded_models().get(model, Path(model))
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UsageError(f"{model} is no pipeline (it has no model_index.json): pass a folder of save_pretrained.")
     if not folder.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise UsageError(f"{model} does not exist: pass a pipeline's folder or a hub id like google/ddpm-cifar10-32.")
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(model, **options)
+        return diffusers.DiffusionPipeline.from_pretrained(folder if folder.exists() else model, **options)
     except Exception as error:  # whatever it is: hub, cache, network, json and weights each raise their own
         where = "is a broken pipeline folder" if folder.exists() else "is no folder and could not be had from the Hub"
         reason = " ".join(str(error).split())[:200]

@@ -337,3 +337,13 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     assert train_here(common(data, tmp_path / "out", config, 2, **options)) == 2
     assert remedy in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_of_the_readme_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them runs in a small form in this file or in test_training_networks.py."""
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    commands = re.findall(r"`(?:T|accelerate launch .*?-m diffusers_sde\.train) (--.*?)`", readme)
+    assert len(commands) >= 6
+    for command in commands:
+        assert find_problem(build_parser().parse_args(command.split())) is None, command

@@ -4,7 +4,14 @@ from pathlib import Path
 
 from diffusers import DDPMPipeline
 
-DEFAULT_MODEL = Path(__file__).parent / "fashion_mnist"
+ASSETS = Path(__file__).parent
+DEFAULT_MODEL = ASSETS / "fashion_mnist"
+
+
+def embedded_models() -> dict[str, Path]:
+    """The folder of each embedded pipeline by its name, the default one first."""
+    folders = sorted(file.parent for file in ASSETS.glob("*/model_index.json"))
+    return {folder.name: folder for folder in sorted(folders, key=lambda folder: folder != DEFAULT_MODEL)}
 
 
 def load_default_model() -> DDPMPipeline:
