@@ -154,8 +154,10 @@ def sample(
     levels = [(float(alpha), float(sigma)) for alpha, sigma in zip(*path.alpha_sigma_of(log_snr), strict=True)]
     rows = len(scheduler.timesteps)
 
+    dtype = x.dtype
+
     def normals() -> torch.Tensor:
-        return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
 
     for row, back_from in visits(scheduler, restart):
         if back_from is not None:
@@ -168,7 +170,7 @@ def sample(
             e_x, e_m = convert(model_coefficients(path, kind, alpha, sigma), (0.0, 1.0), alpha, sigma)
             for _ in range(corrector_steps):
                 eps = e_x * x + e_m * predict(x, row + 1)
-                x = corrector_step(x, eps, sigma, corrector_snr, normals())
+                x = corrector_step(x, eps, sigma, corrector_snr, normals()).to(dtype)
         if tick is not None:
             tick()
     return x

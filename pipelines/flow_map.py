@@ -13,13 +13,19 @@ Usage, with a model of ``python -m diffusers_sde.train --objective consistency``
 
 ```python
 import torch
-import diffusers_sde
 from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+
+import diffusers_sde
 
 pipe = DiffusionPipeline.from_pretrained(
     "few_step_model", custom_pipeline="pipelines/flow_map.py", trust_remote_code=True
 )
-images = pipe(class_labels=range(10), num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+rows = []
+for steps in (1, 2, 4):
+    generator = torch.Generator().manual_seed(0)
+    rows += pipe(class_labels=range(0, 10, 2), num_inference_steps=steps, generator=generator).images
+image = make_image_grid(rows, 3, 5).resize((480, 288))
 ```
 """
 

@@ -37,7 +37,7 @@ for options in (
 ):
     generator = torch.Generator().manual_seed(0)
     rows += pipe(class_labels=range(0, 10, 2), num_inference_steps=10, generator=generator, **options).images
-make_image_grid(rows, 4, 5).resize((480, 384)).save("guided_generation.png")
+image = make_image_grid(rows, 4, 5).resize((480, 384))
 ```
 """
 
@@ -61,7 +61,12 @@ from diffusers_sde.guidance import (
 from diffusers_sde.langevin import sample, visits
 from diffusers_sde.pipeline_io import check_output_type, initial_noise, label_tensor, labels_of, null_label, pictures
 from diffusers_sde.prediction import convert, model_coefficients
-from diffusers_sde.schedulers.base import TableScheduler
+from diffusers_sde.schedulers.base import HALF, TableScheduler
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Half precision is for networks: everything else is computed in float32."""
+    return x.float() if x.dtype in HALF else x
 
 
 class GuidedGenerationPipeline(DiffusionPipeline):
@@ -135,6 +140,8 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             if cfg_plus_plus:
                 scale = cfg_plus_plus_scale(guidance_scale, log_snrs[row], log_snrs[row + 1])
             null, m = self._predict(scheduler.scale_model_input(x, t), t, labels, scale, weak_unet)
+            x, m = wide(x), wide(m)
+            null = None if null is None else wide(null)
             if null is not None and apg_parallel is not None:
                 guided, average = adaptive_projection(
                     k_x * x + k_m * null,
@@ -150,7 +157,10 @@ class GuidedGenerationPipeline(DiffusionPipeline):
                 guided = classifier_free(null, m, scale)
                 m = rescaled(guided, m, guidance_rescale) if guidance_rescale else guided
             if classifier is not None:
-                gradient = classifier_gradient(classifier, lambda y: scheduler.scale_model_input(y, t), x, t, wanted)
+                dtype = getattr(classifier, "dtype", x.dtype)
+                gradient = classifier_gradient(
+                    classifier, lambda y: scheduler.scale_model_input(y, t).to(dtype), x, t, wanted
+                )
                 m = m + data_shift(gradient, alpha, sigma, classifier_scale) / k_m
             return m
 

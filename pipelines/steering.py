@@ -39,7 +39,7 @@ for beta in (-60, 0, 60):
     )
     print(f"beta {beta}: E r = {out.mean_reward:.3f} +- {out.mean_reward_error:.3f}")
     rows += out.images
-make_image_grid(rows, 3, 4).resize((512, 384)).save("steering.png")
+image = make_image_grid(rows, 3, 4).resize((512, 384))
 ```
 """
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from contract_helpers import by_process, randn, relative, seeded
-from diffusers import DDIMScheduler, DDPMPipeline, LCMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, LCMScheduler
 from helpers import LINEAR, PATHS, SD, deviation, mixture, probe_ours, probe_stock
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline_helpers import load, run_snippet
+from pipeline_parts import tiny_unet
+from snippets import ROOT, load, snippet
 
 from diffusers_sde import FlowMapScheduler, FlowMapUNet2DModel, GaussianMixtureModel, ProbabilityFlowScheduler
 from diffusers_sde.flow_maps import (
@@ -390,26 +391,10 @@ def test_wrong_settings(wrong, words):
 # -- the network --
 
 
-def tiny_unet(classes=None):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        num_class_embeds=classes,
-    ).eval()
-
-
 @pytest.mark.parametrize("classes", [None, 4])
 def test_network_starts_as_its_teacher_and_learns_the_target(classes, tmp_path):
     """from_unet says what the UNet says for every target; with trained weights the target matters; saves and loads."""
-    unet, x, t = tiny_unet(classes), randn(3, 1, 8, 8), torch.tensor([900.0, 500.0, 20.0])
+    unet, x, t = tiny_unet(classes=classes), randn(3, 1, 8, 8), torch.tensor([900.0, 500.0, 20.0])
     labels = () if classes is None else (torch.tensor([0, 3, 1]),)
     model = FlowMapUNet2DModel.from_unet(unet).eval()
     with torch.no_grad():
@@ -439,15 +424,18 @@ def test_network_starts_as_its_teacher_and_learns_the_target(classes, tmp_path):
 def few_step_model(tmp_path):
     """A folder as the training script leaves it."""
     scheduler = FlowMapScheduler(prediction_type="v_prediction", flow_map="mean_flow")
-    pipe = DDPMPipeline(unet=FlowMapUNet2DModel.from_unet(tiny_unet(11)), scheduler=scheduler)
+    pipe = DDPMPipeline(unet=FlowMapUNet2DModel.from_unet(tiny_unet(classes=11)), scheduler=scheduler)
     pipe.save_pretrained(tmp_path / "few_step_model")
     return tmp_path / "few_step_model"
 
 
 def test_snippet(few_step_model, monkeypatch):
-    """The usage in the pipeline's docstring runs as it stands."""
-    found = run_snippet("flow_map", few_step_model.parent, monkeypatch)
-    assert len(found["images"]) == 10 and found["images"][0].size == (8, 8)
+    """The usage in the pipeline's docstring runs as it stands, where the model is and ``pipelines`` lies beside it."""
+    (few_step_model.parent / "pipelines").symlink_to(ROOT / "pipelines")
+    monkeypatch.chdir(few_step_model.parent)
+    found = {}
+    exec(snippet("flow_map"), found)
+    assert len(found["rows"]) == 15 and found["image"].size == (480, 288)
 
 
 def test_pipeline_is_the_loop(few_step_model):

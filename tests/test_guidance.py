@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from contract_helpers import randn, relative, seeded
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline
 from helpers import COSINE, LINEAR, mixture
-from pipeline_helpers import load, run_snippet
+from pipeline_parts import tiny_unet
+from snippets import load, run
 
 from diffusers_sde import (
     DPMSolverScheduler,
@@ -243,21 +244,6 @@ def test_noisy_classifier_is_small():
 # -- the pipeline --
 
 
-def tiny_unet(classes):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=classes,
-    ).eval()
-
-
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -273,7 +259,7 @@ def tiny_unet(classes):
 )
 def test_every_option_with_every_scheduler(scheduler, tmp_path):
     """A network, all options, all kinds of scheduler: finite pictures, different from the unguided ones."""
-    DDPMPipeline(unet=tiny_unet(5), scheduler=scheduler).save_pretrained(tmp_path)
+    DDPMPipeline(unet=tiny_unet(classes=5), scheduler=scheduler).save_pretrained(tmp_path)
     pipe = load("guided_generation", tmp_path)
 
     def run(**options):
@@ -296,9 +282,32 @@ def test_every_option_with_every_scheduler(scheduler, tmp_path):
         options.append({"guidance_scale": 1.0, "classifier": classifier, "classifier_scale": 5.0})
     for chosen in options:
         assert not torch.equal(run(**chosen), plain), chosen
-    itself = run(guidance_scale=2.0, weak_unet=tiny_unet(5))  # a weak model that is the model changes nothing
+    itself = run(guidance_scale=2.0, weak_unet=tiny_unet(classes=5))  # a weak model that is the model changes nothing
     torch.testing.assert_close(itself, plain, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(run(guidance_scale=4.0, guidance_interval=(1e6, 2e6)), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype, tmp_path):
+    """A network in half precision: pictures in its dtype, close to those in float32, with correctors and a classifier
+    in float32."""
+    DDPMPipeline(unet=tiny_unet(classes=5), scheduler=ReverseSDEScheduler()).save_pretrained(tmp_path)
+    classifier, results = NoisyClassifierModel(sample_size=8, num_classes=4, block_out_channels=(8, 16)), []
+    for kind in (torch.float32, dtype):
+        pipe = load("guided_generation", tmp_path, torch_dtype=kind)
+        images = pipe(
+            [0, 3],
+            num_inference_steps=4,
+            apg_parallel=0.5,
+            classifier=classifier,
+            corrector_steps=1,
+            latents=randn(2, 1, 8, 8).to(kind),
+            generator=seeded(),
+            output_type="latent",
+        ).images
+        assert images.dtype == kind
+        results.append(images.float())
+    assert relative(results[1], results[0]) < 0.2
 
 
 def test_autoguidance_moves_away_from_the_weak_model(tmp_path):
@@ -316,7 +325,7 @@ def test_autoguidance_moves_away_from_the_weak_model(tmp_path):
 
 def test_unconditional_network_with_classifier(tmp_path):
     """A network without classes is guided by a classifier, and by nothing else."""
-    DDPMPipeline(unet=tiny_unet(None), scheduler=ReverseSDEScheduler()).save_pretrained(tmp_path)
+    DDPMPipeline(unet=tiny_unet(classes=None), scheduler=ReverseSDEScheduler()).save_pretrained(tmp_path)
     pipe = load("guided_generation", tmp_path)
     classifier = NoisyClassifierModel(sample_size=8, num_classes=4, block_out_channels=(8, 16))
     images = pipe([1, 2], guidance_scale=1.0, classifier=classifier, num_inference_steps=2).images
@@ -336,7 +345,7 @@ def test_pipeline_refuses(tmp_path):
         ({"class_labels": 0, "guidance_scale": 0.5, "cfg_plus_plus": True, "guidance_interval": (0, 1)}, "leave out"),
         ({"class_labels": 0, "guidance_interval": (2, 1)}, "low, high"),
         ({"class_labels": 0, "guidance_rescale": 2.0}, "guidance_rescale"),
-        ({"class_labels": 0, "weak_unet": tiny_unet(None)}, "weak_unet"),
+        ({"class_labels": 0, "weak_unet": tiny_unet(classes=None)}, "weak_unet"),
         ({"guidance_scale": 0.0, "classifier": exact_classifier(mixture())}, "class_labels"),
         ({"class_labels": 0, "output_type": "jpeg"}, "output_type"),
         ({"class_labels": 0, "latents": randn(1, 3, 2, 2)}, "latents"),
@@ -349,9 +358,9 @@ def test_pipeline_refuses(tmp_path):
 
 
 @pytest.mark.slow
-def test_snippet(tmp_path, monkeypatch):
+def test_snippet():
     """The usage in the pipeline's docstring runs as it stands; every kind of guidance changes the pictures."""
-    found = run_snippet("guided_generation", tmp_path, monkeypatch)
-    assert (tmp_path / "guided_generation.png").stat().st_size < 200_000
+    found = run("guided_generation")
+    assert found["image"].size == (480, 384)
     rows = np.reshape([np.asarray(image) for image in found["rows"]], (4, 5, 32, 32)).astype(float)
     assert all(np.abs(rows[i] - rows[j]).mean() > 1 for i in range(4) for j in range(i))

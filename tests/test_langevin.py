@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline
 from helpers import LINEAR, mixture
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline_helpers import load
+from snippets import load
 
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler, langevin
 from diffusers_sde.langevin import (
