@@ -1,0 +1,35 @@
+"""Every state of one sampling run.  Knows schedulers' steps and log-SNRs; knows no model and no interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusers_sde.sampling import Denoiser
+from diffusers_sde.schedulers.base import TableScheduler
+
+
+@dataclass(frozen=True)
+class Recording:
+    """States (n + 1, N, ...) at n + 1 half log-SNRs, and the data predictions (n, N, ...) made at the first n."""
+
+    log_snr: np.ndarray
+    states: torch.Tensor
+    clean: torch.Tensor
+
+
+@torch.no_grad()
+def record(denoiser: Denoiser, scheduler: TableScheduler, noise: torch.Tensor, generator: Any = None) -> Recording:
+    """Run a scheduler of this package, whose timesteps are set, from unit ``noise`` and keep everything."""
+    log_snr = scheduler.path.log_snr_of_label(scheduler.sigmas.double().numpy())
+    x = noise * scheduler.init_noise_sigma
+    states, clean = [x], []
+    for t in scheduler.timesteps:
+        out = scheduler.step(denoiser(scheduler.scale_model_input(x, t), t), t, x, generator=generator)
+        x = out.prev_sample
+        states.append(x)
+        clean.append(out.pred_original_sample)
+    return Recording(log_snr, torch.stack(states), torch.stack(clean))
