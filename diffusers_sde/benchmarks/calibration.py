@@ -55,9 +55,9 @@ def oracles(seed: int) -> Iterator[Case]:
         components = len(model.config.weights)
         model.register_to_config(num_class_embeds=components + 1)
         labels = torch.arange(n) % components
-        denoiser = (
-            network_denoiser(model, labels, scale) if scale else lambda x, t, m=model: m(x, t, return_dict=False)[0]
-        )
+        if scale is None:  # the null class
+            labels = torch.full((n,), components)
+        denoiser = network_denoiser(model, labels, 1.0 if scale is None else scale)
         noise = torch.randn(n, *model.sample_shape, generator=torch.Generator().manual_seed(seed + 12345))
 
         def learn(denoiser: Any = denoiser, process: Any = process, shape: Any = model.sample_shape) -> Any:
