@@ -52,7 +52,8 @@ def measure(steps: int = 12, repeats: int = 3) -> None:
         median = statistics.median(times[name])
         share = f"{100 * statistics.median(overheads[name]):.1f} %"
         rows.append([name, f"{median * 1e3:.0f}", f"{median / bare:.3f}", share, f"{memory[name]:.0f}"])
-    title = f"A training step, {RESOLUTION}x{RESOLUTION}, batch {BATCH}, default network, {torch.get_num_threads()} threads"
+    size = f"{RESOLUTION}x{RESOLUTION}, batch {BATCH}"
+    title = f"A training step, {size}, default network, {torch.get_num_threads()} threads"
     print_table(title, ["loop", "ms", "x bare", "outside network and optimizer", "peak MB"], rows)
 
 
@@ -161,8 +162,11 @@ def our_step(folder: str) -> Step:
     """``optimizer_step`` of the training script with its own data, noise, average and checks."""
     from accelerate import Accelerator
 
-    from diffusers_sde.training import losses, script
     from diffusers_sde.training.arguments import parse_args
+    from diffusers_sde.training.loop import StopRequest, optimizer_step
+    from diffusers_sde.training.losses import make_loss
+    from diffusers_sde.training.plan import build_task, make_plan
+    from diffusers_sde.training.session import prepare
 
     spent: list[float] = []
     output = tempfile.mkdtemp()
@@ -172,15 +176,15 @@ def our_step(folder: str) -> Step:
     )
     accelerator = Accelerator(cpu=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        task, images, classes = script.build_task(args)
-    plan = script.make_plan(args, images, 1)
-    session, stream = script.prepare(args, accelerator, task, images, classes, plan, None)
-    loss_of = losses.make_loss(args, task, None, plan.global_batch)
+        task, images, classes = build_task(args)
+    plan = make_plan(args, images, 1)
+    session, stream = prepare(args, accelerator, task, images, classes, plan, None)
+    loss_of = make_loss(args, task, None, plan.global_batch)
     for owner, method in ((task.network, "forward"), (accelerator, "backward"), (session.optimizer, "step")):
         setattr(owner, method, _timed(getattr(owner, method), spent))
     accelerator.clip_grad_norm_ = _timed(accelerator.clip_grad_norm_, spent)
-    stop = script.StopRequest()
-    return lambda: script.optimizer_step(session, stream, loss_of, stop) and None, spent
+    stop = StopRequest()
+    return lambda: optimizer_step(session, stream, loss_of, stop) and None, spent
 
 
 def _timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:

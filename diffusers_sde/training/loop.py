@@ -1,0 +1,127 @@
+"""The loop: optimizer steps until the plan, the sitting or the patience of the system ends.
+
+Knows a :class:`Session`, its stream of batches and a loss.  Knows neither models nor data.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from diffusers_sde.training import card
+from diffusers_sde.training.checkpoints import checkpoints
+from diffusers_sde.training.losses import Loss
+from diffusers_sde.training.randomness import seed_of
+from diffusers_sde.training.results import validate
+from diffusers_sde.training.session import Session
+
+_DROPOUT = 4  # the stream of the network's own random numbers
+STOPPED = 128 + signal.SIGTERM  # exit status after a checkpoint on SIGTERM
+
+
+class NotFinite(Exception):
+    """The loss is not a number; the message names the last good checkpoint."""
+
+
+class StopRequest:
+    """Whether the process was asked to stop (SIGTERM, SIGINT); the step under way is finished first."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+
+
+def run_steps(session: Session, stream: Iterator[dict[str, Any]], loss_of: Loss) -> int:
+    """Optimizer steps until the end of the plan, the end of the sitting, or a request to stop; returns the status."""
+    args, accelerator, progress = session.args, session.accelerator, session.progress
+    main = accelerator.is_main_process
+    curve = card.LossCurve(session.output / "loss.csv", progress.step) if main else None
+    if args.report_to != "none":
+        known = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | bool)}
+        accelerator.init_trackers("diffusers_sde", config=known)
+    last = session.plan.steps
+    if args.stop_after_steps is not None:
+        last = min(last, progress.step + args.stop_after_steps)
+    losses: list[float] = []
+    saved = progress.step
+    bar = tqdm(initial=progress.step, total=session.plan.steps, unit="step", disable=not main or None)
+    with StopRequest() as stop, bar:
+        while progress.step < last:
+            rate = session.lr_scheduler.get_last_lr()[0]
+            loss, stopping = optimizer_step(session, stream, loss_of, stop)
+            losses.append(loss)
+            bar.update()
+            keep = progress.step % args.checkpointing_steps == 0 or stopping or progress.step == last
+            if keep or progress.step % args.logging_steps == 0:
+                mean = sum(losses) / len(losses)
+                accelerator.log({"loss": mean, "learning_rate": rate}, step=progress.step)
+                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                if curve is not None:
+                    curve.append(progress.step, mean, rate)
+                losses.clear()
+            if keep:
+                session.save_checkpoint()
+                saved = progress.step
+            if args.validation_steps and progress.step % args.validation_steps == 0 and progress.step < last:
+                validate(session, f"step-{progress.step:06d}")
+            if stopping:
+                if main:
+                    print(f"Stopped after step {saved}; go on with --resume_from_checkpoint latest.", flush=True)
+                return STOPPED
+    return 0
+
+
+def optimizer_step(
+    session: Session, stream: Iterator[dict[str, Any]], loss_of: Loss, stop: StopRequest
+) -> tuple[float, bool]:
+    """One optimizer step; its mean loss over batches and processes, and whether any process was asked to stop.
+
+    Raises :class:`NotFinite` before the weights are touched if the loss is not finite anywhere.
+    """
+    args, accelerator, progress = session.args, session.accelerator, session.progress
+    total, stopping = 0.0, False
+    for k in range(session.plan.accumulate):
+        batch = next(stream)
+        torch.manual_seed(
+            seed_of(args.seed, progress.step * session.plan.accumulate + k, accelerator.process_index, _DROPOUT)
+        )
+        with accelerator.accumulate(session.network):
+            with accelerator.autocast():
+                loss = loss_of(session.network, batch)
+            said = torch.stack([loss.detach().float(), torch.full_like(loss.detach(), float(stop.requested)).float()])
+            mean, asked = accelerator.reduce(said, reduction="mean").tolist()
+            if not math.isfinite(mean):
+                good = checkpoints(session.output)
+                where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+                raise NotFinite(
+                    f"The loss is {mean} at step {progress.step + 1}; {where}. Resume from it with a smaller "
+                    "--learning_rate, another --loss_weighting or without --mixed_precision fp16."
+                )
+            total, stopping = total + mean / session.plan.accumulate, stopping or asked > 0
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(session.network.parameters(), args.max_grad_norm)
+            session.optimizer.step()
+            session.optimizer.zero_grad(set_to_none=True)
+    session.lr_scheduler.step()
+    progress.step += 1
+    if session.ema is not None:
+        session.ema.update()
+    return total, stopping

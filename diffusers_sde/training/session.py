@@ -1,0 +1,132 @@
+"""A training under way: everything that its loop and what it saves share.
+
+Knows how Accelerate wraps network and optimizer and what a checkpoint holds.  Knows no losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from diffusers_sde.training.checkpoints import prune, publish
+from diffusers_sde.training.data import Samples, batches, cache_latents
+from diffusers_sde.training.ema import PowerEMA
+from diffusers_sde.training.networks import Task
+from diffusers_sde.training.plan import Plan
+
+
+@dataclass
+class Progress:
+    """Optimizer steps made; a checkpoint object of Accelerate."""
+
+    step: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+@dataclass
+class Session:
+    """Everything that the loop and what it saves share."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    task: Task
+    network: Any  # as Accelerate prepared it
+    optimizer: Any
+    lr_scheduler: Any
+    ema: PowerEMA | None
+    progress: Progress
+    plan: Plan
+    classes: int
+    output: Path
+
+    def averaged(self) -> Any:
+        """The weights to validate and to save, in place."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def save_checkpoint(self) -> None:
+        """A complete checkpoint of this step, then fewer old ones."""
+        main = self.accelerator.is_main_process
+        publish(
+            self.output / f"checkpoint-{self.progress.step}",
+            lambda folder: self.accelerator.save_state(str(folder), safe_serialization=True),
+            main=main,
+            wait=self.accelerator.wait_for_everyone,
+        )
+        if main:
+            prune(self.output, self.args.checkpoints_total_limit)
+
+
+def prepare(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    task: Task,
+    images: Samples,
+    classes: int,
+    plan: Plan,
+    resumed: Path | None,
+) -> tuple[Session, Iterator[dict[str, Any]]]:
+    """Optimizer, schedule and averages around the network, as they were at the checkpoint; the stream of batches."""
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    for other in task.pipe.components.values():
+        if isinstance(other, torch.nn.Module) and other is not task.network:
+            other.to(accelerator.device)
+    if args.cache_latents:
+        with accelerator.main_process_first():
+            images = cache_latents(
+                images,
+                task.vae,
+                directory=output / "latents",
+                batch_size=args.train_batch_size,
+                device=accelerator.device,
+                progress=accelerator.is_main_process,
+            )
+    task.network.train()
+    trainable = [p for p in task.network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+    # by optimizer steps, whatever the accumulation and the number of processes: not prepared by Accelerate
+    schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=plan.steps,
+    )
+    network, optimizer = accelerator.prepare(task.network, optimizer)
+    progress = Progress()
+    ema = PowerEMA(network.parameters(), args.ema_sigma_rel) if args.use_ema else None
+    accelerator.register_for_checkpointing(schedule, progress, *([ema] if ema else []))
+    if resumed is not None:
+        accelerator.load_state(str(resumed))
+        if accelerator.is_main_process:
+            print(f"Resumed from {resumed.name}.", flush=True)
+    session = Session(args, accelerator, task, network, optimizer, schedule, ema, progress, plan, classes, output)
+    stream = batches(
+        images,
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        first_batch=progress.step * plan.accumulate,
+        num_workers=args.dataloader_num_workers,
+    )
+    return session, stream
