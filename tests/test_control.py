@@ -1,5 +1,6 @@
 """Twisted sequential Monte Carlo against the exact tilted mixture: the theorem, its parts, kernels, the pipeline."""
 
+import dataclasses
 import math
 
 import diffusers
@@ -98,6 +99,24 @@ def test_pooled_estimate_agrees_within_its_error_bar():
     )
     found, error = estimate(second, particles)
     assert ((found - expected).abs() < 3 * error + 0.02).all(), (found, expected, error)
+
+
+def test_error_bars_are_calibrated():
+    """Over 60 pools of 8 populations the errors of the estimate, in units of their error bars, have mean square 1.4
+    (Student's t) within a factor of two."""
+    particles, z = run(480, 32, seed=7), []
+    for k in range(60):
+        pool = slice(8 * k, 8 * k + 8)
+        part = dataclasses.replace(
+            particles,
+            samples=particles.samples[pool],
+            rewards=particles.rewards[pool],
+            log_weights=particles.log_weights[pool],
+            log_normalizer=particles.log_normalizer[pool],
+        )
+        mean, error = estimate(vectors(part), part)
+        z.append((mean - exact_mean()) / error)
+    assert 0.7 < float(torch.stack(z).square().mean()) < 2.8
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["black_box", "differentiable"])

@@ -1,5 +1,6 @@
 """Flow maps: the jump, the identities of the exact map, re-noising by gamma, scheduler, networks, pipeline."""
 
+import itertools
 import math
 
 import diffusers
@@ -199,6 +200,64 @@ def test_exact_map_is_the_fixed_point_of_the_training_target(name):
         u = time_at(path, v)
         target = average_prediction(path, "v_prediction", x, X(X(x, t, u), u, s), t, s)
         torch.testing.assert_close(target, own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_training_target_learns_the_map():
+    """A small perceptron trained on average_prediction(x_t, X(x_u, u, s)), u a sixteenth of the time below t, without a
+    teacher: in one and two steps its error to the exact ODE solution is below 0.6 of that of exact DDIM steps, which is
+    what the best instantaneous network could do."""
+    torch.manual_seed(0)
+    model, kind = GaussianMixtureModel([0.5, 0.5], [[1.0, 0.5], [-1.0, -0.2]], [0.05, 0.1]), "v_prediction"
+    scheduler = FlowMapScheduler(prediction_type=kind, flow_map="mean_flow", final_sigmas_type="sigma_min")
+    path, generator, rng = scheduler.path, seeded(), np.random.default_rng(0)
+    sizes, layers = [10, 64, 64, 64, 2], []
+    for before, after in itertools.pairwise(sizes):
+        layers += [torch.nn.Linear(before, after), torch.nn.SiLU()]
+    network = torch.nn.Sequential(*layers[:-1])
+
+    def features(t):
+        alpha, sigma = path.alpha_sigma(np.broadcast_to(t, 128))
+        angle = torch.as_tensor(np.arctan2(sigma, alpha)).float()[:, None]
+        return torch.cat([torch.sin(angle), torch.cos(angle), torch.sin(3 * angle), torch.cos(3 * angle)], 1)
+
+    def ask(x, t, s):
+        return network(torch.cat([x, features(t), features(s)], 1))
+
+    steps, optimizer = 1200, torch.optim.Adam(network.parameters(), 2e-3)
+    for k in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * k / steps))
+        x0, eps = model.sample(128, generator).flatten(1).float(), torch.randn(128, 2, generator=generator)
+        place = 1 / 16 + 15 / 16 * rng.random(128)
+        below = place - 1 / 16
+        to = np.where(rng.random(128) < 0.5, below, below * rng.random(128) * (rng.random(128) < 0.7))
+        t, u, s = (999 * w for w in (place, below, to))
+        x, x_u = (
+            sum(torch.as_tensor(c).float()[:, None] * v for c, v in zip(path.alpha_sigma(r), (x0, eps), strict=True))
+            for r in (t, u)
+        )
+        with torch.no_grad():
+            target = average_prediction(path, kind, x, jump(path, kind, x_u, ask(x_u, u, s), u, s), t, s)
+        loss = (ask(x, t, s) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    x = torch.randn(128, 2, generator=generator)
+    exact = exact_flow_map(path, model.posterior_mean, x, 999.0, 0.0, rtol=1e-6, atol=1e-6)
+    for count in (1, 2):
+        scheduler.set_timesteps(count)
+        learned, first_order = x, x.double()
+        for t in scheduler.timesteps:
+            s = float(scheduler.target_timestep(t))
+            with torch.no_grad():
+                learned = scheduler.step(ask(learned, float(t), s), t, learned).prev_sample
+            alpha, sigma = (float(v) for v in path.alpha_sigma(float(t)))
+            clean = model.posterior_mean(first_order, alpha, sigma)
+            v = (alpha * first_order - clean) / sigma
+            first_order = jump(path, kind, first_order, v, float(t), s)
+        errors = [float((y - exact).square().mean().sqrt()) for y in (learned, first_order)]
+        assert errors[0] < 0.6 * errors[1], (count, errors)
 
 
 def test_exact_map_refuses_clean_data():
