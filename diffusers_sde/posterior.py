@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -120,8 +119,9 @@ def check_observation(operator: Operator, y: torch.Tensor, noise_std: float, pix
         raise ValueError(f"The operator makes {shape} of these pixels, the observation is {y.shape}: they must agree.")
     if not outputs[0].requires_grad:
         raise ValueError("The operator is not differentiable: write it in torch functions, without detach or numpy.")
-    expected = outputs[0] - 2 * outputs[1]
-    if float((outputs[2] - expected).norm()) > 1e-3 * float(expected.norm()):
+    first, second, both = (output.detach() for output in outputs)
+    expected = first - 2 * second
+    if float((both - expected).norm()) > 1e-3 * float(expected.norm()):
         raise ValueError("The operator is not linear (an offset counts too): subtract the offset from y, or linearise.")
     if not bool(y.isfinite().all()):
         raise ValueError("The observation is not finite: leave unknown values out with a mask.")
@@ -152,12 +152,15 @@ def conditional_mean(
     method: str = "mmps",
     data_std: float = 1.0,
     iterations: int = 5,
+    max_noise: float = 5.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(E[x_0 | x_t, y], gradient)`` by ``mmps`` or ``pigdm``, gradient zero; for ``dps`` ``(E[x_0 | x_t],
     grad_x ||y - A D||)``.  Both of x's shape and dtype.
 
     ``data_std`` is c, ``iterations`` those of conjugate gradients: each costs one backward pass (pigdm: none through
-    the network).  At alpha = 0, where x says nothing about x_0, C is ``c^2 I`` and ``(sigma^2/alpha) dD/dx`` is C.
+    the network).  Above the noise level ``sigma/alpha = max_noise`` the network's Jacobian is not asked,
+    ``(sigma^2/alpha) dD/dx`` is ``r^2 I`` there: the error of a network enters it times ``(sigma/alpha)^2`` (times
+    sigma/alpha for v prediction), on the embedded network more than C itself from about 10 on.
     """
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         state = x.detach().requires_grad_()
@@ -176,20 +179,18 @@ def conditional_mean(
             (pulled,) = torch.autograd.grad(seen, leaf, v, create_graph=True)
             return torch.autograd.grad(pulled, v, u)[0]
 
-        def jacobian(u: torch.Tensor) -> torch.Tensor:  # (dD/dx)' u
-            return torch.autograd.grad(mean, state, u, retain_graph=True)[0]
-
-        if method == "dps":
-            if point.alpha == 0:
-                return mean.detach(), torch.zeros_like(x)
-            norm = _norm(residual).clamp(min=1e-12)
-            return mean.detach(), -jacobian(transposed(residual / norm))
-
         c2 = data_std**2
         r2 = c2 * point.sigma**2 / (c2 * point.alpha**2 + point.sigma**2)
+        isotropic = point.sigma > max_noise * point.alpha
 
         def smooth(u: torch.Tensor) -> torch.Tensor:  # (sigma^2/alpha) (dD/dx)' u
-            return c2 * u if point.alpha == 0 else jacobian(u) * (point.sigma**2 / point.alpha)
+            if isotropic:
+                return r2 * u
+            return torch.autograd.grad(mean, state, u, retain_graph=True)[0] * (point.sigma**2 / point.alpha)
+
+        if method == "dps":
+            misfit = transposed(residual / _norm(residual).clamp(min=1e-12))
+            return mean.detach(), -smooth(misfit) * (point.alpha / point.sigma**2)
 
         def covariance(u: torch.Tensor) -> torch.Tensor:
             return smooth(u) if method == "mmps" else r2 * u
@@ -242,13 +243,12 @@ def _norm(a: torch.Tensor) -> torch.Tensor:
     return _dot(a, a).sqrt()
 
 
-def check_method(method: str, data_std: float, iterations: int, scale: Any) -> None:
+def check_method(method: str, data_std: float, iterations: int, max_noise: float, dps_scale: float) -> None:
     """Raise ``ValueError`` for a method that does not exist or numbers that do not fit."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
-    if not data_std > 0:
-        raise ValueError(f"data_std must be positive, not {data_std}.")
     if iterations < 1:
         raise ValueError(f"solver_iterations must be at least 1, not {iterations}.")
-    if not scale > 0:
-        raise ValueError(f"dps_scale must be positive, not {scale}.")
+    for name, value in (("data_std", data_std), ("max_noise", max_noise), ("dps_scale", dps_scale)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, not {value}.")

@@ -46,7 +46,7 @@ for k, operator in enumerate(operators):
     back = adjoint(operator, y, truth[:1])
     seen.append(back / back.abs().max())
     options = {"noise_std": 0.05, "class_labels": int(labels[k]), "generator": generator, "output_type": "latent"}
-    found.append(pipe(y, operator, num_inference_steps=40, **options).images)
+    found.append(pipe(y, operator, num_inference_steps=30, **options).images)
 psnr = 10 * torch.log10(4 / (torch.cat(found) - truth).square().mean((1, 2, 3)))
 
 # rows: truth, A' y, found
@@ -97,6 +97,7 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         num_images: int = 1,
         solver_iterations: int = 5,
         data_std: float = 1.0,
+        max_noise: float = 5.0,
         dps_scale: float = 1.0,
         guidance_scale: float = 1.0,
         mu: float | None = None,
@@ -116,7 +117,9 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
             num_inference_steps: network evaluations; each needs 1 (pigdm, dps) or up to solver_iterations + 1 (mmps)
                 backward passes.
             solver_iterations: steps of conjugate gradients.
-            data_std: scale of the data, in pigdm's covariance and at alpha = 0.
+            data_std: scale of the data, in pigdm's covariance and above max_noise.
+            max_noise: noise level sigma/alpha above which the covariance is isotropic instead of the network's; inf
+                for an exact oracle.
             dps_scale: step of dps, published for 1000 steps; more for fewer.
             guidance_scale: classifier-free guidance of the prior.
             mu: shift of a flow model with dynamic shifting.
@@ -126,7 +129,7 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         Raises ``ValueError`` for wrong inputs, before any evaluation.
         """
         check_output_type(output_type)
-        check_method(method, data_std, solver_iterations, dps_scale)
+        check_method(method, data_std, solver_iterations, max_noise, dps_scale)
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, not {num_images}.")
         device, count = self.unet.device, len(observation)
@@ -146,7 +149,14 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         for k, t in enumerate(self.progress_bar(scheduler.timesteps)):
             point = Point(*(float(v) for v in field.path.alpha_sigma(times[k])))
             mean, gradient = conditional_mean(
-                field, x, point, known, method=method, data_std=data_std, iterations=solver_iterations
+                field,
+                x,
+                point,
+                known,
+                method=method,
+                data_std=data_std,
+                iterations=solver_iterations,
+                max_noise=max_noise,
             )
             said = model_coefficients(field.path, field.prediction_type, point.alpha, point.sigma)
             k_x, k_d = convert(DATA, said, point.alpha, point.sigma)

@@ -71,7 +71,7 @@ def test_mmps_is_exact_for_gaussian_data(process):
     for point in points(field.path):
         measurement = Measurement(linear_map(matrix), y.expand(5, -1), NOISE)
         exact = posterior.posterior_mean(x, point.alpha, point.sigma)
-        options = {"data_std": 0.6, "iterations": 8}
+        options = {"data_std": 0.6, "iterations": 8, "max_noise": math.inf}
         mmps = conditional_mean(field, x, point, measurement, method="mmps", **options)[0]
         torch.testing.assert_close(mmps, exact, rtol=1e-5, atol=1e-5)  # the tolerance of conjugate gradients
         pigdm = conditional_mean(field, x, point, measurement, method="pigdm", **options)[0]
@@ -266,6 +266,7 @@ def good(**changes):
         (good(solver_iterations=0), "solver_iterations must be at least 1"),
         (good(dps_scale=0.0), "dps_scale must be positive"),
         (good(data_std=-1.0), "data_std must be positive"),
+        (good(max_noise=0.0), "max_noise must be positive"),
         (good(num_images=0), "num_images must be at least 1"),
         (good(class_labels=[0, 1, 2]), "3 class_labels for 2 images"),
         (good(output_type="jpg"), "output_type 'jpg' is unknown"),
