@@ -137,7 +137,8 @@ def calibrate(
         size, kind = batch_size or min(num_samples, 64), config.variance_type
         source = DenoiserSource(model, tuple(sample_shape), size, seed, device=device or "cpu", variance_type=kind)
     held_out = num_held_out or num_samples // 2
-    store = _opened(work_dir, config, seed, source.batch_size, stochastic, pipeline_kwargs)
+    identity = [process_of(config), seed, source.batch_size, NODES, stochastic, str(sample_shape), str(pipeline_kwargs)]
+    store = _opened(work_dir, identity)
     plan = Plan(
         config,
         source,
@@ -170,16 +171,13 @@ def _usable(config: Mapping[str, Any]) -> Any:
     return ours
 
 
-def _opened(
-    work_dir: str | Folder | None, config: Any, seed: int, batch: int, stochastic: bool, inputs: Mapping[str, Any]
-) -> Store:
-    """The store in ``work_dir``, which must be new or of the same run."""
+def _opened(work_dir: str | Folder | None, identity: Sequence[Any]) -> Store:
+    """The store in ``work_dir``, which must be new or of a run with the same identity."""
     if work_dir is None:
         return Store()
     folder = Folder(work_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([process_of(config), seed, batch, NODES, stochastic, repr(sorted(inputs.items()))])
-    mine = hashlib.sha256(text.encode()).hexdigest()
+    mine = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     mark = folder / "run.txt"
     if not mark.exists() and is_main():
         mark.write_text(mine)

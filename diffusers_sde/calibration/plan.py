@@ -77,13 +77,15 @@ class Plan:
         """Say what will be done and what it takes; returns the progress bar, a context manager."""
         shown = progress and is_main()
         if shown:
+            with self.source.open(0) as batch:
+                size = 4 * batch.noise[0].numel() * self.num_samples * (NODES + 1) / 2**20
             refinement = f", {self.budget:,} a training sample for refinement" if self.budget else ""
             where = "on disk, in work_dir" if self.store.folder else "in the host's memory"
             print(
                 f"Calibrating {', '.join(map(str, self.counts))} steps on {self.num_samples} training and "
-                f"{self.num_held_out} held-out samples: at most {self.evaluations:,} evaluations in this "
-                f"process{refinement}.  The teacher's states are at most {self.num_samples * (NODES + 1):,} "
-                f"samples in size, {where}; batches of {self.source.batch_size} on the device."
+                f"{self.num_held_out} held-out samples: at most {self.evaluations:,} evaluations of a sample in this "
+                f"process{refinement}; {size:,.1f} MiB of the teacher's states {where}, {self.source.batch_size} "
+                "samples at a time on the device."
             )
         self.bar = tqdm(total=self.evaluations, unit="eval", disable=not shown, desc="teacher", leave=False)
         return self.bar
