@@ -110,8 +110,13 @@ def _remember(key: tuple, images: torch.Tensor) -> None:
             _references.popitem(last=False)
 
 
+def reference_steps(request: Request) -> int:
+    """Evaluations of the reference solution."""
+    return max(REFERENCE_STEPS, 2 * request.budgets[-1])
+
+
 def _seconds(request: Request) -> int:
-    return duration(request.model, request.budgets, request.samplers, REFERENCE_STEPS)
+    return duration(request.model, request.budgets, request.samplers, reference_steps(request))
 
 
 @on_gpu(_seconds)
@@ -130,7 +135,7 @@ def sheets(request: Request) -> Iterator[Sheet]:
     )
     check_samplers(request.samplers, request.budgets, problem)
     cells = [(name, n) for n in request.budgets for name in request.samplers]
-    steps = max(REFERENCE_STEPS, 2 * request.budgets[-1])
+    steps = reference_steps(request)
     coarse_cost, costs = steps // 2, [SAMPLERS[name].evaluations(n) for name, n in cells]
     sheet = Sheet(request, (), None, None, 0, steps + coarse_cost + sum(costs))
 
@@ -178,8 +183,7 @@ def comparison(sheet: Sheet) -> Comparison:
     assert sheet.reference is not None and sheet.reference_error is not None
     order = {name: i for i, name in enumerate(sheet.request.samplers)}
     results = sorted(sheet.results, key=lambda r: (order[r.sampler], r.budget))
-    steps = max(REFERENCE_STEPS, 2 * sheet.request.budgets[-1])
-    return Comparison(results, sheet.reference, steps, sheet.reference_error)
+    return Comparison(results, sheet.reference, reference_steps(sheet.request), sheet.reference_error)
 
 
 def write_files(sheet: Sheet, folder: Path) -> tuple[Path, Path]:

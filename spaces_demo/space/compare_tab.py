@@ -1,0 +1,250 @@
+"""Tab 1, shown: controls, the sheet of cells, a slider between two of them, the program of one.
+
+Knows gradio; :mod:`space.compare` computes.
+"""
+
+from __future__ import annotations
+
+import html
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from diffusers_sde.named_samplers import SAMPLERS
+from space import compare, inputs, models
+from space.pictures import data_uri, enlarged, picture
+from space.widgets import friendly, greyed_models, image_tag, model_choices, progress_bar
+
+EMPTY = '<div class="empty">Choose samplers and press <b>Compare</b>: the first pictures take a moment.</div>'
+# a click, or Enter on a focused cell, chooses it
+CHOOSE = """
+element.addEventListener('click', (event) => {
+  const cell = event.target.closest('[data-cell]');
+  if (cell) trigger('select', {cell: cell.dataset.cell});
+});
+"""
+REFERENCE = "reference"
+
+
+def cell_name(sampler: str, budget: int) -> str:
+    return f"{sampler} · {budget}"
+
+
+def parse_cell(name: str) -> tuple[str, int]:
+    sampler, budget = name.split(" · ")
+    return sampler, int(budget)
+
+
+def render(sheet: compare.Sheet, chosen: str | None = None) -> str:
+    """The sheet as a table of buttons, one a cell; holes where nothing is computed yet."""
+    request = sheet.request
+    head = "".join(f"<th scope='col'>{n} evaluations</th>" for n in request.budgets)
+    best = {
+        n: min((r.mean for r in sheet.results if r.budget == n and r.mean is not None), default=None)
+        for n in request.budgets
+    }
+    body = []
+    for name in request.samplers:
+        kind = "ours" if SAMPLERS[name].ours else "diffusers"
+        kind += ", stochastic" if SAMPLERS[name].stochastic else ""
+        cells = "".join(f"<td>{_cell(sheet, name, n, best[n], chosen)}</td>" for n in request.budgets)
+        body.append(f"<tr><th scope='row'><b>{html.escape(name)}</b>{kind}</th>{cells}</tr>")
+    if sheet.reference is not None:
+        good = "" if sheet.reference_error is None else f" · its own error {sheet.reference_error:.4f}"
+        picture_of = image_tag(sheet.reference, "reference solution", extra="")
+        body.insert(
+            0,
+            f"<tr><th scope='row'><b>{REFERENCE}</b>exact solution</th><td colspan='{len(request.budgets)}'>"
+            f"<div class='cell' style='cursor:default'>{picture_of}"
+            f"<small>{compare.reference_steps(request)} evaluations{good}</small></div></td></tr>",
+        )
+    return (
+        f"{progress_bar(sheet.done, sheet.total)}<div class='scroll'><table class='sheet'>"
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _cell(sheet: compare.Sheet, name: str, budget: int, best: float | None, chosen: str | None) -> str:
+    result = sheet.cell(name, budget)
+    if result is None:
+        return "<div class='cell' style='cursor:default'><div class='hole'></div><small>&nbsp;<br>&nbsp;</small></div>"
+    if result.mean is None:
+        said = "no distance: it draws noise" if SAMPLERS[name].stochastic else "distance follows"
+    else:
+        said = f"distance <b{' class=best' if result.mean == best else ''}>{result.mean:.4f}</b>"
+    key = cell_name(name, budget)
+    return (
+        f"<button type='button' class='cell{' chosen' if key == chosen else ''}' data-cell='{key}' "
+        f"aria-label='{key} evaluations: choose'>{image_tag(result.images, key, extra='')}"
+        f"<small>{said}<br>{result.nfe} evaluations · {1000 * result.seconds:.0f} ms</small></button>"
+    )
+
+
+# -- handlers --
+
+
+@friendly
+def run(
+    model: str, choice: str, prompt: str, seed: Any, budgets: str, samplers: list[str], guidance: Any
+) -> Iterator[tuple]:
+    """Stream the sheet: (html, state, left, right, code, sheet file, csv file)."""
+    request = compare.checked(
+        model=model, choice=choice, prompt=prompt, seed=seed, budgets=budgets, samplers=samplers, guidance=guidance
+    )
+    keep = gr.skip()
+    first = cell_name(request.samplers[0], request.budgets[0])
+    sheet = None
+    for sheet in compare.sheets(request):
+        yield render(sheet, first), sheet, keep, keep, keep, keep, keep
+    assert sheet is not None
+    names = [cell_name(r.sampler, r.budget) for r in sheet.results]
+    files = compare.write_files(sheet, Path(tempfile.mkdtemp(prefix="compare-")))
+    yield (
+        render(sheet, first),
+        sheet,
+        gr.update(choices=names, value=first),
+        gr.update(choices=[REFERENCE, *names], value=REFERENCE),
+        compare.program(request, *parse_cell(first)),
+        *(gr.update(value=str(file), interactive=True) for file in files),
+    )
+
+
+def slide(sheet: compare.Sheet | None, left: str | None, right: str | None) -> Any:
+    """Both pictures for the image slider, enlarged with sharp pixels."""
+    if sheet is None or not left or not right:
+        return None
+    found = []
+    for name in (left, right):
+        result = None if name == REFERENCE else sheet.cell(*parse_cell(name))
+        images = sheet.reference if name == REFERENCE else None if result is None else result.images
+        if images is None:
+            return None
+        found.append(enlarged(picture(images, columns=2 if len(images) > 1 else 1), 520))
+    return tuple(found)
+
+
+@friendly
+def choose(sheet: compare.Sheet | None, left: str | None) -> tuple[Any, str]:
+    """The sheet with the chosen cell marked, and that cell's program."""
+    if sheet is None or not left or sheet.cell(*parse_cell(left)) is None:
+        return gr.skip(), ""
+    return render(sheet, left), compare.program(sheet.request, *parse_cell(left))
+
+
+def clicked(event: gr.EventData) -> str:
+    return event.cell
+
+
+def for_model(key: str) -> tuple[Any, Any, Any, Any]:
+    """Class, prompt, guidance and samplers as they fit a model."""
+    model, fitting = models.MODELS[key], compare.offered(key)
+    preferred = [name for name in compare.DEFAULT_SAMPLERS if name in fitting]
+    return (
+        gr.update(choices=["mix", *model.classes], value="mix", visible=bool(model.classes)),
+        gr.update(visible=model.prompted),
+        gr.update(value=model.guidance or 1.0, visible=model.guidance is not None),
+        gr.update(choices=fitting, value=preferred),
+    )
+
+
+def build(_tab: gr.Tab) -> None:
+    """The tab's components and what connects them."""
+    fitting = compare.offered(models.DEFAULT)
+    model = models.MODELS[models.DEFAULT]
+    gr.Markdown(
+        "The same noise, several samplers, few network evaluations. The distance is the RMSE to the exact solution of "
+        "the probability flow ODE from that noise.",
+        elem_classes="lead",
+    )
+    with gr.Row():
+        with gr.Column(scale=3, min_width=270):
+            key = gr.Dropdown(model_choices(), value=model.key, label="Model", elem_id="compare-model")
+            gr.HTML(greyed_models())
+            choice = gr.Dropdown(["mix", *model.classes], value="mix", label="Class")
+            prompt = gr.Textbox(label="Prompt", visible=False, max_length=inputs.MAX_PROMPT, lines=2)
+            preferred = [name for name in compare.DEFAULT_SAMPLERS if name in fitting]
+            samplers = gr.CheckboxGroup(fitting, value=preferred, label="Samplers")
+            budgets = gr.Textbox("5, 10", label="Evaluations", info=f"up to {inputs.MAX_BUDGETS} numbers to 100")
+            with gr.Row():
+                guidance = gr.Number(model.guidance, label="Guidance", minimum=0, maximum=20, step=0.5, min_width=90)
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED, min_width=90)
+            with gr.Row():
+                start = gr.Button("Compare", variant="primary", elem_id="compare-run", min_width=120)
+                stop = gr.Button("Cancel", elem_id="compare-cancel", min_width=90)
+        with gr.Column(scale=7, min_width=320):
+            sheet_html = gr.HTML(EMPTY, js_on_load=CHOOSE, elem_id="compare-sheet")
+            state = gr.State(None)
+            with gr.Row():
+                sheet_file = gr.DownloadButton("Sheet (PNG)", interactive=False, size="sm", elem_id="compare-png")
+                csv_file = gr.DownloadButton("Table (CSV)", interactive=False, size="sm", elem_id="compare-csv")
+            gr.HTML('<h4 class="part">Two cells, one over the other</h4>')
+            with gr.Row():
+                left = gr.Dropdown([], label="Left: the chosen cell", min_width=140, elem_id="compare-left")
+                right = gr.Dropdown([], label="Right", min_width=140)
+            slider = gr.ImageSlider(
+                show_label=False, format="png", interactive=False, elem_id="compare-slider", buttons=[]
+            )
+            code = gr.Code(language="python", label="The chosen cell as a program", interactive=False, lines=6)
+
+    outputs = [sheet_html, state, left, right, code, sheet_file, csv_file]
+    options: dict[str, Any] = {"api_visibility": "private"}
+    running = gr.on(
+        [start.click, prompt.submit, budgets.submit],
+        run,
+        [key, choice, prompt, seed, budgets, samplers, guidance],
+        outputs,
+        concurrency_limit=2,
+        concurrency_id="solve",
+        show_progress="hidden",
+        **options,
+    )
+    stop.click(None, cancels=[running], **options)
+    key.change(for_model, key, [choice, prompt, guidance, samplers], show_progress="hidden", **options)
+    quick: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8, **options}
+    sheet_html.select(clicked, None, left, **quick)
+    left.change(choose, [state, left], [sheet_html, code], **quick)
+    gr.on([left.change, right.change], slide, [state, left, right], slider, **quick)
+
+
+# -- the API --
+
+
+@friendly
+def api(
+    model: str = models.DEFAULT,
+    choice: str = "mix",
+    prompt: str = "",
+    seed: float = 0,
+    budgets: list[int] = [5, 10],  # noqa: B006  (gradio shows it; never changed)
+    samplers: list[str] = ["pf-ode", "unipc"],  # noqa: B006
+    guidance: float = 2.0,
+    images: float = 4,
+) -> dict[str, Any]:
+    """Compare samplers on one model from the same noise: for each cell true evaluations, milliseconds, the distance to
+    the reference (null where noise is drawn) and the picture."""
+    request = compare.checked(
+        model=model,
+        choice=choice,
+        prompt=prompt,
+        seed=seed,
+        budgets=budgets,
+        samplers=samplers,
+        guidance=guidance,
+        images=images,
+    )
+    *_, sheet = compare.sheets(request)
+    cells = [
+        {
+            "sampler": r.sampler,
+            "budget": r.budget,
+            "evaluations": r.nfe,
+            "milliseconds": round(1000 * r.seconds, 1),
+            "distance": r.mean,
+            "picture": data_uri(picture(r.images)),
+        }
+        for r in sheet.results
+    ]
+    return {"seed": request.seed, "cells": cells, "reference_error": sheet.reference_error}

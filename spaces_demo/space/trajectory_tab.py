@@ -1,0 +1,214 @@
+"""Tab 2, shown: a player along log-SNR, a filmstrip, and the pictures that stay.
+
+Knows gradio; :mod:`space.trajectory` computes.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+
+from space import inputs, models, trajectory
+from space.pictures import data_uri, picture
+from space.recording import Recording
+from space.widgets import friendly, image_tag, model_choices, progress_bar
+
+EMPTY = '<div class="empty">Press <b>Run</b> and watch a picture leave the noise.</div>'
+FRAMES_SHOWN = 9
+# the frames travel with the page: moving the slider asks the server for nothing
+PLAYER = """
+let timer = null;
+const frames = () => JSON.parse(element.querySelector('.player').dataset.frames);
+function show(index) {
+  const frame = frames()[index];
+  element.querySelector('.noisy').src = frame.x;
+  element.querySelector('.clean').src = frame.d;
+  element.querySelector('output').textContent = 'log-SNR ' + frame.l;
+  element.querySelector('input').value = index;
+}
+function stop() {
+  clearInterval(timer); timer = null;
+  const button = element.querySelector('.play');
+  if (button) button.textContent = 'Play';
+}
+element.addEventListener('input', (event) => {
+  if (event.target.matches('.player input')) { stop(); show(+event.target.value); }
+});
+element.addEventListener('click', (event) => {
+  if (!event.target.matches('.play')) return;
+  if (timer) { stop(); return; }
+  event.target.textContent = 'Pause';
+  const last = frames().length - 1;
+  let index = +element.querySelector('input').value;
+  if (index >= last) index = -1;
+  timer = setInterval(() => {
+    if (!element.querySelector('.player')) { stop(); return; }
+    show(++index);
+    if (index >= last) stop();
+  }, 140);
+});
+"""
+
+
+def level(log_snr: float) -> str:
+    """A log-SNR in words short enough for a caption."""
+    return "∞ (clean)" if np.isposinf(log_snr) else f"{log_snr:+.2f}"
+
+
+def frames(path: Recording) -> list[dict[str, str]]:
+    """For each evaluation, and for the end, the state, the predicted x_0 and the log-SNR."""
+    states = path.states / path.states.abs().amax((1, 2, 3, 4), keepdim=True).clamp(min=1.0) * 1.4
+    clean = torch.cat([path.clean, path.states[-1:]])
+    return [
+        {"x": data_uri(picture(x)), "d": data_uri(picture(d)), "l": level(lam)}
+        for x, d, lam in zip(states, clean, path.log_snr, strict=True)
+    ]
+
+
+def player(path: Recording) -> str:
+    """Two pictures, a slider over log-SNR and a button that plays the way."""
+    shown = frames(path)
+    at = len(shown) // 2
+    data = html.escape(json.dumps(shown), quote=True)
+    return (
+        f'<div class="player" data-frames="{data}">'
+        f'<figure><figcaption>state x<sub>t</sub></figcaption><img class="pic noisy" alt="state" src="{shown[at]["x"]}">'
+        "</figure><figure><figcaption>predicted x<sub>0</sub></figcaption>"
+        f'<img class="pic clean" alt="predicted picture" src="{shown[at]["d"]}"></figure>'
+        '<div class="controls"><button type="button" class="play">Play</button>'
+        f'<input type="range" min="0" max="{len(shown) - 1}" value="{at}" aria-label="place on the log-SNR axis">'
+        f"<output>log-SNR {shown[at]['l']}</output></div></div>"
+    )
+
+
+def filmstrip(path: Recording) -> str:
+    """A few moments: x_t above, the predicted x_0 below."""
+    shown = frames(path)
+    chosen = np.unique(np.linspace(0, len(shown) - 1, min(FRAMES_SHOWN, len(shown))).round().astype(int))
+    tiles = "".join(
+        f'<div class="tile"><img class="pic" alt="state at step {i}" src="{shown[i]["x"]}">'
+        f'<img class="pic" alt="prediction at step {i}" src="{shown[i]["d"]}"><small>{shown[i]["l"]}</small></div>'
+        for i in chosen
+    )
+    return (
+        '<h4 class="part">The way</h4><div class="note">above the state, below the predicted picture; numbers are '
+        f'log-SNRs</div><div class="strip">{tiles}</div>'
+    )
+
+
+def staying(state: trajectory.Journey) -> str:
+    """Final pictures at 10, 20, 40 steps for each kind of sampler, with their likeness to the one at most steps."""
+    if not state.staying:
+        return ""
+    rows = []
+    for kind in dict.fromkeys(kind for kind, _ in state.staying):
+        last = state.staying[kind, trajectory.STEP_COUNTS[-1]]
+        tiles = ""
+        for n in trajectory.STEP_COUNTS:
+            image = state.staying[kind, n]
+            alike = "" if n == trajectory.STEP_COUNTS[-1] else f" · alike <b>{trajectory.likeness(image, last):.2f}</b>"
+            tiles += f'<td><div class="tile wide">{image_tag(image, f"{kind}, {n} steps")}<small>{n}{alike}</small></div></td>'
+        whose = (
+            "diffusers" if kind == "Euler ancestral" else f"tau = {state.request.tau or 1:g}" if kind == "SDE" else ""
+        )
+        rows.append(f"<tr><th scope='row'><b>{kind}</b>{whose}</th>{tiles}</tr>")
+    return (
+        '<h4 class="part">One seed at 10, 20 and 40 steps</h4><div class="note">“alike” is the correlation with the picture '
+        "at 40 steps: our SDE follows one Brownian path, so that its picture stays</div>"
+        f"<div class='scroll'><table class='sheet'><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def dial(state: trajectory.Journey) -> str:
+    """Final pictures from the ODE to the SDE."""
+    tiles = "".join(
+        f'<div class="tile wide">{image_tag(image, f"tau {tau:g}")}<small>tau = <b>{tau:g}</b>'
+        f"{' (ODE)' if tau == 0 else ''}</small></div>"
+        for tau, image in state.dial.items()
+    )
+    return f'<h4 class="part">From the ODE to the SDE</h4><div class="strip">{tiles}</div>' if tiles else ""
+
+
+@friendly
+def run(model: str, choice: str, seed: Any, steps: Any, tau: Any, guidance: Any) -> Iterator[tuple[Any, str]]:
+    """Stream (player, everything below it)."""
+    request = trajectory.checked(model=model, choice=choice, seed=seed, steps=steps, tau=tau, guidance=guidance)
+    first = True
+    for state in trajectory.journey(request):
+        assert state.path is not None
+        below = progress_bar(state.done, state.total) + filmstrip(state.path) + staying(state) + dial(state)
+        yield player(state.path) if first else gr.skip(), below
+        first = False
+
+
+def classes_of(key: str) -> Any:
+    classes = models.MODELS[key].classes
+    return gr.update(choices=list(classes), value=classes[-1])
+
+
+def build(_tab: gr.Tab) -> None:
+    """The tab's components and what connects them."""
+    model, default = models.MODELS[models.DEFAULT], trajectory.Request()
+    gr.Markdown(
+        "One picture on its way from noise: the state and what the network believes the picture to be. "
+        "tau = 0 is the ODE, tau = 1 the reverse SDE; all have the same marginals.",
+        elem_classes="lead",
+    )
+    with gr.Row():
+        with gr.Column(scale=3, min_width=270):
+            key = gr.Dropdown(model_choices(embedded_only=True), value=model.key, label="Model")
+            choice = gr.Dropdown(list(model.classes), value=default.choice, label="Class")
+            tau = gr.Slider(0, 2, default.tau, step=0.1, label="tau: from the ODE to the SDE", elem_id="trajectory-tau")
+            steps = gr.Slider(5, 60, default.steps, step=1, label="Steps")
+            with gr.Row():
+                guidance = gr.Number(model.guidance, label="Guidance", minimum=0, maximum=20, step=0.5, min_width=90)
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED, min_width=90)
+            with gr.Row():
+                start = gr.Button("Run", variant="primary", elem_id="trajectory-run", min_width=120)
+                stop = gr.Button("Cancel", min_width=90)
+        with gr.Column(scale=7, min_width=320):
+            film = gr.HTML(EMPTY, js_on_load=PLAYER, elem_id="trajectory-player")
+            below = gr.HTML("", elem_id="trajectory-below")
+    options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    running = start.click(
+        run,
+        [key, choice, seed, steps, tau, guidance],
+        [film, below],
+        concurrency_limit=2,
+        concurrency_id="solve",
+        **options,
+    )
+    stop.click(None, cancels=[running], **options)
+    key.change(classes_of, key, choice, **options)
+
+
+@friendly
+def api(
+    model: str = models.DEFAULT,
+    choice: str = "ankle boot",
+    seed: float = 0,
+    steps: float = 20,
+    tau: float = 1.0,
+    guidance: float = 2.0,
+) -> dict[str, Any]:
+    """One sampling path: log-SNRs, the states and predicted pictures, and the final picture at 10, 20 and 40 steps with
+    its correlation to the last."""
+    request = trajectory.checked(model=model, choice=choice, seed=seed, steps=steps, tau=tau, guidance=guidance)
+    *_, state = trajectory.journey(request)
+    assert state.path is not None
+    last = trajectory.STEP_COUNTS[-1]
+    return {
+        "seed": request.seed,
+        "log_snr": [float(v) if np.isfinite(v) else None for v in state.path.log_snr],
+        "frames": [{"state": frame["x"], "clean": frame["d"]} for frame in frames(state.path)],
+        "alike": {
+            f"{kind}, {n}": trajectory.likeness(image, state.staying[kind, last])
+            for (kind, n), image in state.staying.items()
+        },
+    }
