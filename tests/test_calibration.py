@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEuler
 from helpers import LINEAR, SD, mixture
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_pipelines import PIPELINES
 
 import diffusers_sde
 from diffusers_sde import CalibratedScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler, calibrate
@@ -583,3 +584,50 @@ def test_oracle_goals():
     )
     e = scheduler.errors[5]
     assert e["held_out"] <= 0.35 * e["exact"] and e["held_out"] <= 0.25 * e["stock"], e
+
+
+# -- through a pipeline's own call --
+
+
+def tiny(name):
+    pipe, call, _ = PIPELINES[name]()
+    ours = ("generator", "num_inference_steps", "output_type", "return_dict", "latents")
+    return pipe, {k: v for k, v in call.items() if k not in ours}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "flux", "dit"])
+def test_pipelines_are_calibrated_through_their_own_call(name):
+    """Guided text-to-image, flow matching with a dynamic shift, class labels with every sample held twice: the pipeline
+    keeps its scheduler, and the calibrated one takes it nearer to its own converged latents than the exact one."""
+    pipe, call = tiny(name)
+    own = pipe.scheduler
+    options = {"num_samples": 2, "batch_size": 2, "budget": 0, "progress": False}
+    scheduler = calibrate(pipe, num_inference_steps=3, **options, **call)
+    assert pipe.scheduler is own
+    e = scheduler.errors[3]
+    assert e["held_out"] < e["exact"]
+
+    def latents(s, n):
+        pipe.scheduler = s
+        kind = {} if name == "dit" else {"output_type": "latent"}
+        return torch.as_tensor(
+            np.asarray(pipe(**call, num_inference_steps=n, generator=torch.Generator().manual_seed(5), **kind)[0])
+        ).float()
+
+    if name != "dit":  # it returns pictures only
+        exact = ProbabilityFlowScheduler.from_config(own.config)
+        converged = latents(exact, 60)
+        learned, plain = ((latents(s, 3) - converged).norm() for s in (scheduler, exact))
+        assert learned < plain
+
+
+def test_pipelines_that_start_from_an_image_are_refused():
+    pipe, call = tiny("sd_img2img")
+    with pytest.raises(ValueError, match="pure noise"):
+        calibrate(pipe, num_inference_steps=3, num_samples=2, batch_size=1, progress=False, **call)
+    pipe, call = tiny("sd")
+    with pytest.raises(ValueError, match="latents"):
+        calibrate(pipe, latents=torch.zeros(1), progress=False, **call)
+    with pytest.raises(ValueError, match="takes no colour"):
+        calibrate(pipe, colour="red", progress=False, **call)
