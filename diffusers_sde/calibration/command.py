@@ -22,7 +22,9 @@ from diffusers_sde.problems import load_pipeline
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="embedded", help="Hub id or folder of a pipeline, or 'embedded' for the package's own."
+        "--model",
+        default="embedded",
+        help="Hub id, folder or embedded name of a pipeline; 'embedded' is the default one.",
     )
     parser.add_argument("--steps", nargs="+", type=int, default=[4, 5, 6, 8, 10], help="Numbers of evaluations.")
     parser.add_argument("--num_samples", type=int, default=64, help="Training samples, rounded up to whole batches.")
