@@ -151,7 +151,7 @@ class _Asked(ProbabilityFlowScheduler):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         if begin_index:
-            self._call.fail(ValueError("Calibration starts from pure noise: use a pipeline without an input image."))
+            raise ValueError("Calibration starts from pure noise: use a pipeline without an input image.")
 
     @property
     def init_noise_sigma(self) -> float:
@@ -203,9 +203,6 @@ class _Call:
             pass
         except BaseException as error:
             self._answers.put(error)
-
-    def fail(self, error: Exception) -> None:
-        raise error
 
     def answer(self, said: torch.Tensor, timestep: Any, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """In the pipeline's thread: hand over a prediction, wait for the next question."""
