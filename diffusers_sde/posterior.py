@@ -159,8 +159,8 @@ def conditional_mean(
 
     ``data_std`` is c, ``iterations`` those of conjugate gradients: each costs one backward pass (pigdm: none through
     the network).  Above the noise level ``sigma/alpha = max_noise`` the network's Jacobian is not asked,
-    ``(sigma^2/alpha) dD/dx`` is ``r^2 I`` there: the error of a network enters it times ``(sigma/alpha)^2`` (times
-    sigma/alpha for v prediction), on the embedded network more than C itself from about 10 on.
+    ``(sigma^2/alpha) dD/dx`` is ``r^2 I`` there: a network's error enters it times ``(sigma/alpha)^2`` (sigma/alpha for
+    v prediction); on the embedded network it was not positive from about 25 on, on an epsilon network from about 12 on.
     """
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         state = x.detach().requires_grad_()
