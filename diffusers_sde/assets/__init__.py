@@ -4,6 +4,8 @@ from pathlib import Path
 
 from diffusers import DDPMPipeline
 
+from diffusers_sde.classifier import NoisyClassifierModel
+
 ASSETS = Path(__file__).parent
 DEFAULT_MODEL = ASSETS / "fashion_mnist"
 
@@ -17,3 +19,9 @@ def embedded_models() -> dict[str, Path]:
 def load_default_model() -> DDPMPipeline:
     """The embedded class-conditional Fashion-MNIST model (float32): labels 0..9, null label 10, 1x32x32 in [-1, 1]."""
     return DDPMPipeline.from_pretrained(DEFAULT_MODEL)
+
+
+def load_default_classifier() -> NoisyClassifierModel:
+    """``log p(label | x_t, t)`` up to a constant for noisy pictures of the default model's process, for classifier
+    guidance (float32)."""
+    return NoisyClassifierModel.from_pretrained(DEFAULT_MODEL / "classifier")
