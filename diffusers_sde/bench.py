@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in {"training": "a training step", "errors": "the error budget of a sampler"}.items():
         only = {"dest": "sections", "action": "store_const", "const": [name]}
         parser.add_argument(f"--{name}", **only, help=f"Measure nothing but {text}.")  # type: ignore[arg-type]
+    parser.add_argument(
+        "--shipped", action="store_true", help="Calibration section: only the scheduler beside the embedded model."
+    )
     parser.add_argument("--candidates", action="store_true", help="Also measure the settings the defaults beat.")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -91,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
             from diffusers_sde.benchmarks import calibration
 
             images = max(args.num_images, 20)
-            calibration.measure(args.seed, images, args.guidance_scale, args.training_images)
+            scales, folder = args.guidance_scale, args.training_images
+            calibration.measure(args.seed, images, scales, folder, shipped=args.shipped)
     return 0
 
 

@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_sde import bench
-from diffusers_sde.assets import load_default_model
+from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
 from diffusers_sde.calibration import calibrate
 from diffusers_sde.calibration.plan import STOCK
-from diffusers_sde.named_samplers import SAMPLERS, make_scheduler
+from diffusers_sde.named_samplers import CALIBRATED, SAMPLERS, make_scheduler
 from diffusers_sde.problems import lay_out
 from diffusers_sde.sampling import Denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
@@ -31,6 +31,7 @@ from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowSchedul
 STEPS = (4, 5, 6, 8, 10)
 FLOW = {"num_train_timesteps": 1000, "use_flow_sigmas": True, "prediction_type": "flow_prediction", "shift": 3.0}
 ORACLE_SAMPLES, NETWORK_SAMPLES = 64, 40
+SHIPPED_GUIDANCE = 2.0  # at which the embedded model was calibrated
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def oracles(seed: int) -> Iterator[Case]:
         yield Case(name, denoiser, noise, process, learn)
 
 
-def networks(seed: int, num_images: int, guidance_scales: list[float]) -> Iterator[Case]:
-    """The embedded class-conditional network, every class equally often."""
+def networks(seed: int, num_images: int, guidance_scales: list[float], shipped: bool) -> Iterator[Case]:
+    """The embedded class-conditional network, every class equally often; ``shipped``: with the scheduler beside it."""
     pipe = load_default_model()
     config = pipe.unet.config
     classes, size = config.num_class_embeds - 1, config.sample_size
@@ -79,6 +80,8 @@ def networks(seed: int, num_images: int, guidance_scales: list[float]) -> Iterat
         denoiser = network_denoiser(pipe.unet, torch.arange(num_images) % classes, scale)
 
         def learn(scale: float = scale) -> CalibratedScheduler:
+            if shipped:
+                return CalibratedScheduler.from_pretrained(DEFAULT_MODEL / CALIBRATED)
             return calibrate(pipe, STEPS, NETWORK_SAMPLES, seed=seed, batch_size=20, guidance_scale=scale)
 
         yield Case(f"embedded network, guidance {scale:g}", denoiser, noise, dict(pipe.scheduler.config), learn)
@@ -197,17 +200,20 @@ def measure(
     guidance_scales: list[float] | None = None,
     training_images: str | None = None,
     quality_images: int = 300,
+    shipped: bool = False,
 ) -> None:
     """The section: every oracle, then the embedded network at each guidance scale, its sample quality where a folder of
-    training images is given."""
-    for case in oracles(seed):
+    training images is given.  ``shipped``: nothing is learned, the scheduler that ships with the network is measured at
+    its guidance."""
+    for case in () if shipped else oracles(seed):
         errors(case, case.calibrate())
-    scales = [1.0, 3.0] if guidance_scales is None else guidance_scales
-    for scale, case in zip(scales, networks(seed, num_images, scales), strict=True):
+    scales = [SHIPPED_GUIDANCE] if shipped else [1.0, 3.0] if guidance_scales is None else guidance_scales
+    for scale, case in zip(scales, networks(seed, num_images, scales, shipped), strict=True):
         start = time.perf_counter()
         scheduler = case.calibrate()
         minutes = (time.perf_counter() - start) / 60
-        print(f"\n{case.name}: calibrated for {len(STEPS)} numbers of steps in {minutes:.1f} minutes")
+        if not shipped:
+            print(f"\n{case.name}: calibrated for {len(STEPS)} numbers of steps in {minutes:.1f} minutes")
         errors(case, scheduler)
         if training_images:
             quality(scheduler, scale, training_images, quality_images, seed)
