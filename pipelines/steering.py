@@ -116,6 +116,11 @@ class SteeringPipeline(DiffusionPipeline):
         labels = label_tensor(self.unet, class_labels, num_images)
         populations = (num_images or 1) if labels is None else len(labels)
         total = populations * num_particles
+        if latents is not None and tuple(latents.shape[:2]) != (populations, num_particles):
+            raise ValueError(
+                f"latents begin with {tuple(latents.shape[:2])}, expected ({populations}, {num_particles}): "
+                "(images, particles, C, H, W)."
+            )
         flat = None if latents is None else latents.flatten(0, 1)
         x = initial_noise(self.unet, self.scheduler, total, generator, flat).unflatten(0, (populations, num_particles))
         own = None if labels is None else labels.repeat_interleave(num_particles)

@@ -322,6 +322,7 @@ def test_pipeline_refuses(tmp_path):
         ({"generator": [seeded()]}, "one generator"),
         ({"class_labels": [5]}, "from 0 to 2"),
         ({"latents": randn(1, 2, 1, 1, 3)}, "latents"),
+        ({"latents": randn(16, 1, 1, 1, 3)}, r"expected \(1, 16\)"),
         ({"output_type": "jpeg"}, "output_type"),
     ):
         with pytest.raises(ValueError, match=words):
