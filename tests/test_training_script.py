@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -111,6 +112,29 @@ def test_an_unfinished_checkpoint_never_counts_and_never_costs_an_old_one(tmp_pa
 def test_old_checkpoints_are_pruned_to_the_limit(data: Path, config: Path, tmp_path: Path) -> None:
     assert train_here(common(data, tmp_path / "out", config, 8, checkpoints_total_limit=2)) == 0
     assert [p.name for p in checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_a_streamed_data_set_resumes_bit_for_bit(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = sorted(data.rglob("*.png"))
+    columns = {
+        "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
+        "label": ["ab".index(file.parent.name) for file in files],
+    }
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set/train.parquet")
+
+    def stream(name: str, **options: object) -> list[str]:
+        source = {"train_data_dir": None, "dataset_name": tmp_path / "set", "streaming": True}
+        return common(data, tmp_path / name, config, 4, **source, **options)
+
+    assert train_here(stream("whole")) == 0
+    assert train_here(stream("part", stop_after_steps=2)) == 0
+    assert train_here(stream("part", resume_from_checkpoint="latest")) == 0
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
 
 
 # -- processes --
