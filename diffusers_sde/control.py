@@ -104,7 +104,7 @@ def twisted_smc(
     differentiable.
     reward(samples) (M, ...) -> (M,), of samples and of data predictions.  beta: strength of the tilt.
     gradient: propose along the gradient of the reward.  schedule: beta_k/beta for each step, default 1; 0 switches the
-    twist off there (and its reward is not evaluated).  threshold: resample a population whose effective sample size is
+    twist off there.  threshold: resample a population whose effective sample size is
     below this fraction of N.  reorder(index): called with the ancestors of all particles after a resampling, for
     samplers that remember earlier steps.  tick(): called after each step.
     Raises ``ValueError`` for rewards that are not one finite number a sample, or have no gradient where one is needed.
@@ -163,8 +163,9 @@ def _twisted(
     if beta == 0 or not gradient:
         with torch.no_grad():
             mean, std, clean = kernel(k, x)
-            log_psi = beta * evaluate_reward(reward, clean) if beta else torch.zeros(len(x), dtype=torch.float64)
-        return mean, std, log_psi.to(x.device), None
+            # evaluated at the first step in any case: a wrong reward is to be found before the work is done
+            value = evaluate_reward(reward, clean) if beta or k == 0 else torch.zeros(len(x), device=x.device)
+        return mean, std, beta * value.double(), None
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         mean, std, clean = kernel(k, x)

@@ -235,8 +235,11 @@ def test_wrong_rewards(wrong, words):
     """One sentence, before any work is lost: the first evaluation raises."""
     with pytest.raises(ValueError, match=words):
         evaluate_reward(wrong, randn(4, 1, 2, 2))
-    with pytest.raises(ValueError, match=words):
-        run(1, 4, score=wrong)
+    for beta in (BETA, 0.0):
+        scheduler = ReverseSDEScheduler(**SETTINGS)
+        with pytest.raises(ValueError, match=words):
+            run(1, 4, score=wrong, scheduler=scheduler, beta=beta)
+        assert scheduler.step_index == 1
 
 
 def test_reward_without_gradient():
