@@ -46,7 +46,12 @@ THEME = gr.themes.Base(
 )
 
 CSS = """
-.gradio-container {max-width: 1180px !important; margin: 0 auto !important; padding: 0 14px !important}
+.gradio-container {max-width: min(1180px, 100vw) !important; min-width: 0 !important; margin: 0 auto !important;
+  padding: 0 clamp(8px, 2vw, 14px) !important; box-sizing: border-box}
+button[role=tab], .tab-container button {padding-left: clamp(7px, 1.6vw, 16px) !important; padding-right: clamp(7px, 1.6vw, 16px) !important;
+  font-size: clamp(.84rem, 2.6vw, 1rem) !important}
+.gradio-container > .main {padding-left: 0 !important; padding-right: 0 !important; width: 100%; min-width: 0}
+.gradio-container .column, .gradio-container .row > *, .gradio-container .tabitem {min-width: 0}
 footer {display: none !important}
 #title h1 {font-size: 1.55rem; font-weight: 650; letter-spacing: -.01em; margin: 1.1rem 0 .1rem}
 #title p {color: var(--body-text-color-subdued); margin: 0 0 .4rem; max-width: 46rem}
@@ -87,6 +92,7 @@ button[role=tab].selected::after {background: #25717a !important}
 .bar i {display: block; height: 100%; background: #2f7f86; transition: width .2s}
 .strip {display: flex; gap: 8px; overflow-x: auto; padding-bottom: 4px}
 .tile {flex: 0 0 74px} .tile.wide {flex-basis: 104px}
+td .tile {width: 104px}
 .tile .pic + .pic {margin-top: 4px}
 .player {display: grid; grid-template-columns: repeat(2, minmax(0, 208px)); gap: 6px 14px; align-items: start}
 .player figure {margin: 0} .player figcaption {font-size: .82rem; color: var(--body-text-color-subdued); margin-bottom: 3px}
@@ -105,7 +111,7 @@ canvas.draw {width: 100%; aspect-ratio: 1; border: 1px solid var(--border-color-
 .js-plotly-plot .slider-rail-rect, .js-plotly-plot .slider-rail-touch-rect {stroke: var(--border-color-primary) !important}
 .js-plotly-plot .slider-grip-rect {fill: #2f7f86 !important; stroke: #2f7f86 !important}
 @media (max-width: 640px) {
-  .gradio-container {padding: 0 8px !important}
+  .gradio-container .row > .column {min-width: 100% !important}
   .cell img, .hole {width: 128px}
   .hole {height: 40px}
   #title h1 {font-size: 1.3rem}

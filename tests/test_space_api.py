@@ -1,0 +1,93 @@
+"""The Space's API from outside: ``gradio_client`` against a server started as its users start it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from space_helpers import expected_particles, load, request_of, running_server
+
+pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+CLIENTS, SECONDS = 20, float(os.environ.get("SPACE_LOAD_SECONDS", "4"))
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_server() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Client:
+    return Client(url, verbose=False)
+
+
+def test_the_api_is_four_endpoints(client: Client) -> None:
+    named = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(named) == {"/compare", "/trajectory", "/playground", "/error_lab"}
+
+
+def test_compare(client: Client) -> None:
+    answer = client.predict(budgets=[2, 3], samplers=["pf-ode", "euler-a"], images=1, seed=5, api_name="/compare")
+    assert [(c["sampler"], c["evaluations"]) for c in answer["cells"]] == [
+        ("pf-ode", 2), ("euler-a", 2), ("pf-ode", 3), ("euler-a", 3)
+    ]  # fmt: skip
+    for cell in answer["cells"]:
+        assert (cell["distance"] is None) == (cell["sampler"] == "euler-a")
+        assert cell["picture"].startswith("data:image/") and cell["milliseconds"] > 0
+    assert 0 < answer["reference_error"] < answer["cells"][2]["distance"] < 1
+
+
+def test_trajectory(client: Client) -> None:
+    answer = client.predict(steps=5, tau=0.5, seed=2, guidance=1.0, api_name="/trajectory")
+    assert len(answer["frames"]) == len(answer["log_snr"]) == 6 and answer["log_snr"][-1] is None
+    assert answer["alike"]["ODE, 40"] == pytest.approx(1)
+
+
+def test_playground_answers_what_it_computes(client: Client) -> None:
+    answer = client.predict(component=1, scale=2.0, **request_of(3), api_name="/playground")
+    np.testing.assert_allclose(answer["particles"], expected_particles(3), atol=1e-9)
+    assert len(answer["guided"]["effective_sample_size"]) == 13
+
+
+def test_playground_takes_a_drawing(client: Client) -> None:
+    answer = client.predict(
+        distribution="drawn", points=[[0, 0], [1, 1]], particles=50, steps=10, api_name="/playground"
+    )
+    near = np.abs(np.array(answer["particles"])[:, None] - [[0, 0], [1, 1]]).max(2).min(1)
+    assert np.quantile(near, 0.9) < 0.5
+
+
+def test_error_lab(client: Client) -> None:
+    answer = client.predict(samplers=["ddim"], noise=20, api_name="/error_lab")
+    assert set(answer["budget"]["10"]) == {"initialisation", "discretisation", "score", "together"}
+    assert 0.6 < answer["slopes"]["ddim"] < 1.4 and answer["csv"].startswith("part,name,nfe,value\n")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "bad", "said"),
+    [
+        ("/compare", {"budgets": [101]}, "from 1 to 100"),
+        ("/compare", {"seed": -1}, "seed"),
+        ("/compare", {"model": "sdxl"}, "Stable Diffusion XL"),
+        ("/compare", {"prompt": "a" * 301}, "shorten"),
+        ("/trajectory", {"tau": 9}, "tau"),
+        ("/playground", {"particles": 10**6}, "particles"),
+        ("/error_lab", {"samplers": ["ddpm"]}, "stochastic"),
+    ],
+)
+def test_the_server_refuses_kindly(client: Client, endpoint: str, bad: dict, said: str) -> None:
+    with pytest.raises(AppError, match=said) as caught:
+        client.predict(api_name=endpoint, **bad)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_concurrent_clients_each_get_their_own_answers(url: str) -> None:
+    outcome = load(url, CLIENTS, SECONDS)
+    assert outcome["failed"] == [] and outcome["wrong"] == [] and outcome["requests"] >= CLIENTS

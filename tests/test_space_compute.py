@@ -1,0 +1,292 @@
+"""What the tabs of the Space compute, without a browser: inputs, sheets, programs, paths, particles, budgets."""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from space import compare, error_lab, gpu, inputs, models, pictures, playground, trajectory
+from space.recording import record
+from space_helpers import DEMO
+
+from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler
+from diffusers_sde.named_samplers import SAMPLERS, UsageError
+from diffusers_sde.sampling import network_denoiser, sample
+
+SMALL = {"samplers": ["unipc", "reverse-sde"], "budgets": [2, 3], "images": 2, "choice": "bag", "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def quick() -> pytest.MonkeyPatch:
+    """A reference that is good enough to be told from what it judges."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "REFERENCE_STEPS", 12)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def sheets(quick: pytest.MonkeyPatch) -> list[compare.Sheet]:
+    return list(compare.sheets(compare.checked(**SMALL)))
+
+
+# -- inputs --
+
+
+def test_computation_needs_no_gradio() -> None:
+    modules = "compare trajectory playground error_lab models inputs pictures gpu recording"
+    code = f"import sys; sys.path.insert(0, {str(DEMO)!r})\n"
+    code += "".join(f"import space.{name}\n" for name in modules.split())
+    code += "assert not {'gradio', 'plotly'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("bad", ["", "0", "101", "5, x", "1 2 3 4 5 6", "nan", "5.5", [-1], None])
+def test_budgets_are_refused_with_a_remedy(bad: object) -> None:
+    with pytest.raises(UsageError, match="evaluations"):
+        inputs.budgets(bad)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=5))
+def test_budgets_are_sorted_and_distinct(values: list[int]) -> None:
+    assert inputs.budgets(", ".join(map(str, values))) == inputs.budgets(values) == sorted(set(values))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"seed": -1},
+        {"seed": 2**31},
+        {"seed": 0.5},
+        {"guidance": 21},
+        {"guidance": float("nan")},
+        {"samplers": []},
+        {"samplers": ["pf-ode", "x"]},
+        {"samplers": list(SAMPLERS)},
+        {"images": 9},
+        {"prompt": "a" * 301},
+        {"model": "x"},
+        {"choice": "x"},
+    ],
+)
+def test_compare_refuses_what_it_cannot_do(bad: dict) -> None:
+    with pytest.raises(UsageError):
+        compare.checked(**bad)
+
+
+def test_unavailable_models_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "has_gpu", lambda: False)
+    assert models.unavailable(models.MODELS["fashion"]) is None
+    assert models.unavailable(models.MODELS["sdxl"]) == "needs a GPU"
+    with pytest.raises(UsageError, match="needs a GPU"):
+        models.find("sdxl")
+    absent = replace(models.MODELS["fashion"], key="absent", source="absent")
+    assert "not part" in (models.unavailable(absent) or "")
+
+
+def test_a_model_that_fails_to_load_is_greyed_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = models.Model("broken", "Broken", "nobody/nothing")
+    monkeypatch.setattr(models, "_failed", {})
+    with pytest.raises(UsageError, match="Broken could not be loaded"):
+        models.shared_pipeline(broken)
+    assert models.unavailable(broken) == "could not be loaded"
+
+
+def test_time_on_a_gpu_grows_with_steps_and_samplers() -> None:
+    one = gpu.duration("sdxl", [20], ["a"], 64)
+    assert gpu.duration("sdxl", [20, 40], ["a"], 64) > one < gpu.duration("sdxl", [20], ["a", "b"], 64) <= gpu.LONGEST
+
+
+# -- compare --
+
+
+def test_a_sheet_fills_cell_by_cell_with_true_evaluations(sheets: list[compare.Sheet]) -> None:
+    done = [sheet.done for sheet in sheets]
+    assert done == sorted(done) and done[-1] == sheets[-1].total and len(sheets[0].results) == 1
+    assert [(r.sampler, r.nfe) for r in sheets[-1].results] == [
+        ("unipc", 2), ("reverse-sde", 2), ("unipc", 3), ("reverse-sde", 3)
+    ]  # fmt: skip
+    assert all(r.seconds > 0 for r in sheets[-1].results) and sheets[-1].finished
+
+
+def test_distances_are_to_the_reference_and_only_of_deterministic_samplers(sheets: list[compare.Sheet]) -> None:
+    final = sheets[-1]
+    assert final.reference is not None
+    for result in final.results:
+        expected = (result.images - final.reference).double().square().mean((1, 2, 3)).sqrt().mean().item()
+        assert result.mean is None if SAMPLERS[result.sampler].stochastic else result.mean == pytest.approx(expected)
+
+
+def test_the_shared_pipeline_keeps_its_scheduler(sheets: list[compare.Sheet]) -> None:
+    shared = models.shared_pipeline(models.MODELS["fashion"])
+    assert type(shared.scheduler).__name__ == "DDPMScheduler"
+    own = models.own_pipeline(shared)
+    own.scheduler = ProbabilityFlowScheduler.from_config(shared.scheduler.config)
+    assert own.unet is shared.unet and type(shared.scheduler).__name__ == "DDPMScheduler"
+    assert own.name_or_path == shared.name_or_path
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "reverse-sde"])
+def test_the_program_of_a_cell_makes_its_pixels(sheets: list[compare.Sheet], sampler: str) -> None:
+    names: dict = {}
+    exec(compare.program(sheets[-1].request, sampler, 3), names)
+    torch.testing.assert_close(names["images"], sheets[-1].cell(sampler, 3).images, rtol=0, atol=0)
+
+
+def test_a_cancelled_comparison_stops_between_cells(quick: pytest.MonkeyPatch) -> None:
+    calls = []
+    quick.setattr(compare, "solve_cell", lambda *a, solve=compare.solve_cell: (calls.append(a), solve(*a))[1])
+    stream = compare.sheets(compare.checked(**SMALL))
+    next(stream)
+    stream.close()
+    assert len(calls) == 1
+
+
+def test_files_hold_every_cell(sheets: list[compare.Sheet], tmp_path) -> None:
+    picture, table = compare.write_files(sheets[-1], tmp_path)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert [row["nfe"] for row in csv.DictReader(table.open())] == ["2", "3", "2", "3"]
+
+
+def test_pictures_keep_their_pixels() -> None:
+    image = torch.linspace(-1, 1, 2 * 16).reshape(2, 1, 4, 4)
+    row = np.asarray(pictures.picture(image, gap=1))
+    assert row.shape == (4, 9, 3) and (row[:, 4] == 255).all()
+    np.testing.assert_allclose(row[:, :4, 0] / 127.5 - 1, image[0, 0], atol=1 / 127)
+    assert np.asarray(pictures.enlarged(pictures.picture(image), 90)).shape == (40, 90, 3)
+    assert pictures.data_uri(pictures.picture(image)).startswith("data:image/png;base64,")
+
+
+# -- trajectory --
+
+
+def test_a_recording_ends_where_sampling_ends() -> None:
+    model = GaussianMixtureModel([1.0, 1.0], [[1.0, 0.0], [-1.0, 0.5]], [0.1, 0.2])
+    noise = torch.randn(5, 1, 1, 2, dtype=torch.float64)
+    scheduler = ProbabilityFlowScheduler()
+    scheduler.set_timesteps(7)
+    found = record(network_denoiser(model), scheduler, noise)
+    scheduler.set_timesteps(7)
+    torch.testing.assert_close(found.states[-1], sample(network_denoiser(model), scheduler, noise))
+    assert found.states.shape == (8, 5, 1, 1, 2) and found.clean.shape[0] == 7
+    assert (np.diff(found.log_snr) > 0).all() and np.isposinf(found.log_snr[-1])
+
+
+def test_the_picture_of_the_sde_stays_from_20_to_40_steps_and_ancestral_does_not() -> None:
+    request = trajectory.checked(choice="ankle boot", steps=5, tau=1.0, seed=1)
+    *_, state = trajectory.journey(request)
+    alike = {kind: trajectory.likeness(state.staying[kind, 20], state.staying[kind, 40]) for kind in trajectory.STAYING}
+    assert alike["ODE"] > 0.98 and alike["SDE"] > 0.97 > alike["Euler ancestral"]
+    assert set(state.dial) == set(trajectory.TAUS) and state.done == state.total
+
+
+# -- playground --
+
+
+@pytest.mark.parametrize("name", playground.DISTRIBUTIONS)
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_particles_reach_the_data(name: str, tau: float) -> None:
+    found = playground.flow(playground.checked(distribution=name, tau=tau, steps=40, particles=600, seed=1))
+    assert found.distance < 2.5 * found.floor + 0.05
+
+
+def test_densities_are_normalised_and_scores_are_their_gradients() -> None:
+    model = playground.DISTRIBUTIONS["clusters"]()
+    cell = (2 * playground.EXTENT / (playground.RESOLUTION - 1)) ** 2
+    assert playground.density(model).sum() * cell == pytest.approx(1, abs=0.02)
+    points, field = playground.score_field(model, 0.8, 0.6)
+    x = torch.from_numpy(points)[:, None, None].requires_grad_()
+    (gradient,) = torch.autograd.grad(model.log_density(x, 0.8, 0.6).sum(), x)
+    np.testing.assert_allclose(field, 0.6 * gradient.reshape(-1, 2), atol=1e-9)
+
+
+def test_guidance_of_scale_one_and_monte_carlo_sample_the_component() -> None:
+    found = playground.guided(
+        playground.checked(distribution="clusters", component=1, scale=1.0, particles=800, steps=40)
+    )
+    assert max(found.distances) < 3 * found.floor + 0.03
+
+
+def test_monte_carlo_samples_the_tilted_law_that_guidance_misses() -> None:
+    """Lu, arXiv:2607.01693, section 8."""
+    found = playground.guided(
+        playground.checked(distribution="clusters", component=1, scale=4.0, particles=800, steps=40)
+    )
+    assert found.distances[1] < 0.5 * found.distances[0]
+    assert ((found.effective > 0) & (found.effective <= 1 + 1e-9)).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=60))
+def test_any_drawing_is_a_distribution(points: list) -> None:
+    model = playground.from_points([list(p) for p in points])
+    assert np.isfinite(playground.density(model)).all() and len(model.config.weights) <= 24
+
+
+@pytest.mark.parametrize("bad", [None, "[]", "x", [[1]], [[float("nan"), 0]], [[0, 0]] * 401])
+def test_a_bad_drawing_is_refused(bad: object) -> None:
+    with pytest.raises(UsageError, match="Draw"):
+        playground.checked(distribution="drawn", points=bad, component=0)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 101}, {"tau": 3}, {"particles": 2000}, {"grid": "x"}, {"component": 99}])
+def test_playground_refuses_what_it_cannot_do(bad: dict) -> None:
+    with pytest.raises(UsageError):
+        playground.checked(**bad)
+
+
+# -- error lab --
+
+
+def test_a_fitted_slope_is_the_order() -> None:
+    points = [(n, 3.0 * n**-2.5) for n in (5, 10, 20, 40, 80)]
+    assert error_lab.fit_slope(points) == pytest.approx(2.5)
+    assert error_lab.fit_slope(points, floor=1.0) is None
+
+
+def test_orders_show_in_the_slopes() -> None:
+    *_, found = error_lab.curves("mixture", ["pf-ode", "ddim"], 0)
+    assert found.slope("ddim") == pytest.approx(1, abs=0.35)
+    assert found.slope("pf-ode") > 1.8
+
+
+@pytest.mark.parametrize("bad", [("x", ["ddim"]), ("mixture", ["ddpm"]), ("mixture", [])])
+def test_error_lab_refuses_what_has_no_error(bad: tuple) -> None:
+    with pytest.raises(UsageError):
+        list(error_lab.curves(*bad, 0))
+
+
+def test_the_whole_error_is_at_most_the_stack() -> None:
+    for score in (0.0, 0.1):
+        found = error_lab.budget(error_lab.checked_dials(noise=4, score=score))
+        for parts in found.parts:
+            assert parts["together"] <= sum(parts[source] for source in error_lab.SOURCES) + 1e-6
+            assert (parts["score"] < 1e-5) == (score == 0)
+
+
+def test_each_dial_moves_its_own_part() -> None:
+    plain = error_lab.budget(error_lab.Dials()).parts
+    noisier = error_lab.budget(error_lab.Dials(noise=40)).parts
+    assert noisier[2]["initialisation"] < 0.5 * plain[2]["initialisation"]
+    assert plain[3]["discretisation"] < 0.3 * plain[0]["discretisation"]
+
+
+def test_the_process_of_a_noise_level_ends_there() -> None:
+    for noise in (2, 8, 40):
+        path = ProbabilityFlowScheduler(beta_end=error_lab.beta_end(noise)).path
+        assert np.exp(-path.log_snr(path.noisiest)) == pytest.approx(noise, rel=1e-6)
+
+
+def test_the_table_holds_both_parts() -> None:
+    *_, found = error_lab.curves("mixture", ["ddim"], 0)
+    made_of = error_lab.budget(error_lab.Dials())
+    rows = list(csv.DictReader(io.StringIO(error_lab.as_csv(found, made_of))))
+    assert {row["part"] for row in rows} == {"error", "slope", "budget"}
+    assert len(rows) == len(error_lab.NFES["mixture"]) + 1 + 4 * len(error_lab.BUDGET_STEPS)
