@@ -99,8 +99,8 @@ def fit_slope(points: Sequence[tuple[int, float]], floor: float = 0.0, used: int
 
 @dataclass(frozen=True)
 class Dials:
-    """``noise``: the largest noise level sigma/alpha at which sampling starts; ``score``: how much too large the network
-    believes the means to be; ``order`` of the solver."""
+    """``noise``: the largest noise level sigma/alpha at which sampling starts; ``score``: how much too large the
+    network believes the means to be; ``order`` of the solver."""
 
     noise: float = 8.0
     score: float = 0.05
@@ -126,8 +126,8 @@ def checked_dials(noise: Any = 8.0, score: Any = 0.05, order: Any = 2) -> Dials:
 
 
 def beta_end(noise: float, beta_start: float = 1e-4, steps: int = 1000) -> float:
-    """The last of linear betas whose process ends at the noise level ``noise``: ``sum -log(1 - beta_k) = log(1 + s^2)``,
-    by bisection."""
+    """The last of linear betas whose process ends at the noise level ``noise``: ``sum -log(1 - beta_k) = log(1 +
+    s^2)``, by bisection."""
     low, high = beta_start, 0.5
     for _ in range(60):
         middle = 0.5 * (low + high)

@@ -28,7 +28,7 @@ def draw_curves(found: error_lab.Curves) -> go.Figure:
     figure = go.Figure()
     for name, points in found.points.items():
         slope = found.slope(name)
-        label = name if slope is None else f"{name}  ~ n<sup>−{slope:.1f}</sup>"
+        label = name if slope is None else f"{name}  ~ n<sup>-{slope:.1f}</sup>"
         line = {"color": COLOURS.get(name, MUTED), "width": 2.6 if SAMPLERS[name].ours else 1.8}
         line["dash"] = "solid" if SAMPLERS[name].ours else "dot"
         x, y = zip(*points, strict=True)
@@ -54,7 +54,8 @@ def draw_budget(found: error_lab.Budget) -> go.Figure:
     figure = go.Figure()
     for source in error_lab.SOURCES:
         figure.add_bar(
-            x=steps, y=[p[source] for p in found.parts], name=source, marker={"color": SOURCE_COLOURS[source], "line": {"width": 0}},
+            x=steps, y=[p[source] for p in found.parts], name=source,
+            marker={"color": SOURCE_COLOURS[source], "line": {"width": 0}},
             hovertemplate=source + " %{y:.3f}<extra></extra>",
         )  # fmt: skip
     figure.add_scatter(
@@ -75,8 +76,8 @@ def run(problem: str, samplers: list[str], seed: Any) -> Iterator[tuple[Any, err
     """Stream (plot, state, note)."""
     for found in error_lab.curves(problem, samplers, seed):
         steps, own = error_lab.REFERENCE_STEPS[problem], found.reference_error
-        note = f'<div class="note">Reference: {steps} evaluations, its own error {own:.1e}. Slopes are fitted to the last four points.</div>'
-        yield draw_curves(found), found, note
+        said = f"Reference: {steps} evaluations, its own error {own:.1e}. Slopes are fitted to the last four points."
+        yield draw_curves(found), found, f'<div class="note">{said}</div>'
 
 
 @friendly
@@ -126,8 +127,9 @@ def build(tab: gr.Tab) -> None:
             plot = gr.Plot(show_label=False, elem_id="errors-plot")
             note = gr.HTML()
     gr.HTML(
-        '<h4 class="part">The budget</h4><div class="note">Three sources of error on a mixture in four dimensions, each '
-        "measured alone on coupled samples: a start from pure noise, finite steps, a network that is slightly wrong. "
+        '<h4 class="part">The budget</h4>'
+        '<div class="note">Three sources of error on a mixture in four dimensions, '
+        "each measured alone on coupled samples: a start from pure noise, finite steps, a network that is slightly wrong. "
         "The whole error is at most their sum.</div>"
     )
     with gr.Row():

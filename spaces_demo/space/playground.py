@@ -239,9 +239,9 @@ def score_field(model: GaussianMixtureModel, alpha: float, sigma: float) -> tupl
 
 @dataclass(frozen=True)
 class Guided:
-    """Particles (N, 2) of classifier-free guidance and of sequential Monte Carlo; the law both aim at, ``p(x) p(y | x)^w``
-    normalised on the square; the effective sample size of the latter over the steps, as a fraction; the distances of
-    both to the law, and that of exact samples of it."""
+    """Particles (N, 2) of classifier-free guidance and of sequential Monte Carlo; the law both aim at, ``p(x) p(y |
+    x)^w`` normalised on the square; the effective sample size of the latter over the steps, as a fraction; the
+    distances of both to the law, and that of exact samples of it."""
 
     free: np.ndarray
     monte_carlo: np.ndarray

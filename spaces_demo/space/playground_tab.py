@@ -65,8 +65,8 @@ def run(*values: Any) -> tuple[Any, ...]:
     model, found, steered = playground.mixture(request), playground.flow(request), playground.guided(request)
     free, monte_carlo = steered.distances
     said = (
-        f'<div class="note">Sliced Wasserstein distance to the data <b>{found.distance:.3f}</b>; of as many exact samples '
-        f"<b>{found.floor:.3f}</b>. Click names above the plot to show or hide layers.</div>"
+        f'<div class="note">Sliced Wasserstein distance to the data <b>{found.distance:.3f}</b>; of as many exact '
+        f"samples <b>{found.floor:.3f}</b>. Click names above the plot to show or hide layers.</div>"
     )
     guided_said = (
         '<div class="note">The ground is the true law p(x) p(y | x)<sup>w</sup>. Distance to it: guidance '

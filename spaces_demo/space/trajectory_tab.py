@@ -78,7 +78,8 @@ def player(path: Recording) -> str:
     data = html.escape(json.dumps(shown), quote=True)
     return (
         f'<div class="player" data-frames="{data}">'
-        f'<figure><figcaption>state x<sub>t</sub></figcaption><img class="pic noisy" alt="state" src="{shown[at]["x"]}">'
+        f'<figure><figcaption>state x<sub>t</sub></figcaption><img class="pic noisy" '
+        f'alt="state" src="{shown[at]["x"]}">'
         "</figure><figure><figcaption>predicted x<sub>0</sub></figcaption>"
         f'<img class="pic clean" alt="predicted picture" src="{shown[at]["d"]}"></figure>'
         '<div class="controls"><button type="button" class="play">Play</button>'
@@ -112,15 +113,16 @@ def staying(state: trajectory.Journey) -> str:
         tiles = ""
         for n in trajectory.STEP_COUNTS:
             image = state.staying[kind, n]
-            alike = "" if n == trajectory.STEP_COUNTS[-1] else f" · alike <b>{trajectory.likeness(image, last):.2f}</b>"
-            tiles += f'<td><div class="tile wide">{image_tag(image, f"{kind}, {n} steps")}<small>{n}{alike}</small></div></td>'
+            alike = "" if image is last else f" · alike <b>{trajectory.likeness(image, last):.2f}</b>"
+            tag = image_tag(image, f"{kind}, {n} steps")
+            tiles += f'<td><div class="tile wide">{tag}<small>{n}{alike}</small></div></td>'
         whose = (
             "diffusers" if kind == "Euler ancestral" else f"tau = {state.request.tau or 1:g}" if kind == "SDE" else ""
         )
         rows.append(f"<tr><th scope='row'><b>{kind}</b>{whose}</th>{tiles}</tr>")
     return (
-        '<h4 class="part">One seed at 10, 20 and 40 steps</h4><div class="note">“alike” is the correlation with the picture '
-        "at 40 steps: our SDE follows one Brownian path, so that its picture stays</div>"
+        '<h4 class="part">One seed at 10, 20 and 40 steps</h4><div class="note">“alike” is the correlation with the '
+        "picture at 40 steps: our SDE follows one Brownian path, so that its picture stays</div>"
         f"<div class='scroll'><table class='sheet'><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
