@@ -62,7 +62,8 @@ def render(sheet: compare.Sheet, chosen: str | None = None) -> str:
             f"<small>{compare.reference_steps(request)} evaluations{good}</small></div></td></tr>",
         )
     return (
-        f"{progress_bar(sheet.done, sheet.total)}<div class='scroll'><table class='sheet'>"
+        f"{progress_bar(sheet.done, sheet.total)}<div class='scroll'>"
+        f"<table class='sheet' style='--cell: {min(660 // len(request.budgets), 232)}px'>"
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 

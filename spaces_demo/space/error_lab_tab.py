@@ -129,8 +129,8 @@ def build(tab: gr.Tab) -> None:
     gr.HTML(
         '<h4 class="part">The budget</h4>'
         '<div class="note">Three sources of error on a mixture in four dimensions, '
-        "each measured alone on coupled samples: a start from pure noise, finite steps, a network that is slightly wrong. "
-        "The whole error is at most their sum.</div>"
+        "each measured alone on coupled samples: a start from pure noise, finite steps, a network that is slightly "
+        "wrong. The whole error is at most their sum.</div>"
     )
     with gr.Row():
         with gr.Column(scale=3, min_width=270):
