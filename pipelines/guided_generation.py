@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
 from diffusers_sde import ProbabilityFlowScheduler
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import DEFAULT_MODEL, load_default_classifier
 
 pipe = DiffusionPipeline.from_pretrained(
     DEFAULT_MODEL, custom_pipeline="pipelines/guided_generation.py", trust_remote_code=True
@@ -31,13 +31,14 @@ pipe.scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 rows = []
 for options in (
     {"guidance_scale": 1},
+    {"guidance_scale": 0, "classifier": load_default_classifier()},
     {"guidance_scale": 5},
     {"guidance_scale": 5, "guidance_interval": (0.3, 5.0)},
     {"guidance_scale": 5, "apg_parallel": 0.0, "apg_norm_threshold": 3.0},
 ):
     generator = torch.Generator().manual_seed(0)
     rows += pipe(class_labels=range(0, 10, 2), num_inference_steps=10, generator=generator, **options).images
-image = make_image_grid(rows, 4, 5).resize((480, 384))
+image = make_image_grid(rows, 5, 5).resize((480, 480))
 ```
 """
 

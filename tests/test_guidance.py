@@ -361,6 +361,6 @@ def test_pipeline_refuses(tmp_path):
 def test_snippet():
     """The usage in the pipeline's docstring runs as it stands; every kind of guidance changes the pictures."""
     found = run("guided_generation")
-    assert found["image"].size == (480, 384)
-    rows = np.reshape([np.asarray(image) for image in found["rows"]], (4, 5, 32, 32)).astype(float)
-    assert all(np.abs(rows[i] - rows[j]).mean() > 1 for i in range(4) for j in range(i))
+    assert found["image"].size == (480, 480)
+    rows = np.reshape([np.asarray(image) for image in found["rows"]], (5, 5, 32, 32)).astype(float)
+    assert all(np.abs(rows[i] - rows[j]).mean() > 1 for i in range(5) for j in range(i))
