@@ -28,7 +28,7 @@ from diffusers_sde.sampling import Denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.tables import CLOCKS
 
-SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "calibration")
+SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels", "calibration")
 ERROR_STEPS = (5, 6, 8, 10, 15, 20)
 SDE_STEPS = (6, 10, 20, 50)
 SHAPES = ((1, 4, 64, 64), (8, 16, 128, 128))
@@ -90,6 +90,10 @@ def run(args: argparse.Namespace) -> int:
             from diffusers_sde.benchmarks import errors as error_budget
 
             error_budget.measure(args.seed)
+        elif section == "labels":
+            from diffusers_sde.benchmarks import labels as agreement
+
+            agreement.measure(args.seed)
         elif section == "calibration":
             from diffusers_sde.benchmarks import calibration
 
