@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         elif section == "calibration":
             from diffusers_sde.benchmarks import calibration
 
-            images = max(args.num_images, 20)
+            images = args.num_images if args.shipped else max(args.num_images, 20)
             scales, folder = args.guidance_scale, args.training_images
             calibration.measure(args.seed, images, scales, folder, shipped=args.shipped)
     return 0
