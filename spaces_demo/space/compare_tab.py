@@ -63,7 +63,7 @@ def render(sheet: compare.Sheet, chosen: str | None = None) -> str:
         )
     return (
         f"{progress_bar(sheet.done, sheet.total)}<div class='scroll'>"
-        f"<table class='sheet' style='--cell: {min(660 // len(request.budgets), 232)}px'>"
+        f"<table class='sheet' style='--cell: {min(660 // len(request.budgets), 262)}px'>"
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
