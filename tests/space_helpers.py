@@ -73,7 +73,7 @@ def load(url: str, clients: int, seconds: float) -> dict[str, Any]:
     def work(k: int) -> None:
         connection = None
         with contextlib.suppress(Exception):
-            connection = Client(url, verbose=False)
+            connection = Client(url, verbose=False, httpx_kwargs={"timeout": 120})
         ready.wait(300)
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -64,7 +64,11 @@ def draw_budget(found: error_lab.Budget) -> go.Figure:
         hovertemplate="whole error %{y:.3f}<extra></extra>",
     )  # fmt: skip
     framed(
-        figure, 360, barmode="stack", bargap=0.45, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+        figure,
+        360,
+        barmode="stack",
+        bargap=0.45,
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
     )
     figure.update_xaxes(title="network evaluations", type="category")
     figure.update_yaxes(title="root mean square", rangemode="tozero")
@@ -137,7 +141,7 @@ def build(tab: gr.Tab) -> None:
             noise = gr.Slider(
                 2, 40, dials.noise, step=1, label="Largest noise level sigma/alpha", elem_id="errors-noise"
             )
-            score = gr.Slider(0, 0.3, dials.score, step=0.01, label="Score error: means too large by")
+            score = gr.Slider(0, 0.3, dials.score, step=0.01, label="Score error of the network")
             order = gr.Radio([1, 2, 3], value=dials.order, label="Order of the solver")
         with gr.Column(scale=7, min_width=320):
             bars = gr.Plot(show_label=False, elem_id="errors-budget")

@@ -26,7 +26,7 @@ from diffusers_sde.tables import CLOCKS
 from space import inputs
 from space.recording import Recording, record
 
-EXTENT, RESOLUTION, ARROWS = 2.6, 48, 13
+EXTENT, RESOLUTION, ARROWS = 2.6, 48, 11
 DEFAULT_GRID = "default"
 GRID_CHOICES = (DEFAULT_GRID, *(name for name in GRIDS if name not in ("exponential", "ays")))
 MAX_PARTICLES, MAX_POINTS = 1000, 400

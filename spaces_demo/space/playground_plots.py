@@ -12,7 +12,7 @@ from diffusers_sde import GaussianMixtureModel
 from space.playground import EXTENT, Flow, Guided, axis, density, score_field
 from space.style import ACCENT, MUTED, OURS, framed
 
-FRAMES, PATHS, ARROW_LENGTH = 26, 60, 0.16
+FRAMES, PATHS, ARROW_LENGTH = 20, 60, 0.18
 SHADES = [[0.0, "rgba(47,127,134,0)"], [0.15, "rgba(47,127,134,.16)"], [1.0, "rgba(47,127,134,.72)"]]
 
 
@@ -29,10 +29,10 @@ def _square(
 
 
 def _heat(values: np.ndarray, name: str) -> go.Heatmap:
-    z = np.sqrt(values / max(values.max(), 1e-12)).astype(np.float32)  # the root shows the tails
+    z = (255 * np.sqrt(values / max(values.max(), 1e-12))).astype(np.uint8)  # the root shows the tails
     u = axis(len(values)).astype(np.float32)
     return go.Heatmap(
-        x=u, y=u, z=z, zmin=0, zmax=1, colorscale=SHADES, showscale=False, zsmooth="best", hoverinfo="skip", name=name,
+        x=u, y=u, z=z, zmin=0, zmax=255, colorscale=SHADES, showscale=False, zsmooth="best", hoverinfo="skip", name=name,
         showlegend=True,
     )  # fmt: skip
 

@@ -92,7 +92,7 @@ def build(tab: gr.Tab) -> None:
         with gr.Column(scale=3, min_width=270):
             names = [*playground.DISTRIBUTIONS, playground.DRAWN]
             distribution = gr.Radio(names, value=default.distribution, label="Distribution", elem_id="playground-shape")
-            tau = gr.Slider(0, 2, default.tau, step=0.1, label="tau: from the ODE to the SDE")
+            tau = gr.Slider(0, 2, default.tau, step=0.1, label="tau (0 ODE, 1 SDE)")
             steps = gr.Slider(2, 60, default.steps, step=1, label="Steps", elem_id="playground-steps")
             order = gr.Radio([1, 2, 3], value=default.order, label="Order")
             with gr.Row():

@@ -166,7 +166,7 @@ def build(_tab: gr.Tab) -> None:
         with gr.Column(scale=3, min_width=270):
             key = gr.Dropdown(model_choices(embedded_only=True), value=model.key, label="Model")
             choice = gr.Dropdown(list(model.classes), value=default.choice, label="Class")
-            tau = gr.Slider(0, 2, default.tau, step=0.1, label="tau: from the ODE to the SDE", elem_id="trajectory-tau")
+            tau = gr.Slider(0, 2, default.tau, step=0.1, label="tau (0 ODE, 1 SDE)", elem_id="trajectory-tau")
             steps = gr.Slider(5, 60, default.steps, step=1, label="Steps")
             with gr.Row():
                 guidance = gr.Number(model.guidance, label="Guidance", minimum=0, maximum=20, step=0.5, min_width=90)
