@@ -29,11 +29,12 @@ def _square(
 
 
 def _heat(values: np.ndarray, name: str) -> go.Heatmap:
-    z = (255 * np.sqrt(values / max(values.max(), 1e-12))).astype(np.uint8)  # the root shows the tails
+    # the root shows the tails
+    z = (255 * np.sqrt(values / max(values.max(), 1e-12))).astype(np.uint8)
     u = axis(len(values)).astype(np.float32)
     return go.Heatmap(
-        x=u, y=u, z=z, zmin=0, zmax=255, colorscale=SHADES, showscale=False, zsmooth="best", hoverinfo="skip", name=name,
-        showlegend=True,
+        x=u, y=u, z=z, zmin=0, zmax=255, colorscale=SHADES, showscale=False, zsmooth="best", hoverinfo="skip",
+        name=name, showlegend=True,
     )  # fmt: skip
 
 
