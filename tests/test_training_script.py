@@ -7,7 +7,9 @@ import os
 import re
 import signal
 import time
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -288,6 +290,31 @@ def test_a_noisy_classifier_learns_the_labels(data: Path, trained: Path, tmp_pat
     right = logits.argmax(1) == torch.tensor([item["class_labels"] for item in items])
     assert right.float().mean() > 0.9
     assert run_snippet(tmp_path / "out")["logits"].shape == (2, 2)
+
+
+def test_the_result_is_uploaded_without_checkpoints_and_logs(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict = {}
+
+    class Hub:
+        def __init__(self, token: str | None):
+            seen["token"] = token
+
+        def create_repo(self, name: str, exist_ok: bool) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, repo_id: str, folder_path: Path, ignore_patterns: list[str]) -> None:
+            files = [str(p.relative_to(folder_path)) for p in folder_path.rglob("*") if p.is_file()]
+            kept = [f for f in files if not any(fnmatch(f, pattern) for pattern in ignore_patterns)]
+            seen.update(repo_id=repo_id, kept=sorted(kept))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    arguments = common(data, tmp_path / "out", config, 2, push_to_hub=True, hub_token="t", num_validation_images=2)
+    assert train_here([*arguments, "--report_to", "tensorboard", "--validation_inference_steps", "2"]) == 0
+    assert seen["repo_id"] == "me/out" and seen["token"] == "t"
+    assert {"README.md", "loss.csv", "loss.png", "model_index.json", "samples.png", WEIGHTS} <= set(seen["kept"])
+    assert not any(name.startswith(("checkpoint", "logs", ".")) for name in seen["kept"])
 
 
 # -- refusals --

@@ -5,6 +5,7 @@ Knows a :class:`Session` and the files of its output folder.  Knows nothing of l
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ def validate(session: Session, name: str) -> Any:
         for tracker in session.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.writer.add_image("samples", np.asarray(sheet), session.progress.step, dataformats="HWC")
+            else:  # wandb and trackio
+                image = importlib.import_module(tracker.name).Image(sheet)
+                tracker.log({"samples": image}, step=session.progress.step)
     return sheet
 
 
