@@ -91,7 +91,7 @@ def _cell(sheet: compare.Sheet, name: str, budget: int, best: float | None, chos
 def run(
     model: str, choice: str, prompt: str, seed: Any, budgets: str, samplers: list[str], guidance: Any
 ) -> Iterator[tuple]:
-    """Stream the sheet: (html, state, left, right, code, sheet file, csv file, what is below the sheet)."""
+    """Stream the sheet: (html, state, left, right, code, sheet file, csv file)."""
     request = compare.checked(
         model=model, choice=choice, prompt=prompt, seed=seed, budgets=budgets, samplers=samplers, guidance=guidance
     )
@@ -99,7 +99,7 @@ def run(
     first = cell_name(request.samplers[0], request.budgets[0])
     sheet = None
     for sheet in compare.sheets(request):
-        yield render(sheet, first), sheet, keep, keep, keep, keep, keep, keep
+        yield render(sheet, first), sheet, keep, keep, keep, keep, keep
     assert sheet is not None
     names = [cell_name(r.sampler, r.budget) for r in sheet.results]
     files = compare.write_files(sheet, Path(tempfile.mkdtemp(prefix="compare-")))
@@ -110,7 +110,6 @@ def run(
         gr.update(choices=[REFERENCE, *names], value=REFERENCE),
         compare.program(request, *parse_cell(first)),
         *(gr.update(value=str(file), interactive=True) for file in files),
-        gr.update(visible=True),
     )
 
 
@@ -179,20 +178,19 @@ def build(_tab: gr.Tab) -> None:
         with gr.Column(scale=7, min_width=320):
             sheet_html = gr.HTML(EMPTY, js_on_load=CHOOSE, elem_id="compare-sheet")
             state = gr.State(None)
-            with gr.Column(visible=False, elem_id="compare-details") as details:
-                with gr.Row():
-                    sheet_file = gr.DownloadButton("Sheet (PNG)", interactive=False, size="sm", elem_id="compare-png")
-                    csv_file = gr.DownloadButton("Table (CSV)", interactive=False, size="sm", elem_id="compare-csv")
-                gr.HTML('<h4 class="part">Two cells, one over the other</h4>')
-                with gr.Row():
-                    left = gr.Dropdown([], label="Left: the chosen cell", min_width=140, elem_id="compare-left")
-                    right = gr.Dropdown([], label="Right", min_width=140)
-                slider = gr.ImageSlider(
-                    show_label=False, format="png", interactive=False, elem_id="compare-slider", buttons=[]
-                )
-                code = gr.Code(language="python", label="The chosen cell as a program", interactive=False, lines=6)
+            with gr.Row():
+                sheet_file = gr.DownloadButton("Sheet (PNG)", interactive=False, size="sm", elem_id="compare-png")
+                csv_file = gr.DownloadButton("Table (CSV)", interactive=False, size="sm", elem_id="compare-csv")
+            gr.HTML('<h4 class="part">Two cells, one over the other</h4>')
+            with gr.Row():
+                left = gr.Dropdown([], label="Left: the chosen cell", min_width=140, elem_id="compare-left")
+                right = gr.Dropdown([], label="Right", min_width=140)
+            slider = gr.ImageSlider(
+                show_label=False, format="png", interactive=False, elem_id="compare-slider", buttons=[]
+            )
+            code = gr.Code(language="python", label="The chosen cell as a program", interactive=False, lines=6)
 
-    outputs = [sheet_html, state, left, right, code, sheet_file, csv_file, details]
+    outputs = [sheet_html, state, left, right, code, sheet_file, csv_file]
     options: dict[str, Any] = {"api_visibility": "private"}
     running = gr.on(
         [start.click, prompt.submit, budgets.submit],
