@@ -140,6 +140,15 @@ def test_the_program_of_a_cell_makes_its_pixels(sheets: list[compare.Sheet], sam
     torch.testing.assert_close(names["images"], sheets[-1].cell(sampler, 3).images, rtol=0, atol=0)
 
 
+def test_the_program_of_a_calibrated_cell_makes_its_pixels() -> None:
+    if "calibrated" not in compare.offered("fashion"):
+        pytest.skip("no calibrated scheduler lies beside the model")
+    request, names = compare.checked(samplers=["calibrated"], budgets=[5], images=1), {}
+    exec(compare.program(request, "calibrated", 5), names)
+    problem = models.problem("fashion", seed=0, guidance=2.0, images=1)
+    torch.testing.assert_close(names["images"], compare.solve_cell(problem, "calibrated", 5).images, rtol=0, atol=0)
+
+
 def test_a_cancelled_comparison_stops_between_cells(quick: pytest.MonkeyPatch) -> None:
     calls = []
     quick.setattr(compare, "solve_cell", lambda *a, solve=compare.solve_cell: (calls.append(a), solve(*a))[1])

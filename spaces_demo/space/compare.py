@@ -218,11 +218,12 @@ def program(request: Request, sampler: str, budget: int) -> str:
     name, ours = type(scheduler).__name__, type(scheduler).__module__.startswith("diffusers_sde")
     package = "diffusers_sde" if ours else "diffusers"
     config = models.shared_pipeline(model).scheduler.config
-    options = "".join(f", {k}={v!r}" for k, v in changes(scheduler, config).items())
-    construct = f"{name}.from_config(pipe.scheduler.config{options})"
     if sampler == "calibrated":
         folder = "Path(diffusers_sde.assets.__file__).parent"
         construct = f'{name}.from_pretrained({folder} / "{model.source}" / "calibrated")'
+    else:
+        options = "".join(f", {k}={v!r}" for k, v in changes(scheduler, config).items())
+        construct = f"{name}.from_config(pipe.scheduler.config{options})"
     load = f'DiffusionPipeline.from_pretrained("{model.source}", torch_dtype=torch.float16).to("cuda")'
     if model.embedded:
         load = f'DDPMPipeline.from_pretrained(Path(diffusers_sde.assets.__file__).parent / "{model.source}")'
