@@ -30,6 +30,7 @@ from diffusers_sde.named_samplers import (
 from diffusers_sde.problems import Problem, lay_out, load_pipeline, make_problem
 from diffusers_sde.report import Comparison, Result, format_table, write
 from diffusers_sde.sampling import sample
+from diffusers_sde.schedulers import CalibratedScheduler
 
 
 def rmse(images: torch.Tensor, reference: torch.Tensor) -> np.ndarray:
@@ -54,6 +55,9 @@ def check_samplers(names: Sequence[str], steps: Sequence[int], problem: Problem)
     evaluations: each makes a dry run without the network (a pipeline lays out its steps itself and cannot)."""
     for name in names:
         scheduler, n = make_scheduler(name, problem.config), steps[0]
+        if not any(offered(name, n, problem) for n in steps):
+            known = ", ".join(map(str, sorted(scheduler.errors)))
+            raise UsageError(f"Sampler {name} was learned for {known} evaluations: add one of them to --steps.")
         try:
             for n in steps if problem.own_loop else ():
                 lay_out(scheduler, SAMPLERS[name].steps(n))
@@ -64,9 +68,16 @@ def check_samplers(names: Sequence[str], steps: Sequence[int], problem: Problem)
             raise UsageError(f"{reason}; leave it out of --samplers or change --steps.") from error
 
 
+def offered(name: str, n: int, problem: Problem) -> bool:
+    """Whether a sampler is itself at ``n`` evaluations: a calibrated one elsewhere is the exact solver."""
+    scheduler = make_scheduler(name, problem.config)
+    return not isinstance(scheduler, CalibratedScheduler) or n in scheduler.errors
+
+
 def compare(problem: Problem, names: Sequence[str], steps: Sequence[int], reference_steps: int = 100) -> Comparison:
     """Solve ``problem`` with every sampler at every number of evaluations, and with the reference."""
-    total = sum(SAMPLERS[name].evaluations(n) for name in names for n in steps)
+    jobs = [(name, n) for name in names for n in steps if offered(name, n, problem)]
+    total = sum(SAMPLERS[name].evaluations(n) for name, n in jobs)
     with tqdm(total=total + reference_steps + reference_steps // 2, unit="eval", leave=False) as bar:
 
         def solve(label: str, scheduler: Any, n: int) -> tuple[torch.Tensor, float]:
@@ -80,13 +91,11 @@ def compare(problem: Problem, names: Sequence[str], steps: Sequence[int], refere
             for n in (reference_steps, reference_steps // 2)
         )
         results = []
-        for name in names:
-            sampler = SAMPLERS[name]
-            for n in steps:
-                scheduler = make_scheduler(name, problem.config)
-                images, seconds = solve(name, scheduler, sampler.steps(n))
-                errors = None if sampler.stochastic else rmse(images, reference)
-                results.append(Result(name, n, len(scheduler.timesteps), seconds, images, errors))
+        for name, n in jobs:
+            sampler, scheduler = SAMPLERS[name], make_scheduler(name, problem.config)
+            images, seconds = solve(name, scheduler, sampler.steps(n))
+            errors = None if sampler.stochastic else rmse(images, reference)
+            results.append(Result(name, n, len(scheduler.timesteps), seconds, images, errors))
     return Comparison(results, reference, reference_steps, float(rmse(coarse, reference).mean()))
 
 
@@ -161,6 +170,8 @@ def run(args: argparse.Namespace) -> int:
             pipe, num_images=args.num_images, seed=args.seed, guidance_scale=args.guidance_scale, prompt=args.prompt
         )
         names, steps = choose_samplers(args.samplers, problem), sorted(set(args.steps))
+        if args.samplers is None:
+            names = [name for name in names if any(offered(name, n, problem) for n in steps)]
         check_samplers(names, steps, problem)
         reference_steps = args.reference_steps or max(100, 2 * steps[-1])
         comparison = compare(problem, names, steps, reference_steps)

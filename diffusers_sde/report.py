@@ -145,10 +145,12 @@ def draw_grid(comparison: Comparison, path: Path, shown: int = 4) -> None:
     for i, name in enumerate(["reference", *names]):
         for ax, n in zip(axes[i], budgets, strict=True):
             result = cells.get((name, n))
-            images = comparison.reference if result is None else result.images
-            ax.imshow(montage(images[keep], gap), interpolation="nearest" if width <= 64 else "antialiased")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
+            if i and result is None:  # not offered at this number of evaluations
+                continue
+            images = comparison.reference if result is None else result.images
+            ax.imshow(montage(images[keep], gap), interpolation="nearest" if width <= 64 else "antialiased")
             if result is None:
                 ax.set_title(f"{n} evaluations", fontsize=12, fontweight="bold", pad=7)
                 continue

@@ -25,6 +25,8 @@ from diffusers_sde import (
     report,
 )
 from diffusers_sde.cli import main
+from diffusers_sde.named_samplers import UsageError
+from diffusers_sde.problems import load_pipeline, make_problem
 
 COMPONENTS, DIM = 5, 16
 FILES = ["error.png", "grid.png", "results.csv"]
@@ -369,3 +371,13 @@ def test_calibrated_scheduler_of_another_process_is_refused(mixture_folder, tmp_
     named_samplers.make_scheduler("calibrated", config)
     with pytest.raises(named_samplers.UsageError, match="beta_end"):
         named_samplers.make_scheduler("calibrated", {**config, "beta_end": 0.03})
+
+
+def test_a_calibrated_sampler_is_shown_where_it_was_learned():
+    """Elsewhere it is the exact solver on an interpolated grid, which is another row of the sheet already."""
+    pipe = load_pipeline("fashion_mnist")
+    problem = make_problem(pipe, num_images=1, seed=0)
+    assert compare.offered("calibrated", 5, problem) and not compare.offered("calibrated", 20, problem)
+    assert compare.offered("unipc", 20, problem)
+    with pytest.raises(UsageError, match="4, 5, 6, 8, 10 evaluations: add one of them to --steps"):
+        compare.check_samplers(["calibrated"], [20, 30], problem)
