@@ -76,7 +76,7 @@ def test_a_killed_process_resumes_bit_for_bit(
     while not checkpoints(output) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    process.communicate()
+    process.communicate(timeout=300)
     assert checkpoints(output) and not (output / WEIGHTS).exists(), "killed too late to show anything"
     assert train_here(resumable(data, output, config, resume_from_checkpoint="latest")) == 0
     assert losses(output) == losses(trained)
@@ -147,7 +147,7 @@ def test_two_processes_are_one_with_a_doubled_batch(data: Path, config: Path, tm
     """``accelerate launch --num_processes 2 --cpu -m diffusers_sde.train`` on 64 images, with sample sheets from both
     processes: the loss curve of one process with batch 8."""
     two = launch(common(data, tmp_path / "two", config, 6, num_validation_images=5), processes=2)
-    said = two.communicate()[0]
+    said = two.communicate(timeout=300)[0]
     assert two.returncode == 0, said
     assert re.search(r"processes: +2", said)
     assert train_here(common(data, tmp_path / "one", config, 6, train_batch_size=8, num_validation_images=5)) == 0

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace, command: str) -> int:
+    """Start Accelerate, train, and part in an orderly way; returns the exit status."""
     output = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -49,6 +50,18 @@ def train(args: argparse.Namespace, command: str) -> int:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / args.logging_dir)),
     )
+    status = work(args, command, accelerator)
+    # every process: no one leaves while another still writes, and DDP's reducer goes before its process group, which
+    # its destructor would otherwise wait for
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator.end_training()
+    return status
+
+
+def work(args: argparse.Namespace, command: str, accelerator: Accelerator) -> int:
+    """Plan, session, loop, results; returns the exit status."""
+    output = Path(args.output_dir)
     resumed = find_checkpoint(output, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     task, images, classes = build_task(args)
     plan = make_plan(args, images, accelerator.num_processes)
@@ -66,5 +79,4 @@ def train(args: argparse.Namespace, command: str) -> int:
     status = run_steps(session, stream, loss_of)
     if status == 0 and session.progress.step >= plan.steps:
         finish(session, command)
-    accelerator.end_training()
     return status
