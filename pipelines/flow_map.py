@@ -9,17 +9,17 @@ and between jumps the sample is re-noised by ``gamma`` (CTM, Kim et al. 2023, ar
 gamma = 1 is the multistep sampler of consistency models (Song et al. 2023, arXiv:2303.01469, algorithm 1), gamma = 0
 deterministic jumps, for networks that know their target (MeanFlow, Geng et al. 2025, arXiv:2505.13447).
 
-Usage, with a model of ``python -m diffusers_sde.train --objective consistency`` (or ``mean_flow``):
+Usage, with the embedded flow map or another model of ``diffusers_sde.train --objective mean_flow`` or ``consistency``:
 
 ```python
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
-import diffusers_sde
+from diffusers_sde.assets import FLOW_MAP_MODEL
 
 pipe = DiffusionPipeline.from_pretrained(
-    "few_step_model", custom_pipeline="pipelines/flow_map.py", trust_remote_code=True
+    FLOW_MAP_MODEL, custom_pipeline="pipelines/flow_map.py", trust_remote_code=True
 )
 rows = []
 for steps in (1, 2, 4):

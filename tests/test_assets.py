@@ -4,7 +4,13 @@ import torch
 from diffusers import DDPMPipeline
 
 from diffusers_sde import ProbabilityFlowScheduler
-from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
+from diffusers_sde.assets import (
+    DEFAULT_MODEL,
+    embedded_models,
+    load_default_classifier,
+    load_default_flow_map,
+    load_default_model,
+)
 from diffusers_sde.sampling import network_denoiser, sample
 
 TROUSER, BOOT = 1, 9
@@ -30,3 +36,28 @@ def test_it_draws_its_classes():
     upper, lower = light[:, 0, :15].mean((1, 2)), light[:, 0, 15:].mean((1, 2))
     assert ((upper / lower)[:3] > 1.1).all() and ((upper / lower)[3:] < 0.9).all()
     assert (light.mean((1, 2, 3)) > 0.05).all() and light.amax() > 0.6
+
+
+def test_the_flow_map_draws_its_classes_in_two_and_four_steps():
+    """The classifier, which never saw a sample, agrees with most labels; guidance is built in."""
+    pipe, classifier = load_default_flow_map(), load_default_classifier().eval()
+    labels, scheduler = torch.arange(30) % 10, pipe.scheduler
+    for steps in (2, 4):
+        scheduler.set_timesteps(steps)
+        x = torch.randn(30, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                target = scheduler.target_timestep(t)
+                x = scheduler.step(pipe.unet(x, t, labels, target_timestep=target).sample, t, x).prev_sample
+            right = classifier(x.clamp(-1, 1), 0.0).argmax(1) == labels
+        assert right.float().mean() > 0.8
+
+
+def test_every_embedded_model_is_class_conditional_and_small():
+    models = embedded_models()
+    assert list(models) == ["fashion_mnist", "noto_emoji"]
+    for folder in models.values():
+        unet = DDPMPipeline.from_pretrained(folder).unet
+        assert unet.config.num_class_embeds and 2e6 < sum(p.numel() for p in unet.parameters()) < 4e6
+        assert (folder / "README.md").is_file() and (folder / "samples.png").is_file()
+        assert (folder / "unet/diffusion_pytorch_model.safetensors").stat().st_size < 8e6

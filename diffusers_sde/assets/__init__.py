@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DiffusionPipeline
 
 from diffusers_sde.classifier import NoisyClassifierModel
 
 ASSETS = Path(__file__).parent
 DEFAULT_MODEL = ASSETS / "fashion_mnist"
+FLOW_MAP_MODEL = ASSETS / "flow_maps" / "fashion_mnist"
 
 
 def embedded_models() -> dict[str, Path]:
@@ -25,3 +26,9 @@ def load_default_classifier() -> NoisyClassifierModel:
     """``log p(label | x_t, t)`` up to a constant for noisy pictures of the default model's process, for classifier
     guidance (float32)."""
     return NoisyClassifierModel.from_pretrained(DEFAULT_MODEL / "classifier")
+
+
+def load_default_flow_map() -> DiffusionPipeline:
+    """The few-step form of the embedded model: a ``FlowMapUNet2DModel`` with guidance 2 built in (float32) and its
+    :class:`FlowMapScheduler`, distilled from it."""
+    return DiffusionPipeline.from_pretrained(FLOW_MAP_MODEL)
