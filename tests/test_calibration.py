@@ -470,6 +470,8 @@ s = calibrate(network_denoiser(mixture()), scheduler=ProbabilityFlowScheduler(),
               num_inference_steps=[4], num_samples=16, batch_size=4, progress=False)
 with open({out!r} + str(state.process_index) + "-of-" + str(state.num_processes), "w") as file:
     json.dump(s.config.calibration, file)
+state.wait_for_everyone()
+state.destroy_process_group()
 """
 
 

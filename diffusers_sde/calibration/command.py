@@ -15,7 +15,7 @@ import torch
 
 from diffusers_sde.assets import DEFAULT_MODEL
 from diffusers_sde.calibration import calibrate
-from diffusers_sde.calibration.processes import is_main
+from diffusers_sde.calibration.processes import is_main, part
 from diffusers_sde.named_samplers import UsageError
 from diffusers_sde.problems import load_pipeline
 
@@ -76,4 +76,5 @@ def run(args: argparse.Namespace) -> int:
     if is_main():
         scheduler.save_pretrained(output)
         print(f"Written to {args.output_dir}; use it with CalibratedScheduler.from_pretrained({args.output_dir!r}).")
+    part()
     return 0

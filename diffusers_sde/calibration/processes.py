@@ -40,3 +40,10 @@ def total(values: np.ndarray) -> np.ndarray:
 def wait() -> None:
     """Until every process is here."""
     _state().wait_for_everyone()
+
+
+def part() -> None:
+    """The end of a program of several processes: nobody leaves before the others are done."""
+    if _state().num_processes > 1:
+        wait()
+        _state().destroy_process_group()
