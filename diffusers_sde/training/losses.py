@@ -20,9 +20,10 @@ from diffusers_sde.paths import Path, VarianceExploding
 from diffusers_sde.training.networks import Task, call_network
 from diffusers_sde.training.objectives import draw_times, loss_weights, prediction_targets, regression_loss
 from diffusers_sde.training.randomness import generator_of
+from diffusers_sde.training.samples import SAMPLE_STREAM
 
 Loss = Callable[[Any, dict[str, Any]], torch.Tensor]
-_NOISE, _LATENT = 1, 2  # streams of random numbers of one sample
+_NOISE = 1  # the stream of a sample's random numbers that its noise, times and dropped condition come from
 
 
 @dataclass
@@ -51,7 +52,7 @@ def draw(args: argparse.Namespace, task: Task, batch: dict[str, Any], global_bat
     else:
         x0 = batch["pixel_values"].to(device)
         if task.vae is not None:
-            x0 = encode(task.vae, x0, [generator_of(args.seed, int(p), _LATENT) for p in batch["positions"]])
+            x0 = encode(task.vae, x0, [generator_of(args.seed, int(p), SAMPLE_STREAM) for p in batch["positions"]])
     eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(device)
 
     def kept(values: Any) -> list[Any] | None:

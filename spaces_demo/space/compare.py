@@ -119,13 +119,9 @@ def _seconds(request: Request) -> int:
     return duration(request.model, request.budgets, request.samplers, reference_steps(request))
 
 
-@on_gpu(_seconds)
-def sheets(request: Request) -> Iterator[Sheet]:
-    """The sheet after each solution: first a cell, then the reference, the other cells, the reference's own error.
-
-    Stop iterating to cancel.  Raises :class:`UsageError` for a sampler that does not fit the model.
-    """
-    problem = models.problem(
+def _problem(request: Request) -> Any:
+    """What every cell of a request solves."""
+    return models.problem(
         request.model,
         choice=request.choice,
         prompt=request.prompt,
@@ -133,6 +129,15 @@ def sheets(request: Request) -> Iterator[Sheet]:
         guidance=request.guidance,
         images=request.images,
     )
+
+
+@on_gpu(_seconds)
+def sheets(request: Request) -> Iterator[Sheet]:
+    """The sheet after each solution: first a cell, then the reference, the other cells, the reference's own error.
+
+    Stop iterating to cancel.  Raises :class:`UsageError` for a sampler that does not fit the model.
+    """
+    problem = _problem(request)
     check_samplers(request.samplers, request.budgets, problem)
     cells = [(name, n) for n in request.budgets for name in request.samplers]
     steps = reference_steps(request)
@@ -206,14 +211,7 @@ def changes(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 def program(request: Request, sampler: str, budget: int) -> str:
     """A Python program whose ``images`` are the pixels of this cell."""
     model = models.find(request.model)
-    problem = models.problem(
-        request.model,
-        choice=request.choice,
-        prompt=request.prompt,
-        seed=request.seed,
-        guidance=request.guidance,
-        images=request.images,
-    )
+    problem = _problem(request)
     scheduler, steps = make_scheduler(sampler, problem.config), SAMPLERS[sampler].steps(budget)
     name, ours = type(scheduler).__name__, type(scheduler).__module__.startswith("diffusers_sde")
     package = "diffusers_sde" if ours else "diffusers"
