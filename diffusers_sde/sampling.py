@@ -1,7 +1,7 @@
 """The sampling loop, for networks that have no pipeline of their own call: compare, bench and tests use it.
 
-Knows how to call an unconditional or class-conditional network with classifier-free guidance, and how to drive any
-scheduler, ours or diffusers', from given noise.  Knows no particular model or scheduler.
+Knows how to call an unconditional or class-conditional network with classifier-free guidance or as a flow map, and how
+to drive any scheduler, ours or diffusers', from given noise.  Knows no particular model or scheduler.
 """
 
 from __future__ import annotations
@@ -42,6 +42,18 @@ def network_denoiser(
         return torch.lerp(null, conditional, guidance_scale)
 
     return guided
+
+
+def flow_map_denoiser(network: torch.nn.Module, scheduler: Any, class_labels: torch.Tensor | None = None) -> Denoiser:
+    """``denoiser(sample, timestep)`` of a flow map network, told where the step jumps to if it was trained so
+    (``scheduler.config.flow_map == "mean_flow"``); its guidance is built in."""
+    told = {} if class_labels is None else {"class_labels": class_labels}
+
+    def denoiser(sample: torch.Tensor, t: Any) -> torch.Tensor:
+        target = {"target_timestep": scheduler.target_timestep(t)} if scheduler.config.flow_map == "mean_flow" else {}
+        return network(sample, t, return_dict=False, **told, **target)[0]
+
+    return denoiser
 
 
 @torch.no_grad()

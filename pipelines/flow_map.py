@@ -38,6 +38,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import FlowMapScheduler
 from diffusers_sde.pipeline_io import check_output_type, initial_noise, label_tensor, pictures
+from diffusers_sde.sampling import flow_map_denoiser
 
 
 class FlowMapPipeline(DiffusionPipeline):
@@ -72,7 +73,6 @@ class FlowMapPipeline(DiffusionPipeline):
             )
         check_output_type(output_type)
         labels = label_tensor(self.unet, class_labels, batch_size)
-        told = {} if labels is None else {"class_labels": labels}
         batch = (batch_size or 1) if labels is None else len(labels)
         scheduler = self.scheduler
         x = initial_noise(self.unet, scheduler, batch, generator, latents)
@@ -80,10 +80,9 @@ class FlowMapPipeline(DiffusionPipeline):
             scheduler.set_timesteps(num_inference_steps, device=x.device)
         else:
             scheduler.set_timesteps(timesteps=timesteps, device=x.device)
+        denoiser = flow_map_denoiser(self.unet, scheduler, labels)
         for t in self.progress_bar(scheduler.timesteps):
-            if scheduler.config.flow_map == "mean_flow":
-                told["target_timestep"] = scheduler.target_timestep(t)
-            m = self.unet(scheduler.scale_model_input(x, t), t, return_dict=False, **told)[0]
+            m = denoiser(scheduler.scale_model_input(x, t), t)
             x = scheduler.step(m, t, x, generator=generator, return_dict=False)[0]
         images = pictures(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -80,16 +80,18 @@ def default_network(resolution: int, channels: int, classes: int) -> diffusers.U
     )
 
 
-def network_from_config(source: str, classes: int) -> Any:
-    """A fresh network from ``--model_config``: a JSON file or a model folder, whose ``_class_name`` is a class of
-    diffusers (default ``UNet2DModel``).  The number of classes is that of the data.
-
-    Raises ``ValueError`` for a file that does not exist or names no model.
-    """
+def read_model_config(source: str) -> dict[str, Any]:
+    """The config in ``--model_config``, a JSON file or a model folder; raises ``ValueError`` where there is none."""
     file = File(source) / "config.json" if File(source).is_dir() else File(source)
     if not file.is_file():
         raise ValueError(f"--model_config {source} does not exist: pass a JSON file or a folder with a config.json.")
-    config = json.loads(file.read_text())
+    return json.loads(file.read_text())
+
+
+def network_from_config(source: str, classes: int) -> Any:
+    """A fresh network from ``--model_config``, whose ``_class_name`` is a class of diffusers (default ``UNet2DModel``).
+    The number of classes is that of the data.  Raises ``ValueError`` for a config that names no model."""
+    config = read_model_config(source)
     cls = getattr(diffusers, config.get("_class_name", "UNet2DModel"), None)
     if cls is None or not hasattr(cls, "from_config"):
         raise ValueError(f"--model_config {source} names {config.get('_class_name')!r}, which diffusers does not have.")
@@ -314,6 +316,13 @@ def add_lora(task: Task, rank: int, targets: Sequence[str] = LORA_TARGETS) -> No
     for parameter in task.network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def place(task: Task, device: Any) -> None:
+    """Move every module of the task's pipeline but its network to ``device``; Accelerate places that one."""
+    for part in task.pipe.components.values():
+        if isinstance(part, torch.nn.Module) and part is not task.network:
+            part.to(device)
 
 
 def save_weights(task: Task, state: dict[str, torch.Tensor], folder: File, lora: bool, dtype: torch.dtype) -> None:

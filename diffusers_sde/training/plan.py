@@ -121,7 +121,8 @@ def image_channels(pipe: Any, model_config: str | None) -> int | None:
         network = vae if vae is not None else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
         return int(network.config.in_channels) if network is not None else None
     if model_config:
-        return int(networks.network_from_config(model_config, 0).config.in_channels)
+        said = networks.read_model_config(model_config).get("in_channels")
+        return int(said or networks.network_from_config(model_config, 0).config.in_channels)
     return None
 
 

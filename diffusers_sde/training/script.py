@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
@@ -22,6 +21,7 @@ from diffusers_sde.training.arguments import parse_args
 from diffusers_sde.training.checkpoints import find_checkpoint
 from diffusers_sde.training.loop import NotFinite, run_steps
 from diffusers_sde.training.losses import make_loss
+from diffusers_sde.training.networks import place
 from diffusers_sde.training.plan import build_task, build_teacher, describe, make_plan
 from diffusers_sde.training.results import finish
 from diffusers_sde.training.session import prepare
@@ -71,9 +71,8 @@ def work(args: argparse.Namespace, command: str, accelerator: Accelerator) -> in
         return 0
     teacher = build_teacher(args, task, classes, images.captions)
     if teacher is not None:
-        for part in teacher.pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.to(accelerator.device)
+        place(teacher, accelerator.device)
+        teacher.network.to(accelerator.device)
     session, stream = prepare(args, accelerator, task, images, classes, plan, resumed)
     loss_of = make_loss(args, task, teacher, plan.global_batch)
     status = run_steps(session, stream, loss_of)

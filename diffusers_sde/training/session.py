@@ -19,7 +19,7 @@ from diffusers.optimization import get_scheduler
 from diffusers_sde.training.checkpoints import prune, publish
 from diffusers_sde.training.data import Samples, batches, cache_latents
 from diffusers_sde.training.ema import PowerEMA
-from diffusers_sde.training.networks import Task
+from diffusers_sde.training.networks import Task, place
 from diffusers_sde.training.plan import Plan
 
 
@@ -81,9 +81,7 @@ def prepare(
     """Optimizer, schedule and averages around the network, as they were at the checkpoint; the stream of batches."""
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    for other in task.pipe.components.values():
-        if isinstance(other, torch.nn.Module) and other is not task.network:
-            other.to(accelerator.device)
+    place(task, accelerator.device)
     if args.cache_latents:
         with accelerator.main_process_first():
             images = cache_latents(

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from diffusers_sde.problems import spread_labels
-from diffusers_sde.sampling import network_denoiser, sample
+from diffusers_sde.sampling import flow_map_denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import FlowMapScheduler, ProbabilityFlowScheduler
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.randomness import generator_of
@@ -60,14 +60,10 @@ def _samples(
         shape = (task.network.config.in_channels, *((size, size) if isinstance(size, int) else size))
         device = task.network.device
         known = torch.tensor(labels, device=device) if labels and task.network.config.num_class_embeds else None
-        if not isinstance(scheduler, FlowMapScheduler):
+        if isinstance(scheduler, FlowMapScheduler):
+            denoiser = flow_map_denoiser(task.network, scheduler, known)
+        else:
             denoiser = network_denoiser(task.network, known, 1.0 if known is None else scale)
-        elif scheduler.config.flow_map == "mean_flow":
-            denoiser = lambda x, t: task.network(  # noqa: E731
-                x, t, known, return_dict=False, target_timestep=scheduler.target_timestep(t)
-            )[0]
-        else:  # guidance is built into a flow map
-            denoiser = network_denoiser(task.network, known)
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
         scheduler.set_timesteps(steps)
         return sample(denoiser, scheduler, noise).clamp(-1, 1)
