@@ -32,6 +32,13 @@ def test_the_api_is_four_endpoints(client: Client) -> None:
     assert set(named) == {"/compare", "/trajectory", "/playground", "/error_lab"}
 
 
+def test_no_change_of_a_control_is_dropped(client: Client) -> None:
+    """With gradio's trigger mode "once", a change during an answer is dropped, and what is shown is not what is set."""
+    watching = [d for d in client.config["dependencies"] if {e for _, e in d["targets"]} & {"change", "input"}]
+    assert len(watching) >= 7
+    assert {d["trigger_mode"] for d in watching} == {"always_last"}
+
+
 def test_compare(client: Client) -> None:
     answer = client.predict(budgets=[2, 3], samplers=["pf-ode", "euler-a"], images=1, seed=5, api_name="/compare")
     assert [(c["sampler"], c["evaluations"]) for c in answer["cells"]] == [

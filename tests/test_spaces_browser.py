@@ -1,6 +1,6 @@
 """The Space in a real browser: every tab does its work, nothing is logged as an error, nothing is fetched from outside.
 
-Run with ``SPACE_BROWSER=1``; ``SPACE_SCREENSHOTS=<folder>`` also saves what the browser shows.
+``SPACE_SCREENSHOTS=<folder>`` also saves what the browser shows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ sync_api = pytest.importorskip(
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
-    # one run in a few still waits in vain for an element: until that is found, not part of every run
-    pytest.mark.skipif("SPACE_BROWSER" not in os.environ, reason="set SPACE_BROWSER=1 to drive a real browser"),
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"),
 ]
 SETTINGS = (
@@ -109,6 +107,23 @@ def test_compare_fills_a_sheet(browser: Any, url: str, way: str) -> None:
     visit.finish("compare")
 
 
+def test_a_second_comparison_replaces_the_first(browser: Any, url: str) -> None:
+    visit = Visit(browser, url, "light")
+    page = visit.open("Compare")
+    assert page.locator("#compare-slider").count() == 0  # nothing empty is shown
+    page.get_by_label("Evaluations").fill("5")
+    for name in ("calibrated", "dpm++2m", "unipc"):
+        page.locator("#compare-samplers").get_by_label(name, exact=True).uncheck()
+    page.locator("#compare-run").click()
+    page.wait_for_selector("#compare-slider img")
+    first = page.locator("#compare-slider img").evaluate_all("images => images.map(i => i.src)")
+    page.get_by_label("Seed").first.fill("5")
+    page.locator("#compare-run").click()
+    changed = "old => [...document.querySelectorAll('#compare-slider img')].filter(i => !old.includes(i.src)).length"
+    page.wait_for_function(f"{changed} == 2", arg=first)
+    visit.finish("second")
+
+
 def test_compare_can_be_cancelled(browser: Any, url: str) -> None:
     visit = Visit(browser, url, "light")
     page = visit.open("Compare")
@@ -123,8 +138,9 @@ def test_compare_can_be_cancelled(browser: Any, url: str) -> None:
     visit.finish("cancelled")
 
 
-def test_trajectory_plays_and_slides(browser: Any, url: str) -> None:
-    visit = Visit(browser, url, "light")
+@pytest.mark.parametrize("way", ("dark", "phone"))
+def test_trajectory_plays_and_slides(browser: Any, url: str, way: str) -> None:
+    visit = Visit(browser, url, way)
     page = visit.open("Trajectory")
     page.locator("#trajectory-run").click()
     page.wait_for_selector("#trajectory-player .noisy")
@@ -141,8 +157,9 @@ def test_trajectory_plays_and_slides(browser: Any, url: str) -> None:
     visit.finish("trajectory")
 
 
-def test_playground_answers_every_change(browser: Any, url: str) -> None:
-    visit = Visit(browser, url, "light")
+@pytest.mark.parametrize("way", ("dark", "phone"))
+def test_playground_answers_every_change(browser: Any, url: str, way: str) -> None:
+    visit = Visit(browser, url, way)
     page = visit.open("2-D playground")
     plot_is_drawn(page, "#playground-plot")
     note = page.locator("text=Sliced Wasserstein")
@@ -158,11 +175,18 @@ def test_playground_answers_every_change(browser: Any, url: str) -> None:
     page.mouse.up()
     page.wait_for_function("b => !document.body.innerText.includes(b)", arg=before)
     assert page.get_by_label("drawn").is_checked()
+    before = note.inner_text()
+    page.mouse.move(box["x"] + 260, box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 300, box["y"] + 220, steps=12)
+    page.mouse.up()
+    page.wait_for_function("b => !document.body.innerText.includes(b)", arg=before)  # a second stroke adds to it
     visit.finish("playground")
 
 
-def test_error_lab_measures_at_the_first_visit(browser: Any, url: str) -> None:
-    visit = Visit(browser, url, "light")
+@pytest.mark.parametrize("way", ("dark", "phone"))
+def test_error_lab_measures_at_the_first_visit(browser: Any, url: str, way: str) -> None:
+    visit = Visit(browser, url, way)
     page = visit.open("Error lab")
     plot_is_drawn(page, "#errors-plot")
     plot_is_drawn(page, "#errors-budget")

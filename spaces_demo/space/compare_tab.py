@@ -91,7 +91,7 @@ def _cell(sheet: compare.Sheet, name: str, budget: int, best: float | None, chos
 def run(
     model: str, choice: str, prompt: str, seed: Any, budgets: str, samplers: list[str], guidance: Any
 ) -> Iterator[tuple]:
-    """Stream the sheet: (html, state, left, right, code, sheet file, csv file)."""
+    """Stream the sheet: (html, state, left, right, code, sheet file, csv file, the part below the sheet)."""
     request = compare.checked(
         model=model, choice=choice, prompt=prompt, seed=seed, budgets=budgets, samplers=samplers, guidance=guidance
     )
@@ -99,7 +99,7 @@ def run(
     first = cell_name(request.samplers[0], request.budgets[0])
     sheet = None
     for sheet in compare.sheets(request):
-        yield render(sheet, first), sheet, keep, keep, keep, keep, keep
+        yield render(sheet, first), sheet, *[keep] * 6
     assert sheet is not None
     names = [cell_name(r.sampler, r.budget) for r in sheet.results]
     files = compare.write_files(sheet, Path(tempfile.mkdtemp(prefix="compare-")))
@@ -110,6 +110,7 @@ def run(
         gr.update(choices=[REFERENCE, *names], value=REFERENCE),
         compare.program(request, *parse_cell(first)),
         *(gr.update(value=str(file), interactive=True) for file in files),
+        gr.update(visible=True),
     )
 
 
@@ -167,7 +168,7 @@ def build(_tab: gr.Tab) -> None:
             choice = gr.Dropdown(["mix", *model.classes], value="mix", label="Class")
             prompt = gr.Textbox(label="Prompt", visible=False, max_length=inputs.MAX_PROMPT, lines=2)
             preferred = [name for name in compare.DEFAULT_SAMPLERS if name in fitting]
-            samplers = gr.CheckboxGroup(fitting, value=preferred, label="Samplers")
+            samplers = gr.CheckboxGroup(fitting, value=preferred, label="Samplers", elem_id="compare-samplers")
             budgets = gr.Textbox("5, 10", label="Evaluations", info=f"up to {inputs.MAX_BUDGETS} numbers to 100")
             with gr.Row():
                 guidance = gr.Number(model.guidance, label="Guidance", minimum=0, maximum=20, step=0.5, min_width=90)
@@ -181,16 +182,17 @@ def build(_tab: gr.Tab) -> None:
             with gr.Row():
                 sheet_file = gr.DownloadButton("Sheet (PNG)", interactive=False, size="sm", elem_id="compare-png")
                 csv_file = gr.DownloadButton("Table (CSV)", interactive=False, size="sm", elem_id="compare-csv")
-            gr.HTML('<h4 class="part">Two cells, one over the other</h4>')
-            with gr.Row():
-                left = gr.Dropdown([], label="Left: the chosen cell", min_width=140, elem_id="compare-left")
-                right = gr.Dropdown([], label="Right", min_width=140)
-            slider = gr.ImageSlider(
-                show_label=False, format="png", interactive=False, elem_id="compare-slider", buttons=[]
-            )
-            code = gr.Code(language="python", label="The chosen cell as a program", interactive=False, lines=6)
+            with gr.Column(visible=False) as details:  # from the first sheet on
+                gr.HTML('<h4 class="part">Two cells, one over the other</h4>')
+                with gr.Row():
+                    left = gr.Dropdown([], label="Left: the chosen cell", min_width=140, elem_id="compare-left")
+                    right = gr.Dropdown([], label="Right", min_width=140)
+                slider = gr.ImageSlider(
+                    show_label=False, format="png", interactive=False, elem_id="compare-slider", buttons=[]
+                )
+                code = gr.Code(language="python", label="The chosen cell as a program", interactive=False, lines=6)
 
-    outputs = [sheet_html, state, left, right, code, sheet_file, csv_file]
+    outputs = [sheet_html, state, left, right, code, sheet_file, csv_file, details]
     options: dict[str, Any] = {"api_visibility": "private"}
     running = gr.on(
         [start.click, prompt.submit, budgets.submit],
@@ -204,10 +206,18 @@ def build(_tab: gr.Tab) -> None:
     )
     stop.click(None, cancels=[running], **options)
     key.change(for_model, key, [choice, prompt, guidance, samplers], show_progress="hidden", **options)
-    quick: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8, **options}
+    # always_last: a new sheet changes left and right at once, and the second change must not be dropped
+    quick: dict[str, Any] = {
+        "show_progress": "hidden",
+        "concurrency_limit": 8,
+        "trigger_mode": "always_last",
+        **options,
+    }
     sheet_html.select(clicked, None, left, **quick)
     left.change(choose, [state, left], [sheet_html, code], **quick)
     gr.on([left.change, right.change], slide, [state, left, right], slider, **quick)
+    # a second sheet's chosen cells may have the names of the first one's: nothing changes then but the pictures
+    running.then(slide, [state, left, right], slider, **quick)
 
 
 # -- the API --

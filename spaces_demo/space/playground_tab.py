@@ -121,7 +121,7 @@ def build(tab: gr.Tab) -> None:
     controls = [distribution, points, tau, order, clock, grid, steps, particles, seed, component, scale]
     outputs = [plot, said, free, monte_carlo, effective, guided_said]
     options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    changes = [c.change for c in controls if c is not points and c is not distribution]
+    changes = [c.change for c in controls if c is not distribution]
     gr.on(
         [*changes, distribution.input],
         run,
@@ -132,9 +132,7 @@ def build(tab: gr.Tab) -> None:
         concurrency_id="playground",
         **options,
     )
-    canvas.input(drawn, None, [points, distribution], **options).then(
-        run, controls, outputs, concurrency_limit=4, concurrency_id="playground", **options
-    )
+    canvas.input(drawn, None, [points, distribution], trigger_mode="always_last", **options)
     tab.select(run, controls, outputs, **options)
 
 
