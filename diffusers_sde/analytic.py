@@ -35,7 +35,9 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         process: config of the forward process as in :func:`diffusers_sde.paths.path_from_config`; default DDPM's.
 
     ``forward(sample, timestep, class_labels=None)`` returns what the process's ``prediction_type`` says; class label k
-    conditions on component k, label K (or None) on nothing.  Arithmetic in float64, results in the sample's dtype.
+    conditions on component k, label K (or None) on nothing.  ``sample`` is the state itself, under EDM too, where
+    networks are shown ``x / sqrt(sigma^2 + sigma_data^2)`` (``scale_model_input``): multiply it back there.
+    Arithmetic in float64, results in the sample's dtype.
     Raises ``ValueError`` for shapes that do not fit.
     """
 

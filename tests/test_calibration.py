@@ -22,7 +22,7 @@ from tiny_pipelines import PIPELINES
 import diffusers_sde
 from diffusers_sde import CalibratedScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler, calibrate
 from diffusers_sde.analytic import GaussianMixtureModel
-from diffusers_sde.bench import oracle
+from diffusers_sde.benchmarks.common import oracle
 from diffusers_sde.calibration.dynamic_program import best_grids, step_costs
 from diffusers_sde.calibration.fit import Samples, fit_tables, mean_error, ridge_correction, subgrid
 from diffusers_sde.calibration.refine import Refiner, directions, iteration_cost

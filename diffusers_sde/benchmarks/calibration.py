@@ -19,8 +19,16 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_sde import bench
 from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
+from diffusers_sde.benchmarks.common import (
+    PROCESSES,
+    oracle,
+    print_table,
+    reference_solution,
+    rmse,
+    sliced_wasserstein,
+)
+from diffusers_sde.benchmarks.competition import stock_odes
 from diffusers_sde.calibration import calibrate
 from diffusers_sde.calibration.plan import STOCK
 from diffusers_sde.named_samplers import CALIBRATED, SAMPLERS, make_scheduler
@@ -48,11 +56,11 @@ class Case:
 def oracles(seed: int) -> Iterator[Case]:
     """The bench's mixtures under both betas and flow matching, and one guided with weight 7.5 to its components."""
     for name, process, scale in (
-        *((f"mixture, {name} betas", process, None) for name, process in bench.PROCESSES.items()),
+        *((f"mixture, {name} betas", process, None) for name, process in PROCESSES.items()),
         ("mixture, flow matching", FLOW, None),
-        ("mixture, guidance 7.5", bench.PROCESSES["scaled linear"], 7.5),
+        ("mixture, guidance 7.5", PROCESSES["scaled linear"], 7.5),
     ):
-        model, n = bench.oracle(seed=seed, process=process), ORACLE_SAMPLES
+        model, n = oracle(seed=seed, process=process), ORACLE_SAMPLES
         components = len(model.config.weights)
         model.register_to_config(num_class_embeds=components + 1)
         labels = torch.arange(n) % components
@@ -90,7 +98,7 @@ def networks(seed: int, num_images: int, guidance_scales: list[float], shipped: 
 def competition(config: dict[str, Any], n: int) -> Iterator[tuple[str, Any]]:
     """Every stock setting of the bench; for flow matching the named stock samplers."""
     if not config.get("use_flow_sigmas"):
-        yield from bench.stock_odes(config, n)
+        yield from stock_odes(config, n)
         return
     for name in STOCK:
         with contextlib.suppress(ValueError):
@@ -101,7 +109,7 @@ def competition(config: dict[str, Any], n: int) -> Iterator[tuple[str, Any]]:
 
 def errors(case: Case, scheduler: CalibratedScheduler) -> None:
     """Error to the converged solution from fresh noise at each number of steps, and the ratios."""
-    reference = bench.reference_solution(case.denoiser, case.noise, case.config, 160)
+    reference = reference_solution(case.denoiser, case.noise, case.config, 160)
     exact = ProbabilityFlowScheduler.from_config(case.config, clip_sample=False)
     table: dict[str, list[str]] = {
         k: [] for k in ("best of diffusers", "exact (default)", "calibrated", "to exact", "to diffusers", "setting")
@@ -110,11 +118,11 @@ def errors(case: Case, scheduler: CalibratedScheduler) -> None:
         best = (float("inf"), "")
         for name, stock in competition(case.config, n):
             with contextlib.suppress(Exception):  # a stock scheduler that crashes on its own grid is no competition
-                best = min(best, (bench.rmse(sample(case.denoiser, stock, case.noise), reference), name))
+                best = min(best, (rmse(sample(case.denoiser, stock, case.noise), reference), name))
         found = []
         for own in (exact, scheduler):
             own.set_timesteps(n)
-            found.append(bench.rmse(sample(case.denoiser, own, case.noise), reference))
+            found.append(rmse(sample(case.denoiser, own, case.noise), reference))
         cells = (
             *(f"{v:.4f}" for v in (best[0], *found)),
             *(f"{found[1] / v:.2f}" for v in (found[0], best[0])),
@@ -124,7 +132,7 @@ def errors(case: Case, scheduler: CalibratedScheduler) -> None:
             values.append(cell)
     settings = table.pop("setting")
     title = f"Calibrated samplers, error to the exact ODE solution: {case.name}, {len(case.noise)} samples"
-    bench.print_table(title, ["", *(f"{n} NFE" for n in STEPS)], [[k, *v] for k, v in table.items()])
+    print_table(title, ["", *(f"{n} NFE" for n in STEPS)], [[k, *v] for k, v in table.items()])
     print("best of diffusers was: " + "; ".join(f"{n}: {name}" for n, name in zip(STEPS, settings, strict=True)))
 
 
@@ -188,10 +196,10 @@ def quality(scheduler: CalibratedScheduler, scale: float, folder: str, count: in
             own.set_timesteps(n)
             made.append(sample(network_denoiser(pipe.unet, labels, scale), own, part))
         images = torch.cat(made)
-        distances = (bench.sliced_wasserstein(images, real), frechet(features(pipe, images), real_features))
+        distances = (sliced_wasserstein(images, real), frechet(features(pipe, images), real_features))
         rows.append([f"{name}, {n} NFE", *(f"{v:.4f}" for v in distances)])
     title = f"Distance of {count} samples to training images: embedded network, guidance {scale:g}"
-    bench.print_table(title, ["", "sliced Wasserstein", "Frechet, own features"], rows)
+    print_table(title, ["", "sliced Wasserstein", "Frechet, own features"], rows)
 
 
 def measure(

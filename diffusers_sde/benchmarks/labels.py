@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_sde import bench
 from diffusers_sde.assets import load_default_classifier, load_default_model
+from diffusers_sde.benchmarks.common import print_table
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
 
@@ -35,4 +35,4 @@ def measure(seed: int = 0) -> None:
         worst = min(agreed[labels == k].mean().item() for k in range(classes))
         rows.append([f"{scale:g}", f"{100 * agreed.mean().item():.1f} %", f"{100 * worst:.0f} %"])
     title = f"The classifier agrees with the label: {COUNT} samples of {STEPS} evaluations"
-    bench.print_table(title, ["guidance", "all classes", "worst class"], rows)
+    print_table(title, ["guidance", "all classes", "worst class"], rows)

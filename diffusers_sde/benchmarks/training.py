@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from diffusers_sde.benchmarks.common import print_table
 from diffusers_sde.training.networks import default_network
 
 RESOLUTION, BATCH, IMAGES = 32, 16, 256
@@ -32,8 +33,6 @@ RATE = 1e-4
 def measure(steps: int = 12, repeats: int = 3) -> None:
     """Median milliseconds of a step over ``repeats`` processes of ``steps`` steps for each loop, interleaved, and the
     largest resident memory of any of them."""
-    from diffusers_sde.bench import print_table
-
     times: dict[str, list[float]] = {name: [] for name in LOOPS}
     overheads: dict[str, list[float]] = {name: [] for name in LOOPS}
     memory: dict[str, float] = dict.fromkeys(LOOPS, 0.0)

@@ -1,0 +1,114 @@
+"""``diffusers-sde bench --sections oracle network robustness``: error to the exact ODE solution against evaluations.
+
+Knows our settings and what they are measured on: mixture oracles and the embedded network, all from the same noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from typing import Any
+
+import diffusers
+import torch
+from tqdm.auto import tqdm
+
+from diffusers_sde.assets import load_default_model
+from diffusers_sde.benchmarks.common import PROCESSES, oracle, print_table, reference_solution, rmse
+from diffusers_sde.benchmarks.competition import stock_odes
+from diffusers_sde.grids import GRIDS
+from diffusers_sde.sampling import Denoiser, network_denoiser, sample
+from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler
+from diffusers_sde.tables import CLOCKS
+
+ERROR_STEPS = (5, 6, 8, 10, 15, 20)
+
+
+def measure_oracles(seed: int, candidates: bool) -> None:
+    """The mixture under each process."""
+    for name, process in PROCESSES.items():
+        model = oracle(seed=seed, process=process)
+        noise = torch.randn(64, *model.sample_shape, generator=torch.Generator().manual_seed(seed + 1))
+        errors(f"mixture oracle, {name} betas", network_denoiser(model), noise, process, candidates)
+
+
+def measure_network(seed: int, num_images: int, guidance_scales: list[float], candidates: bool) -> None:
+    """The embedded network at each guidance scale, every class equally often."""
+    pipe = load_default_model()
+    noise = torch.randn(num_images, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+    labels, config = torch.arange(num_images) % 10, dict(pipe.scheduler.config)
+    for scale in guidance_scales:
+        denoiser = network_denoiser(pipe.unet, labels, scale)
+        errors(f"embedded network, guidance {scale:g}", denoiser, noise, config, candidates)
+
+
+def ours(config: dict[str, Any], candidates: bool) -> dict[str, Any]:
+    """Our deterministic schedulers with their defaults and, if asked for, the settings these were chosen from."""
+    own = {
+        "ProbabilityFlow (default)": ProbabilityFlowScheduler.from_config(config, clip_sample=False),
+        "DPMSolver (default)": DPMSolverScheduler.from_config(config, clip_sample=False),
+    }
+    grids = [("balanced", r) for r in (1.0, 1.1, 1.25)] + [("power", r) for r in (1.0, 1.25, 1.5, 2.0)]
+    settings = [(g, r, c, 2) for g, r in [*grids, ("karras", 7.0), ("log_snr", None)] for c in (0.5, 1.0)]
+    settings += [("balanced", 1.1, 0.0, 2), ("balanced", 1.1, 1.0, 3), ("balanced", 1.1, 1.0, 1)]
+    for grid, rho, data_std, order in settings if candidates else ():
+        name = f"{grid}{'' if rho is None else f' {rho:g}'}, data_std {data_std:g}, order {order}"
+        options: dict[str, Any] = {"grid": grid, "rho": rho, "data_std": data_std, "solver_order": order}
+        own[name] = ProbabilityFlowScheduler.from_config(config, clip_sample=False, **options)
+    return own
+
+
+def errors(title: str, denoiser: Denoiser, noise: torch.Tensor, config: dict[str, Any], candidates: bool) -> None:
+    """Error versus NFE: our settings against the best of all stock settings at each NFE."""
+    reference = reference_solution(denoiser, noise, config, 240)
+    uncertainty = rmse(reference_solution(denoiser, noise, config, 120), reference)
+    best: list[tuple[float, str]] = []
+    own: dict[str, list[float]] = {name: [] for name in ours(config, candidates)}
+    for n in tqdm(ERROR_STEPS, desc=title, leave=False):
+        measured = []
+        for name, scheduler in stock_odes(config, n):
+            try:
+                measured.append((rmse(sample(denoiser, scheduler, noise), reference), name))
+            except Exception:  # a stock scheduler that crashes on its own grid is no competition
+                continue
+        best.append(min(measured))
+        for name, scheduler in ours(config, candidates).items():
+            scheduler.set_timesteps(n)
+            own[name].append(rmse(sample(denoiser, scheduler, noise), reference))
+    rows = [["best of diffusers, error", *(f"{e:.4f}" for e, _ in best), ""]]
+    for name, values in own.items():
+        if "default" in name:
+            rows.append([f"{name}, error", *(f"{v:.4f}" for v in values), ""])
+        ratios = [v / e for v, (e, _) in zip(values, best, strict=True)]
+        mean = statistics.geometric_mean(ratios)
+        rows.append([f"{name}, ratio", *(f"{r:.2f}" for r in ratios), f"{mean:.2f}"])
+    header = ["", *(f"{n} NFE" for n in ERROR_STEPS), "mean"]
+    print_table(f"Error to the exact ODE solution: {title} (reference converged to {uncertainty:.1e})", header, rows)
+    print("best of diffusers was: " + "; ".join(f"{n}: {name}" for n, (_, name) in zip(ERROR_STEPS, best, strict=True)))
+
+
+def robustness(seed: int) -> None:
+    """The worst error of every grid x clock x order x data scale x corrector a user can select, at few evaluations."""
+    process = PROCESSES["linear"]
+    model = oracle(seed=seed, process=process)
+    denoiser, count = network_denoiser(model), 0
+    noise = torch.randn(16, *model.sample_shape, generator=torch.Generator().manual_seed(seed + 1))
+    reference = reference_solution(denoiser, noise, process, 240)
+    rows = []
+    for n in (5, 10):
+        worst = (0.0, "")
+        settings = list(itertools.product(GRIDS, CLOCKS, (1, 2, 3, 4), (0.0, 0.5, 1.0, float("inf")), (False, True)))
+        for grid, clock, order, data_std, corrector in tqdm(settings, desc=f"robustness, {n}", leave=False):
+            options: dict[str, Any] = {"grid": grid, "clock": clock, "solver_order": order, "data_std": data_std}
+            scheduler = ProbabilityFlowScheduler.from_config(process, corrector=corrector, **options)
+            scheduler.set_timesteps(n)
+            worst = max(
+                worst, (rmse(sample(denoiser, scheduler, noise), reference), f"{options}, corrector {corrector}")
+            )
+            count += 1
+        ddim = diffusers.DDIMScheduler.from_config(process, clip_sample=False, timestep_spacing="trailing")
+        ddim.set_timesteps(n)
+        rows.append([str(n), f"{worst[0]:.3f}", f"{rmse(sample(denoiser, ddim, noise), reference):.3f}", worst[1]])
+    spread = reference.std().item()
+    title = f"Worst error of {count} runs, every selectable setting (standard deviation of the data {spread:.2f})"
+    print_table(title, ["NFE", "worst", "DDIM", "setting"], rows)
