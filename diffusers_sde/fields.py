@@ -19,7 +19,7 @@ from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.sampling import Denoiser, network_denoiser
 from diffusers_sde.schedulers.config import canonical_config
 from diffusers_sde.schedulers.data_prediction import split_variance
-from diffusers_sde.tables import Point
+from diffusers_sde.weights import Point
 
 DATA = (1.0, 0.0)  # the parameterisation A x_0 + B eps that is x_0 itself
 

@@ -209,6 +209,19 @@ def make_grid(path: Path, name: str, n: int, **options: Any) -> Array:
     return GRIDS[name](path, n, **chosen)
 
 
+def distinct_integers(times: Array) -> Array:
+    """Decreasing times rounded, without repetitions (a repeated timestep would be an empty step).
+
+    Raises ``ValueError`` where there are too few integers.
+    """
+    rounded = np.round(times)
+    for i in range(1, len(rounded)):
+        rounded[i] = min(rounded[i], rounded[i - 1] - 1)
+    if rounded[-1] < 0:
+        raise ValueError("round_timesteps leaves too few distinct timesteps: ask for fewer steps.")
+    return rounded
+
+
 def _single(path: Path, mu: float | None) -> Array:
     return _shifted(path, np.ones(1), mu) if isinstance(path, FlowMatching) else np.array([path.noisiest])
 

@@ -31,7 +31,8 @@ from diffusers_sde.fields import Field
 from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.defaults import measured_defaults
-from diffusers_sde.tables import Point, build_multistep, evaluation_coefficients
+from diffusers_sde.tables import build_multistep
+from diffusers_sde.weights import Point, evaluation_coefficients
 
 Tick = Callable[[], None]
 

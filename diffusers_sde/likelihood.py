@@ -29,7 +29,7 @@ import torch
 from scipy.integrate import RK45
 
 from diffusers_sde.fields import Field
-from diffusers_sde.tables import Point
+from diffusers_sde.weights import Point
 
 DISTRIBUTIONS = ("rademacher", "gaussian")
 PRIORS = ("matched", "standard")

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_sde.fields import Field
-from diffusers_sde.tables import Point
+from diffusers_sde.weights import Point
 
 METHODS = ("mmps", "pigdm", "dps")
 Operator = Callable[[torch.Tensor], torch.Tensor]

@@ -1,17 +1,7 @@
 """Sampler tables: every known sampler is ``x <- a x + sum_j b_j F_j + c z`` with finished coefficients.
 
-Knows how to integrate the reverse family exactly in its linear part.  At half log-SNR ``lambda`` (``s = sigma/alpha``,
-``r^2 = data_std^2 + s^2``, ``A = 1 + tau^2``, ``xh = x/alpha``, ``D = E[x_0|x_t]``)
-
-    F = (D - data_std^2 xh / r^2) r / s
-    xh_t = (r_t/r_s)^A xh_s + A sum_j F_j Int_{lambda_s}^{lambda_t} (r_t/r_u)^A (s_u/r_u) L_j(u) dlambda_u
-           + r_t sqrt(1 - (r_t/r_s)^(2 tau^2)) z
-
-with ``L_j`` the Lagrange basis on earlier evaluations in the chosen clock.  The update is exact in law for
-``x_0 ~ N(0, data_std^2 I)``.  data_std = 0 is data prediction (DPM-Solver++, Lu et al. arXiv:2211.01095; with tau
-SA-Solver, Xue et al. arXiv:2309.05019), data_std = inf noise prediction (DPM-Solver, arXiv:2206.00927; DEIS, Zhang &
-Chen arXiv:2204.13902; then F is ``-eps``), variance preserving with data_std = 1 minus the velocity v in the TrigFlow
-angle (Lu & Song arXiv:2410.11081).
+Knows how to build them from the weights of single steps (:mod:`diffusers_sde.weights`, where F and the formula are):
+which evaluations a row uses, and when it may extrapolate.
 
 Correctors (UniC, Zhao et al. arXiv:2302.04867) and the held anchors of single-step methods need no code of their own
 at run time: the anchor is an affine function of the current state and of stored evaluations, so redoing a step is
@@ -30,26 +20,18 @@ import numpy as np
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import convert
+from diffusers_sde.weights import (
+    CLOCKS,
+    Point,
+    clock_values,
+    evaluation_coefficients,
+    lagrange_weights,
+    linear_coefficients,
+    midpoint_weights,
+)
 
 FINALS = ("denoise", "corrected", "exact", "second_order")
-CLOCKS = ("log_snr", "sigma", "angle", "time")
 MAX_TAU = 4.0  # beyond it the state forgets itself within a step and the noise clock exp(2 tau^2 log_snr) overflows
-_GAUSS = np.polynomial.legendre.leggauss(24)
-_PANEL = 2.0  # longest stretch of log-SNR (or angle) for one Gauss rule
-
-
-@dataclass(frozen=True)
-class Point:
-    """A place on a path: ``alpha``, ``sigma`` and their half log-SNR."""
-
-    alpha: float
-    sigma: float
-
-    @property
-    def log_snr(self) -> float:
-        if self.alpha == 0:
-            return -math.inf
-        return math.inf if self.sigma == 0 else math.log(self.alpha) - math.log(self.sigma)
 
 
 @dataclass(frozen=True)
@@ -79,112 +61,6 @@ class Table:
         return max((len(row.b) - 1 - k for k, row in enumerate(self.rows[i + 1 :])), default=0)
 
 
-def evaluation_coefficients(data_std: float, alpha: float, sigma: float) -> tuple[float, float]:
-    """``(A, B)`` with ``F = A x_0 + B eps``: ``(sigma, -data_std^2 alpha)/rho``, ``rho^2 = data_std^2 alpha^2 +
-    sigma^2``; ``(1, 0)`` at data_std = 0 and, rescaled, ``(0, -1)`` at data_std = inf."""
-    if data_std == 0:
-        return 1.0, 0.0
-    if math.isinf(data_std):
-        return 0.0, -1.0
-    rho = math.hypot(data_std * alpha, sigma)
-    return sigma / rho, -(data_std**2) * alpha / rho
-
-
-def linear_coefficients(start: Point, end: Point, data_std: float, tau: float) -> tuple[float, float]:
-    """``(a, c)``: the factor on the state and the standard deviation of the noise from ``start`` to ``end``."""
-    ratio = end.sigma * start.alpha, end.alpha * start.sigma  # s_t / s_s as a quotient, free of infinities
-    if math.isinf(data_std):
-        if start.alpha == 0:
-            raise ValueError(
-                "data_std=inf (noise prediction) cannot start at zero SNR: use a finite data_std or a smaller first t."
-            )
-        gap = (start.sigma / start.alpha) ** 2 - (end.sigma / end.alpha) ** 2
-        return end.alpha / start.alpha, end.alpha * abs(tau) * math.sqrt(max(gap, 0.0))
-    rho_s, rho_t = (math.hypot(data_std * p.alpha, p.sigma) for p in (start, end))
-    if data_std > 0:
-        ratio = rho_t * start.alpha, rho_s * end.alpha
-    shrink = ratio[0] / ratio[1] if ratio[1] else 1.0  # r_t / r_s
-    scale = rho_t / rho_s if rho_s else 1.0
-    return scale * shrink ** (tau**2), rho_t * math.sqrt(max(1 - shrink ** (2 * tau**2), 0.0))
-
-
-def quadrature(start: Point, end: Point, data_std: float, tau: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes ``lambda_u`` and weights ``w_u`` with ``sum_u w_u L(lambda_u)`` the integral of the module docstring times
-    ``alpha_t``: the weight of an evaluation with Lagrange basis L in ``x_t``."""
-    A = 1 + tau**2
-    low, high = start.log_snr, end.log_snr
-    finite = math.isfinite(low) and math.isfinite(high)
-    if data_std == 0:
-        if high == math.inf:  # the whole weight sits at the end: only constants are ever integrated here
-            return np.array([low if math.isfinite(low) else 0.0]), np.array([end.alpha])
-        lam, w = _gauss(max(low, high - 50.0 / A), high)  # e^-50 is below rounding
-        return lam, end.alpha * A * w * np.exp(-A * (high - lam))
-    if math.isinf(data_std):
-        if finite:
-            lam, w = _gauss(low, high)
-            return lam, end.alpha * A * w * np.exp(-lam)
-        s, w = _gauss(end.sigma / end.alpha, start.sigma / start.alpha)
-        return -np.log(s), end.alpha * A * w
-    rho_t = math.hypot(data_std * end.alpha, end.sigma)
-    cos_t = data_std * end.alpha / rho_t
-    if finite:
-        lam, w = _gauss(low, high)
-        # tan(theta) = e^-lambda / c, so d theta = -sin cos d lambda
-        cos = 1 / np.sqrt(1 + np.exp(-2 * lam) / data_std**2)
-        w = w * cos * np.sqrt(1 - cos**2)
-    else:
-        angles = (math.atan2(p.sigma, data_std * p.alpha) for p in (end, start))
-        theta, w = _gauss(*angles)
-        cos, lam = np.cos(theta), -np.log(data_std * np.tan(theta))
-    return lam, rho_t / data_std * A * w * (cos / cos_t) ** (tau**2)
-
-
-def _gauss(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    x, w = _GAUSS
-    panels = max(1, math.ceil((high - low) / _PANEL))
-    edges = np.linspace(low, high, panels + 1)
-    half = (high - low) / panels / 2
-    return ((edges[:-1] + half)[:, None] + half * x).ravel(), np.tile(half * w, panels)
-
-
-def clock_values(path: Path | None, clock: str, log_snr: np.ndarray, data_std: float) -> np.ndarray:
-    """The coordinate in which evaluations are interpolated: ``log_snr``, ``sigma`` (s), ``angle``
-    (``atan(s / data_std)``, ``atan(s)`` at data_std 0 and inf) or ``time``."""
-    if clock == "log_snr":
-        return log_snr
-    s = np.exp(-log_snr)
-    if clock == "sigma":
-        return s
-    if clock == "angle":
-        return np.arctan(s / (data_std if 0 < data_std < math.inf else 1.0))
-    if clock == "time" and path is not None:
-        return path.time(log_snr)
-    raise ValueError(f"clock {clock!r} is unknown: use one of {', '.join(CLOCKS)}.")
-
-
-def lagrange_weights(
-    path: Path | None, start: Point, end: Point, basis: Sequence[Point], *, data_std: float, clock: str, tau: float
-) -> np.ndarray:
-    """Weights of the evaluations at ``basis`` in the step from ``start`` to ``end`` (exact up to quadrature)."""
-    lam, w = quadrature(start, end, data_std, tau)
-    if len(basis) == 1:
-        return np.array([w.sum()])
-    u = clock_values(path, clock, lam, data_std)
-    at = clock_values(path, clock, np.array([p.log_snr for p in basis]), data_std)
-    weights = [np.prod([(u - o) / (me - o) for k, o in enumerate(at) if k != j], axis=0) @ w for j, me in enumerate(at)]
-    return np.array(weights)
-
-
-def midpoint_weights(
-    path: Path | None, start: Point, end: Point, basis: Sequence[Point], *, data_std: float, tau: float
-) -> np.ndarray:
-    """The ``midpoint`` rule of DPM-Solver++ 2M and UniPC: the slope of F in log-SNR enters as if the kernel were flat,
-    ``total (F_0 + h/2 F')``.  Second order like the exact weights, with another error constant."""
-    total = lagrange_weights(path, start, end, basis[:1], data_std=data_std, clock="log_snr", tau=tau)[0]
-    slope = 0.5 * (end.log_snr - start.log_snr) / (basis[1].log_snr - basis[0].log_snr)
-    return np.array([total * (1 - slope), total * slope])
-
-
 # -- builders --
 
 # Largest ratio of a step to the one before it, and largest sum |b| / |sum b| by order, at which a row may extrapolate.
@@ -197,7 +73,7 @@ MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}
 class Method:
     """How to weigh evaluations: everything about a solver but the grid and the order.
 
-    data_std, clock, tau: see the module docstring; ``rule`` is ``exact`` or ``midpoint`` (two-node rules only).
+    data_std, clock, tau: see :mod:`diffusers_sde.weights`; ``rule`` is ``exact`` or ``midpoint`` (two-node rules only).
     """
 
     path: Path | None

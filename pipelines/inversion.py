@@ -58,7 +58,7 @@ from diffusers_sde.inversion import Trajectory, inversion_points, multistep, rev
 from diffusers_sde.paths import path_from_config
 from diffusers_sde.pipeline_io import check_output_type, label_tensor
 from diffusers_sde.schedulers.config import canonical_config
-from diffusers_sde.tables import Point
+from diffusers_sde.weights import Point
 
 
 @dataclass

@@ -70,7 +70,7 @@ from diffusers_sde.pipeline_io import check_output_type, initial_noise, label_te
 from diffusers_sde.posterior import Measurement, check_method, check_observation, conditional_mean
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.tables import Point
+from diffusers_sde.weights import Point
 
 
 class PosteriorSamplingPipeline(DiffusionPipeline):

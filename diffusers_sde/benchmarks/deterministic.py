@@ -19,7 +19,7 @@ from diffusers_sde.benchmarks.competition import stock_odes
 from diffusers_sde.grids import GRIDS
 from diffusers_sde.sampling import Denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler
-from diffusers_sde.tables import CLOCKS
+from diffusers_sde.weights import CLOCKS
 
 ERROR_STEPS = (5, 6, 8, 10, 15, 20)
 

@@ -2,7 +2,7 @@ r"""Calibrated samplers: a table learned for one model, from forward passes only
 
 A page of theory
 ----------------
-**What is exact.**  In the coordinates of :mod:`diffusers_sde.tables` the linear part of the probability-flow ODE is
+**What is exact.**  In the coordinates of :mod:`diffusers_sde.weights` the linear part of the probability-flow ODE is
 integrated exactly, and a step is ``x <- a x + sum_j b_j F_j``.  Every multistep sampler without noise is such a table,
 so every one of them, and every better one, is a choice of the numbers ``a``, ``b`` and of the times at which the
 network is evaluated.  The exact table takes them from a model of F (a polynomial in a clock); a network's F is not a

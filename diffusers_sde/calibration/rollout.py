@@ -15,7 +15,8 @@ import torch
 from diffusers_sde.calibration.sources import Batch
 from diffusers_sde.paths import Path, VarianceExploding
 from diffusers_sde.prediction import convert, model_coefficients
-from diffusers_sde.tables import Row, Table, evaluation_coefficients
+from diffusers_sde.tables import Row, Table
+from diffusers_sde.weights import evaluation_coefficients
 
 Tick = Callable[[], object]
 

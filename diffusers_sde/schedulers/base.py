@@ -18,15 +18,17 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from diffusers_sde import noise
-from diffusers_sde.grids import Nodes, make_grid, nodes_from_times, nodes_from_user
-from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving, path_from_config
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.grids import Nodes, distinct_integers, make_grid, nodes_from_times, nodes_from_user
+from diffusers_sde.paths import Path, VarianceExploding, path_from_config
+from diffusers_sde.prediction import model_coefficients
+from diffusers_sde.schedulers.compiled import Compiled, Normals, compiled_rows
 from diffusers_sde.schedulers.config import canonical_config, is_canonical, named_grid
 from diffusers_sde.schedulers.data_prediction import limited, split_variance
 from diffusers_sde.schedulers.defaults import measured_defaults
 from diffusers_sde.schedulers.noising import Noising
-from diffusers_sde.schedulers.state import Compiled, CompiledRow, PerThread, Run
-from diffusers_sde.tables import Table, evaluation_coefficients
+from diffusers_sde.schedulers.per_token import per_token_step
+from diffusers_sde.schedulers.state import PerThread, Run
+from diffusers_sde.tables import Table
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -130,28 +132,6 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
     # -- attributes that pipelines and training scripts read --
 
     @property
-    def alphas_cumprod(self) -> torch.Tensor:
-        path = self.path
-        if not isinstance(path, VariancePreserving):
-            raise AttributeError("alphas_cumprod exists for variance preserving processes only.")
-        return torch.from_numpy(path.alphas_cumprod).float()
-
-    @property
-    def alphas(self) -> torch.Tensor:
-        abar = self.path.alphas_cumprod if isinstance(self.path, VariancePreserving) else None
-        if abar is None:
-            raise AttributeError("alphas exists for variance preserving processes only.")
-        return torch.from_numpy(np.append(abar[0], abar[1:] / abar[:-1])).float()
-
-    @property
-    def betas(self) -> torch.Tensor:
-        return 1 - self.alphas
-
-    @property
-    def final_alpha_cumprod(self) -> torch.Tensor:
-        return torch.tensor(1.0)
-
-    @property
     def init_noise_sigma(self) -> float:
         """Standard deviation of the state to start from: 1, or ``sqrt(sigma_max^2 + sigma_data^2)`` for EDM."""
         path = self.path
@@ -253,7 +233,7 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
             else:
                 times = make_grid(path, grid, n, rho=config.rho, mu=mu, steps_offset=config.steps_offset)
             if config.round_timesteps:
-                times = _distinct_integers(times)
+                times = distinct_integers(times)
             nodes = nodes_from_times(path, times, config.final_sigmas_type)
         self._lay_out(nodes, device)
 
@@ -293,22 +273,10 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
     def _compiled(self, nodes: Nodes, begin: int) -> Compiled:
         path, kind, tau = self.path, self.config.prediction_type, self._taus(nodes)
         table = self._table(path, nodes[begin:], tau[begin:])
-        normals: list[tuple[tuple[int, float], ...]] = [()] * (len(nodes) - 1)
+        normals: list[Normals] = [()] * (len(nodes) - 1)
         if self._stochastic:
             normals = noise.brownian_weights(nodes.log_snr, tau=tau, data_std=table.data_std)
-        rows: list[CompiledRow] = []
-        scales: list[float] = []  # F = scale (m + kappa x)
-        for i, row in enumerate(table.rows):
-            said = model_coefficients(path, kind, row.alpha, row.sigma)
-            own = evaluation_coefficients(table.data_std, row.alpha, row.sigma)
-            k_x, k_m = convert(said, own, row.alpha, row.sigma)
-            scales.append(k_m)
-            weights = tuple(b * scales[i - j] for j, b in enumerate(row.b))
-            d_x, d_m = convert(said, (1.0, 0.0), row.alpha, row.sigma)
-            d_rest = d_x - d_m * k_x / k_m if table.data_std else 0.0
-            rows.append(
-                CompiledRow(row.a, weights, row.c, k_x / k_m, d_x, d_m, d_rest, table.history(i), normals[begin + i])
-            )
+        rows = compiled_rows(table, path, kind, normals[begin:])
         return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding))
 
     # -- indices --
@@ -363,9 +331,12 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
         Arithmetic is float32 for half precision samples, the result has the sample's dtype.
         """
         run = self._run
-        if kwargs.get("per_token_timesteps") is not None:
-            return self._step_per_token(run, model_output, timestep, sample, kwargs["per_token_timesteps"], return_dict)
         i = self._index(run, timestep)
+        if kwargs.get("per_token_timesteps") is not None:
+            levels = kwargs["per_token_timesteps"] / self.config.num_train_timesteps
+            prev, x0 = per_token_step(self.path, run.sigmas, levels, sample, model_output)
+            run.step_index = i + 1
+            return SchedulerOutput(prev, x0, prev) if return_dict else (prev, x0)
         compiled = run.compiled
         k = i - compiled.begin if compiled is not None else 0
         if compiled is None or k < 0 or len(compiled.rows[k].weights) > len(run.history) + 1:
@@ -434,31 +405,5 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
             return noise.seeds_from_int(self.config.noise_seed, len(sample), sample.device)
         return noise.seeds_from_latents(sample)
 
-    def _step_per_token(
-        self, run: Run, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, own: Any, return_dict: bool
-    ) -> SchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Flow matching where every token has a noise level of its own (LTX conditioning): an Euler step of each token
-        to the next level of the grid below its own; the sign convention is that of FlowMatchEuler."""
-        if not isinstance(self.path, FlowMatching):
-            raise ValueError("per_token_timesteps needs a flow matching scheduler.")
-        i = self._index(run, timestep)
-        sigma = own / self.config.num_train_timesteps
-        grid = run.sigmas.to(sample.device, sample.dtype)[:, None, None]
-        below = ((grid < sigma - 1e-6) * grid).amax(0)
-        prev = (sample.float() + (sigma - below)[..., None].float() * model_output.float()).to(sample.dtype)
-        run.step_index = i + 1
-        x0 = (sample.float() + sigma[..., None].float() * model_output.float()).to(sample.dtype)
-        return SchedulerOutput(prev, x0, prev, 0.0) if return_dict else (prev, x0)
-
     def __len__(self) -> int:
         return self.config.num_train_timesteps
-
-
-def _distinct_integers(times: np.ndarray) -> np.ndarray:
-    """Rounded times without repetitions (a repeated timestep would be an empty step)."""
-    rounded = np.round(times)
-    for i in range(1, len(rounded)):
-        rounded[i] = min(rounded[i], rounded[i - 1] - 1)
-    if rounded[-1] < 0:
-        raise ValueError("round_timesteps leaves too few distinct timesteps: ask for fewer steps.")
-    return rounded

@@ -1,4 +1,4 @@
-"""The forward process on tensors: ``add_noise``, ``scale_noise``, ``get_velocity``.
+"""The forward process on tensors: ``alphas_cumprod``, ``add_noise``, ``scale_noise``, ``get_velocity``.
 
 Knows where a pipeline stands in a run and how to evaluate a path at times that live on a device without bringing them
 to the host.  Knows nothing of solvers.
@@ -27,6 +27,32 @@ class Noising:
 
     def _nodes(self, run: Run) -> Nodes:
         raise NotImplementedError
+
+    # -- the discrete schedule that training scripts read --
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        path = self.path
+        if not isinstance(path, VariancePreserving):
+            raise AttributeError("alphas_cumprod exists for variance preserving processes only.")
+        return torch.from_numpy(path.alphas_cumprod).float()
+
+    @property
+    def alphas(self) -> torch.Tensor:
+        abar = self.path.alphas_cumprod if isinstance(self.path, VariancePreserving) else None
+        if abar is None:
+            raise AttributeError("alphas exists for variance preserving processes only.")
+        return torch.from_numpy(np.append(abar[0], abar[1:] / abar[:-1])).float()
+
+    @property
+    def betas(self) -> torch.Tensor:
+        return 1 - self.alphas
+
+    @property
+    def final_alpha_cumprod(self) -> torch.Tensor:
+        return torch.tensor(1.0)
+
+    # -- noising --
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Any) -> torch.Tensor:
         """``alpha x_0 + sigma eps`` at the row a pipeline stands at (``step_index`` once stepping, else

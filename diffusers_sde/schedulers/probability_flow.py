@@ -13,7 +13,7 @@ from diffusers_sde.tables import Table
 class ProbabilityFlowScheduler(TableScheduler):
     r"""Deterministic sampling: the probability-flow ODE ``dx = [f x - g^2/2 score] dt`` (Song et al. 2021,
     arXiv:2011.13456, eq. 13), linear part exact, Adams-Bashforth in the nonlinear part (the formula is in
-    :mod:`diffusers_sde.tables`).
+    :mod:`diffusers_sde.weights`).
 
     Args:
         solver_order: 1 (DDIM) to 4.

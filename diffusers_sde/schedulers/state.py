@@ -15,35 +15,7 @@ import numpy as np
 import torch
 
 from diffusers_sde.grids import Nodes
-
-
-@dataclass(frozen=True)
-class CompiledRow:
-    """A table row in terms of the model output m: ``x <- a x + sum_j weights[j] E_{i-j} + c z``, ``E = m + kappa x``.
-
-    E is the row's evaluation F up to a factor, which the weights carry: forming it is one operation.
-    ``x_0 = d_x x + d_m m = d_rest x + d_m E``; ``keep``: how many E later rows read;
-    ``noise``: the normals of z and their weights.
-    """
-
-    a: float
-    weights: tuple[float, ...]
-    c: float
-    kappa: float
-    d_x: float
-    d_m: float
-    d_rest: float
-    keep: int
-    noise: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A table ready to execute from grid index ``begin`` on; ``limits``: x_0 is clipped or thresholded."""
-
-    begin: int
-    rows: list[CompiledRow]
-    limits: bool
+from diffusers_sde.schedulers.compiled import Compiled
 
 
 @dataclass

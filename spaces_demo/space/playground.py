@@ -22,7 +22,7 @@ from diffusers_sde.guidance import classifier_free
 from diffusers_sde.named_samplers import UsageError
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.tables import CLOCKS
+from diffusers_sde.weights import CLOCKS
 from space import inputs
 from space.recording import Recording, record
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffusers_sde.tables import CLOCKS
+from diffusers_sde.weights import CLOCKS
 from space import inputs, playground
 from space.playground_plots import draw_flow, draw_guided
 from space.widgets import friendly

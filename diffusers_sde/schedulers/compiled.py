@@ -1,0 +1,62 @@
+"""A table in terms of what the network says, ready to execute.
+
+Knows how F of :mod:`diffusers_sde.weights` and x_0 follow from a prediction of any type.  Floats only; knows no run and
+no config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffusers_sde.paths import Path
+from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.tables import Table
+from diffusers_sde.weights import evaluation_coefficients
+
+Normals = tuple[tuple[int, float], ...]  # the normals of a row's z and their weights, see diffusers_sde.noise
+
+
+@dataclass(frozen=True)
+class CompiledRow:
+    """A table row in terms of the model output m: ``x <- a x + sum_j weights[j] E_{i-j} + c z``, ``E = m + kappa x``.
+
+    E is the row's evaluation F up to a factor, which the weights carry: forming it is one operation.
+    ``x_0 = d_x x + d_m m = d_rest x + d_m E``; ``keep``: how many E later rows read;
+    ``noise``: the normals of z and their weights.
+    """
+
+    a: float
+    weights: tuple[float, ...]
+    c: float
+    kappa: float
+    d_x: float
+    d_m: float
+    d_rest: float
+    keep: int
+    noise: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A table ready to execute from grid index ``begin`` on; ``limits``: x_0 is clipped or thresholded."""
+
+    begin: int
+    rows: list[CompiledRow]
+    limits: bool
+
+
+def compiled_rows(table: Table, path: Path, kind: str, normals: Sequence[Normals]) -> list[CompiledRow]:
+    """The rows of ``table`` for a network whose ``prediction_type`` is ``kind``; ``normals``: of each row."""
+    rows: list[CompiledRow] = []
+    scales: list[float] = []  # F = scale (m + kappa x)
+    for i, row in enumerate(table.rows):
+        said = model_coefficients(path, kind, row.alpha, row.sigma)
+        own = evaluation_coefficients(table.data_std, row.alpha, row.sigma)
+        k_x, k_m = convert(said, own, row.alpha, row.sigma)
+        scales.append(k_m)
+        weights = tuple(b * scales[i - j] for j, b in enumerate(row.b))
+        d_x, d_m = convert(said, (1.0, 0.0), row.alpha, row.sigma)
+        d_rest = d_x - d_m * k_x / k_m if table.data_std else 0.0
+        rows.append(CompiledRow(row.a, weights, row.c, k_x / k_m, d_x, d_m, d_rest, table.history(i), normals[i]))
+    return rows
