@@ -51,6 +51,8 @@ def ours(config: dict[str, Any], candidates: bool) -> dict[str, Any]:
     grids = [("balanced", r) for r in (1.0, 1.1, 1.25)] + [("power", r) for r in (1.0, 1.25, 1.5, 2.0)]
     settings = [(g, r, c, 2) for g, r in [*grids, ("karras", 7.0), ("log_snr", None)] for c in (0.5, 1.0)]
     settings += [("balanced", 1.1, 0.0, 2), ("balanced", 1.1, 1.0, 3), ("balanced", 1.1, 1.0, 1)]
+    if candidates:
+        own["default, no corrector"] = ProbabilityFlowScheduler.from_config(config, clip_sample=False, corrector=False)
     for grid, rho, data_std, order in settings if candidates else ():
         name = f"{grid}{'' if rho is None else f' {rho:g}'}, data_std {data_std:g}, order {order}"
         options: dict[str, Any] = {"grid": grid, "rho": rho, "data_std": data_std, "solver_order": order}
@@ -77,7 +79,7 @@ def errors(title: str, denoiser: Denoiser, noise: torch.Tensor, config: dict[str
             own[name].append(rmse(sample(denoiser, scheduler, noise), reference))
     rows = [["best of diffusers, error", *(f"{e:.4f}" for e, _ in best), ""]]
     for name, values in own.items():
-        if "default" in name:
+        if "(default)" in name:
             rows.append([f"{name}, error", *(f"{v:.4f}" for v in values), ""])
         ratios = [v / e for v, (e, _) in zip(values, best, strict=True)]
         mean = statistics.geometric_mean(ratios)
