@@ -6,6 +6,7 @@ Knows gradio; :mod:`space.playground` computes, :mod:`space.playground_plots` dr
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -59,21 +60,23 @@ def _request(values: tuple) -> playground.Request:
 
 
 @friendly
-def run(*values: Any) -> tuple[Any, ...]:
-    """All plots and what is said about them."""
+def run(*values: Any) -> Iterator[tuple[Any, ...]]:
+    """Stream all plots and what is said about them: the flow first, then guidance."""
     request = _request(values)
-    model, found, steered = playground.mixture(request), playground.flow(request), playground.guided(request)
-    free, monte_carlo = steered.distances
+    found, keep = playground.flow(request), gr.skip()
     said = (
         f'<div class="note">Sliced Wasserstein distance to the data <b>{found.distance:.3f}</b>; of as many exact '
         f"samples <b>{found.floor:.3f}</b>. Click names above the plot to show or hide layers.</div>"
     )
+    yield draw_flow(playground.mixture(request), found), said, keep, keep, keep, keep
+    steered = playground.guided(request)
+    free, monte_carlo = steered.distances
     guided_said = (
         '<div class="note">The ground is the true law p(x) p(y | x)<sup>w</sup>. Distance to it: guidance '
         f"<b>{free:.3f}</b>, Monte Carlo <b>{monte_carlo:.3f}</b>, exact samples <b>{steered.floor:.3f}</b>. Guidance "
         "aims at that law at every noise level, and so samples another one unless w = 1.</div>"
     )
-    return draw_flow(model, found), said, *draw_guided(steered), guided_said
+    yield keep, keep, *draw_guided(steered), guided_said
 
 
 def drawn(event: gr.EventData) -> tuple[str, str]:
