@@ -243,6 +243,16 @@ def test_any_drawing_is_a_distribution(points: list) -> None:
     assert np.isfinite(playground.density(model)).all() and len(model.config.weights) <= 24
 
 
+def test_a_tilted_law_at_the_border_is_not_cut_off() -> None:
+    points = [[2.5, v] for v in (-2.0, 0.0, 2.0)]
+    model = playground.mixture(playground.checked(distribution="drawn", points=points))
+    law = playground.tilted_density(model, playground.conditional_law(model, 0), 1.0)
+    mass, u = law.sum(0) / law.sum(), playground.axis(len(law), playground.WIDE)
+    mean, covariance = model.config.means[0], model.covariances[0]
+    assert mass @ u == pytest.approx(mean[0], abs=1e-3)
+    assert mass @ (u - mean[0]) ** 2 == pytest.approx(float(covariance[0, 0]), rel=0.05)
+
+
 @pytest.mark.parametrize("bad", [None, "[]", "x", [[1]], [[float("nan"), 0]], [[0, 0]] * 401])
 def test_a_bad_drawing_is_refused(bad: object) -> None:
     with pytest.raises(UsageError, match="Draw"):

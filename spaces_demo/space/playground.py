@@ -27,6 +27,7 @@ from space import inputs
 from space.recording import Recording, record
 
 EXTENT, RESOLUTION, ARROWS = 2.6, 48, 11
+WIDE, WIDE_RESOLUTION = 2 * EXTENT, 4 * RESOLUTION  # of a tilted law, which may lie beyond the data
 DEFAULT_GRID = "default"
 GRID_CHOICES = (DEFAULT_GRID, *(name for name in GRIDS if name not in ("exponential", "ays")))
 MAX_PARTICLES, MAX_POINTS = 1000, 400
@@ -212,13 +213,13 @@ def sliced_distance(left: np.ndarray, right: np.ndarray, directions: int = 24) -
 # -- fields --
 
 
-def axis(resolution: int = RESOLUTION) -> np.ndarray:
-    """The coordinates of the square on which fields are shown."""
-    return np.linspace(-EXTENT, EXTENT, resolution)
+def axis(resolution: int, half: float = EXTENT) -> np.ndarray:
+    """The coordinates of the square of half-width ``half``; fields are shown on that of :data:`EXTENT`."""
+    return np.linspace(-half, half, resolution)
 
 
-def _plane(resolution: int) -> torch.Tensor:
-    u = torch.from_numpy(axis(resolution))
+def _plane(resolution: int, half: float = EXTENT) -> torch.Tensor:
+    u = torch.from_numpy(axis(resolution, half))
     y, x = torch.meshgrid(u, u, indexing="ij")
     return torch.stack([x, y], -1).reshape(-1, 2)
 
@@ -240,8 +241,8 @@ def score_field(model: GaussianMixtureModel, alpha: float, sigma: float) -> tupl
 @dataclass(frozen=True)
 class Guided:
     """Particles (N, 2) of classifier-free guidance and of sequential Monte Carlo; the law both aim at, ``p(x) p(y |
-    x)^w`` normalised on the square; the effective sample size of the latter over the steps, as a fraction; the
-    distances of both to the law, and that of exact samples of it."""
+    x)^w`` normalised on the square of half-width :data:`WIDE`; the effective sample size of the latter over the steps,
+    as a fraction; the distances of both to the law, and that of exact samples of it."""
 
     free: np.ndarray
     monte_carlo: np.ndarray
@@ -302,20 +303,20 @@ def conditional_law(model: GaussianMixtureModel, component: int) -> GaussianMixt
 
 
 def tilted_density(model: GaussianMixtureModel, chosen: GaussianMixtureModel, scale: float) -> np.ndarray:
-    """``p(x) (p(x | y)/p(x))^scale`` on the square, normalised there, [y, x]."""
-    plane = _plane(RESOLUTION * 2)
+    """``p(x) (p(x | y)/p(x))^scale`` on the square of half-width :data:`WIDE`, normalised there, [y, x]."""
+    plane = _plane(WIDE_RESOLUTION, WIDE)
     base = model.log_density(plane)
     log_law = base + scale * (chosen.log_density(plane) - base)
-    weights = (log_law - log_law.max()).exp().reshape(RESOLUTION * 2, RESOLUTION * 2).numpy()
-    cell = (2 * EXTENT / (RESOLUTION * 2 - 1)) ** 2
+    weights = (log_law - log_law.max()).exp().reshape(WIDE_RESOLUTION, WIDE_RESOLUTION).numpy()
+    cell = (2 * WIDE / (WIDE_RESOLUTION - 1)) ** 2
     return weights / (weights.sum() * cell)
 
 
 def samples_of(law: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """``n`` samples (n, 2) of a density given on the square, uniform within its cells."""
+    """``n`` samples (n, 2) of a density given on the square of half-width :data:`WIDE`, uniform within its cells."""
     rng, size = np.random.default_rng(seed), len(law)
     cells = rng.choice(law.size, n, p=law.ravel() / law.sum())
-    width = 2 * EXTENT / (size - 1)
-    u = axis(size)
+    width = 2 * WIDE / (size - 1)
+    u = axis(size, WIDE)
     jitter = rng.uniform(-width / 2, width / 2, (n, 2))
     return np.stack([u[cells % size], u[cells // size]], 1) + jitter

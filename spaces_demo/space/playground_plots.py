@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from diffusers_sde import GaussianMixtureModel
-from space.playground import EXTENT, Flow, Guided, axis, density, score_field
+from space.playground import EXTENT, WIDE, Flow, Guided, axis, density, score_field
 from space.style import ACCENT, MUTED, OURS, framed
 
 FRAMES, PATHS, ARROW_LENGTH = 20, 60, 0.18
@@ -28,10 +28,10 @@ def _square(
     return figure
 
 
-def _heat(values: np.ndarray, name: str) -> go.Heatmap:
+def _heat(values: np.ndarray, name: str, half: float = EXTENT) -> go.Heatmap:
     # the root shows the tails
     z = (255 * np.sqrt(values / max(values.max(), 1e-12))).astype(np.uint8)
-    u = axis(len(values)).astype(np.float32)
+    u = axis(len(values), half).astype(np.float32)
     return go.Heatmap(
         x=u, y=u, z=z, zmin=0, zmax=255, colorscale=SHADES, showscale=False, zsmooth="best", hoverinfo="skip",
         name=name, showlegend=True,
@@ -121,7 +121,7 @@ def draw_guided(found: Guided) -> tuple[go.Figure, go.Figure, go.Figure]:
     """Guidance, Monte Carlo, and the effective sample size of the latter."""
     pair, box = [], _around(found)
     for particles, title in ((found.free, "classifier-free guidance"), (found.monte_carlo, "sequential Monte Carlo")):
-        figure = go.Figure([_heat(found.law, "true law"), _points(particles, "particles", size=4)])
+        figure = go.Figure([_heat(found.law, "true law", WIDE), _points(particles, "particles", size=4)])
         title_of = {"text": title, "x": 0.02, "y": 0.965, "yanchor": "top", "font": {"size": 13}}
         pair.append(_square(figure, 360, box, showlegend=False, title=title_of))
     curve = go.Scatter(y=found.effective, mode="lines", line={"color": ACCENT, "width": 2}, hoverinfo="y")
@@ -135,7 +135,7 @@ def draw_guided(found: Guided) -> tuple[go.Figure, go.Figure, go.Figure]:
 
 def _around(found: Guided) -> tuple[float, float, float]:
     """A square that holds the law and nearly all particles."""
-    u = axis(len(found.law))
+    u = axis(len(found.law), WIDE)
     mass = found.law / found.law.sum()
     x, y = float(mass.sum(0) @ u), float(mass.sum(1) @ u)
     everything = np.concatenate([found.free, found.monte_carlo])
