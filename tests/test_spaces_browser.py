@@ -84,6 +84,11 @@ def plot_is_drawn(page: Any, identity: str) -> None:
     assert page.locator(f"{identity} .main-svg path, {identity} .main-svg image").count() > 3
 
 
+def slider_is_filled(page: Any) -> None:
+    page.locator("#compare-slider").scroll_into_view_if_needed()  # its pictures are loaded when they come into view
+    page.wait_for_selector("#compare-slider img")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_compare_fills_a_sheet(browser: Any, url: str, way: str) -> None:
     visit = Visit(browser, url, way)
@@ -95,7 +100,7 @@ def test_compare_fills_a_sheet(browser: Any, url: str, way: str) -> None:
     assert page.locator("#compare-sheet button.cell img").count() == page.locator("#compare-sheet button.cell").count()
     assert page.locator("#compare-sheet button.cell").count() in (6, 8)  # a calibrated sampler only where there is one
     assert all(page.locator("#compare-sheet img").evaluate_all("images => images.map(i => i.naturalWidth > 0)"))
-    page.wait_for_selector("#compare-slider img")
+    slider_is_filled(page)
     chosen = page.locator("#compare-sheet button[data-cell='unipc · 10']")
     chosen.focus()
     page.keyboard.press("Enter")  # a cell can be chosen without a mouse
@@ -115,7 +120,7 @@ def test_a_second_comparison_replaces_the_first(browser: Any, url: str) -> None:
     for name in ("calibrated", "dpm++2m", "unipc"):
         page.locator("#compare-samplers").get_by_label(name, exact=True).uncheck()
     page.locator("#compare-run").click()
-    page.wait_for_selector("#compare-slider img")
+    slider_is_filled(page)
     first = page.locator("#compare-slider img").evaluate_all("images => images.map(i => i.src)")
     page.get_by_label("Seed").first.fill("5")
     page.locator("#compare-run").click()
