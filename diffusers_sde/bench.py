@@ -1,7 +1,7 @@
 """``diffusers-sde bench``: ratios against diffusers' schedulers, all measured side by side in one run.
 
-Knows the sections and their arguments; each is a module of :mod:`diffusers_sde.benchmarks`, imported when it is asked
-for.  Prints tables; asserts nothing.
+Knows the sections and their arguments; :mod:`diffusers_sde.benchmarks` measures and is imported when the command
+runs.  Prints tables; asserts nothing.
 """
 
 from __future__ import annotations

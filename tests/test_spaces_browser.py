@@ -84,6 +84,13 @@ def plot_is_drawn(page: Any, identity: str) -> None:
     assert page.locator(f"{identity} .main-svg path, {identity} .main-svg image").count() > 3
 
 
+def draw_stroke(page: Any, box: dict[str, float], start: tuple[int, int], end: tuple[int, int]) -> None:
+    page.mouse.move(box["x"] + start[0], box["y"] + start[1])
+    page.mouse.down()
+    page.mouse.move(box["x"] + end[0], box["y"] + end[1], steps=12)
+    page.mouse.up()
+
+
 def slider_is_filled(page: Any) -> None:
     page.locator("#compare-slider").scroll_into_view_if_needed()  # its pictures are loaded when they come into view
     page.wait_for_selector("#compare-slider img")
@@ -174,17 +181,11 @@ def test_playground_answers_every_change(browser: Any, url: str, way: str) -> No
     page.get_by_text("Draw a distribution").click()
     page.locator("#playground-canvas canvas").scroll_into_view_if_needed()
     box, before = page.locator("#playground-canvas canvas").bounding_box(), note.inner_text()
-    page.mouse.move(box["x"] + 60, box["y"] + 60)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 160, box["y"] + 180, steps=12)
-    page.mouse.up()
+    draw_stroke(page, box, (60, 60), (160, 180))
     page.wait_for_function("b => !document.body.innerText.includes(b)", arg=before)
     assert page.get_by_label("drawn").is_checked()
     before = note.inner_text()
-    page.mouse.move(box["x"] + 260, box["y"] + 60)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 300, box["y"] + 220, steps=12)
-    page.mouse.up()
+    draw_stroke(page, box, (260, 60), (300, 220))
     page.wait_for_function("b => !document.body.innerText.includes(b)", arg=before)  # a second stroke adds to it
     visit.finish("playground")
 

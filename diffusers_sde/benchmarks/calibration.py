@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
 from diffusers_sde.benchmarks.common import (
     PROCESSES,
+    network_start,
     oracle,
     print_table,
     reference_solution,
@@ -83,12 +84,9 @@ def oracles(seed: int) -> Iterator[Case]:
 def networks(seed: int, num_images: int, guidance_scales: list[float], shipped: bool) -> Iterator[Case]:
     """The embedded class-conditional network, every class equally often; ``shipped``: with the scheduler beside it."""
     pipe = load_default_model()
-    config = pipe.unet.config
-    classes, size = config.num_class_embeds - 1, config.sample_size
+    noise, labels = network_start(pipe.unet, num_images, seed + 12345)
     for scale in guidance_scales:
-        generator = torch.Generator().manual_seed(seed + 12345)
-        noise = torch.randn(num_images, config.in_channels, size, size, generator=generator)
-        denoiser = network_denoiser(pipe.unet, torch.arange(num_images) % classes, scale)
+        denoiser = network_denoiser(pipe.unet, labels, scale)
 
         def learn(scale: float = scale) -> CalibratedScheduler:
             if shipped:
@@ -189,16 +187,15 @@ def quality(scheduler: CalibratedScheduler, scale: float, folder: str, count: in
     pipe = load_default_model()
     config = pipe.unet.config
     real = read_images(folder, count, config.in_channels, config.sample_size)
-    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(seed + 54321))
+    noise, labels = network_start(pipe.unet, count, seed + 54321)
     real_features, rows = features(pipe, real), []
     exact = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
     for name, own, n in (("teacher", exact, 80), *(("calibrated", scheduler, n) for n in STEPS)):
         made = []
         for first in tqdm(range(0, count, 50), desc=f"quality, {name} {n}", leave=False):
-            part = noise[first : first + 50]
-            labels = (torch.arange(len(part)) + first) % (config.num_class_embeds - 1)
+            part = slice(first, first + 50)
             own.set_timesteps(n)
-            made.append(sample(network_denoiser(pipe.unet, labels, scale), own, part))
+            made.append(sample(network_denoiser(pipe.unet, labels[part], scale), own, noise[part]))
         images = torch.cat(made)
         distances = (sliced_wasserstein(images, real), frechet(features(pipe, images), real_features))
         rows.append([f"{name}, {n} NFE", *(f"{v:.4f}" for v in distances)])

@@ -46,6 +46,14 @@ def oracle(
     return GaussianMixtureModel(weights.tolist(), means.tolist(), covariances.tolist(), process=process)
 
 
+def network_start(network: Any, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise (N, C, H, W) and labels (N,) of a class-conditional network, every class but the null one equally often."""
+    config = network.config
+    shape = (count, config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return noise, torch.arange(count) % (config.num_class_embeds - 1)
+
+
 def rmse(x: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean over samples of the root mean square difference; inf where it is not a number."""
     value = (x - reference).double().flatten(1).square().mean(1).sqrt().mean().item()

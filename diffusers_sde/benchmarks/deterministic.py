@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_sde.assets import load_default_model
-from diffusers_sde.benchmarks.common import PROCESSES, oracle, print_table, reference_solution, rmse
+from diffusers_sde.benchmarks.common import PROCESSES, network_start, oracle, print_table, reference_solution, rmse
 from diffusers_sde.benchmarks.competition import stock_odes
 from diffusers_sde.grids import GRIDS
 from diffusers_sde.sampling import Denoiser, network_denoiser, sample
@@ -35,8 +35,8 @@ def measure_oracles(seed: int, candidates: bool) -> None:
 def measure_network(seed: int, num_images: int, guidance_scales: list[float], candidates: bool) -> None:
     """The embedded network at each guidance scale, every class equally often."""
     pipe = load_default_model()
-    noise = torch.randn(num_images, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
-    labels, config = torch.arange(num_images) % 10, dict(pipe.scheduler.config)
+    noise, labels = network_start(pipe.unet, num_images, seed)
+    config = dict(pipe.scheduler.config)
     for scale in guidance_scales:
         denoiser = network_denoiser(pipe.unet, labels, scale)
         errors(f"embedded network, guidance {scale:g}", denoiser, noise, config, candidates)

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_sde.assets import load_default_classifier, load_default_model
-from diffusers_sde.benchmarks.common import print_table
+from diffusers_sde.benchmarks.common import network_start, print_table
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
 
@@ -20,10 +20,8 @@ SCALES, COUNT, BATCH, STEPS = (1.0, 2.0, 3.0), 200, 50, 12
 def measure(seed: int = 0) -> None:
     """Agreement in percent, over all and the worst class, for ``COUNT`` samples at each guidance scale."""
     pipe, classifier = load_default_model(), load_default_classifier().eval()
-    classes, size = pipe.unet.config.num_class_embeds - 1, pipe.unet.config.sample_size
     scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
-    labels = torch.arange(COUNT) % classes
-    noise = torch.randn(COUNT, pipe.unet.config.in_channels, size, size, generator=torch.Generator().manual_seed(seed))
+    noise, labels = network_start(pipe.unet, COUNT, seed)
     rows = []
     for scale in SCALES:
         right = []
@@ -32,7 +30,7 @@ def measure(seed: int = 0) -> None:
             images = sample(network_denoiser(pipe.unet, labels[part], scale), scheduler, noise[part]).clamp(-1, 1)
             right.append(classifier(images, 0.0).argmax(1) == labels[part])
         agreed = torch.cat(right).double()
-        worst = min(agreed[labels == k].mean().item() for k in range(classes))
+        worst = min(agreed[labels == k].mean().item() for k in labels.unique())
         rows.append([f"{scale:g}", f"{100 * agreed.mean().item():.1f} %", f"{100 * worst:.0f} %"])
     title = f"The classifier agrees with the label: {COUNT} samples of {STEPS} evaluations"
     print_table(title, ["guidance", "all classes", "worst class"], rows)
