@@ -7,12 +7,14 @@ import io
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from space import compare, error_lab, gpu, inputs, models, pictures, playground, trajectory
 from space.recording import record
 from space_helpers import DEMO
@@ -162,6 +164,22 @@ def test_files_hold_every_cell(sheets: list[compare.Sheet], tmp_path) -> None:
     picture, table = compare.write_files(sheets[-1], tmp_path)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert [row["nfe"] for row in csv.DictReader(table.open())] == ["2", "3", "2", "3"]
+
+
+def test_the_slider_is_given_files_and_leaves_none_behind(sheets: list[compare.Sheet]) -> None:
+    """A picture object gradio would write anew, in place, while another browser fetches it."""
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
+    from space import compare_tab
+
+    shown = compare_tab.choose(sheets[-1], "unipc · 3", compare_tab.REFERENCE)
+    _, program, files = next(shown)
+    assert "UniPCMultistepScheduler" in program and all(isinstance(f, str) for f in files)
+    with Image.open(files[0]) as left, Image.open(files[1]) as right:
+        assert left.size == right.size and max(left.size) >= 260 and left.tobytes() != right.tobytes()
+    shown.close()
+    assert not any(Path(f).exists() for f in files)
+    unfinished = next(compare_tab.choose(sheets[0], "unipc · 2", compare_tab.REFERENCE))
+    assert not any(isinstance(value, str | tuple) for value in unfinished)
 
 
 def test_pictures_keep_their_pixels() -> None:

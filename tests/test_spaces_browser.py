@@ -96,14 +96,22 @@ def slider_is_filled(page: Any) -> None:
     page.wait_for_selector("#compare-slider img")
 
 
+def slider_pictures(page: Any) -> list[str]:
+    return page.locator("#compare-slider img").evaluate_all("images => images.map(i => i.src)")
+
+
+CHANGED = "old => [...document.querySelectorAll('#compare-slider img')].filter(i => !old.includes(i.src)).length"
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_compare_fills_a_sheet(browser: Any, url: str, way: str) -> None:
     visit = Visit(browser, url, way)
     page = visit.open("Compare")
     assert "needs a GPU" in page.locator(".grey").first.inner_text() or "GPU" not in page.content()
     page.locator("#compare-run").click()
-    page.wait_for_selector("#compare-sheet .cell img")
+    page.wait_for_selector("#compare-sheet button.cell[disabled] img")  # nothing to choose from yet
     page.wait_for_selector("#compare-png:not([disabled])")
+    assert page.locator("#compare-sheet button.cell[disabled]").count() == 0
     assert page.locator("#compare-sheet button.cell img").count() == page.locator("#compare-sheet button.cell").count()
     assert page.locator("#compare-sheet button.cell").count() in (6, 8)  # a calibrated sampler only where there is one
     assert all(page.locator("#compare-sheet img").evaluate_all("images => images.map(i => i.naturalWidth > 0)"))
@@ -113,6 +121,10 @@ def test_compare_fills_a_sheet(browser: Any, url: str, way: str) -> None:
     page.keyboard.press("Enter")  # a cell can be chosen without a mouse
     page.wait_for_selector("#compare-sheet button.chosen[data-cell='unipc · 10']")
     page.wait_for_function("document.body.innerText.includes('UniPCMultistepScheduler.from_config')")
+    shown = slider_pictures(page)
+    page.get_by_label("Right", exact=True).click()
+    page.get_by_role("option", name="unipc · 5").click()
+    page.wait_for_function(f"{CHANGED} == 1", arg=shown)
     with page.expect_download() as download:
         page.locator("#compare-csv").click()
     assert Path(download.value.path()).read_text().startswith("sampler,nfe,seconds")
@@ -128,11 +140,10 @@ def test_a_second_comparison_replaces_the_first(browser: Any, url: str) -> None:
         page.locator("#compare-samplers").get_by_label(name, exact=True).uncheck()
     page.locator("#compare-run").click()
     slider_is_filled(page)
-    first = page.locator("#compare-slider img").evaluate_all("images => images.map(i => i.src)")
+    first = slider_pictures(page)
     page.get_by_label("Seed").first.fill("5")
     page.locator("#compare-run").click()
-    changed = "old => [...document.querySelectorAll('#compare-slider img')].filter(i => !old.includes(i.src)).length"
-    page.wait_for_function(f"{changed} == 2", arg=first)
+    page.wait_for_function(f"{CHANGED} == 2", arg=first)
     visit.finish("second")
 
 

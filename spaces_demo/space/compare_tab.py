@@ -39,7 +39,7 @@ def parse_cell(name: str) -> tuple[str, int]:
 
 
 def render(sheet: compare.Sheet, chosen: str | None = None) -> str:
-    """The sheet as a table of buttons, one a cell; holes where nothing is computed yet."""
+    """The sheet as a table of buttons, one a cell, of use when all are there; holes where nothing is computed yet."""
     request = sheet.request
     head = "".join(f"<th scope='col'>{n} evaluations</th>" for n in request.budgets)
     best = {
@@ -77,8 +77,9 @@ def _cell(sheet: compare.Sheet, name: str, budget: int, best: float | None, chos
     else:
         said = f"distance <b{' class=best' if result.mean == best else ''}>{result.mean:.4f}</b>"
     key = cell_name(name, budget)
+    waiting = "" if sheet.finished else " disabled"
     return (
-        f"<button type='button' class='cell{' chosen' if key == chosen else ''}' data-cell='{key}' "
+        f"<button type='button' class='cell{' chosen' if key == chosen else ''}' data-cell='{key}'{waiting} "
         f"aria-label='{key} evaluations: choose'>{image_tag(result.images, key, extra='')}"
         f"<small>{said}<br>{result.nfe} evaluations · {1000 * result.seconds:.0f} ms</small></button>"
     )
@@ -91,49 +92,59 @@ def _cell(sheet: compare.Sheet, name: str, budget: int, best: float | None, chos
 def run(
     model: str, choice: str, prompt: str, seed: Any, budgets: str, samplers: list[str], guidance: Any
 ) -> Iterator[tuple]:
-    """Stream the sheet: (html, state, left, right, code, sheet file, csv file, the part below the sheet)."""
+    """Stream the sheet: (html, state, left, right, code, slider, sheet file, csv file, the part below the sheet)."""
     request = compare.checked(
         model=model, choice=choice, prompt=prompt, seed=seed, budgets=budgets, samplers=samplers, guidance=guidance
     )
-    keep = gr.skip()
     first = cell_name(request.samplers[0], request.budgets[0])
     sheet = None
-    for sheet in compare.sheets(request):
-        yield render(sheet, first), sheet, *[keep] * 6
+    for sheet in compare.sheets(request):  # what belongs to the last sheet goes until this one is finished
+        no_file = gr.update(interactive=False)
+        yield render(sheet), sheet, *[gr.skip()] * 4, no_file, no_file, gr.update(visible=False)
     assert sheet is not None
     names = [cell_name(r.sampler, r.budget) for r in sheet.results]
-    files = compare.write_files(sheet, Path(tempfile.mkdtemp(prefix="compare-")))
-    yield (
-        render(sheet, first),
-        sheet,
-        gr.update(choices=names, value=first),
-        gr.update(choices=[REFERENCE, *names], value=REFERENCE),
-        compare.program(request, *parse_cell(first)),
-        *(gr.update(value=str(file), interactive=True) for file in files),
-        gr.update(visible=True),
-    )
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        files = compare.write_files(sheet, Path(folder))
+        yield (
+            render(sheet, first),
+            sheet,
+            gr.update(choices=names, value=first),
+            gr.update(choices=[REFERENCE, *names], value=REFERENCE),
+            compare.program(request, *parse_cell(first)),
+            slider_files(sheet, first, REFERENCE, Path(folder)),
+            *(gr.update(value=str(file), interactive=True) for file in files),
+            gr.update(visible=True),
+        )
 
 
-def slide(sheet: compare.Sheet | None, left: str | None, right: str | None) -> Any:
-    """Both pictures for the image slider, enlarged with sharp pixels."""
-    if sheet is None or not left or not right:
-        return None
-    found = []
-    for name in (left, right):
-        result = None if name == REFERENCE else sheet.cell(*parse_cell(name))
-        images = sheet.reference if name == REFERENCE else None if result is None else result.images
-        if images is None:
-            return None
-        found.append(enlarged(picture(images, columns=2 if len(images) > 1 else 1), 520))
-    return tuple(found)
+def slider_files(sheet: compare.Sheet, left: str, right: str, folder: Path) -> tuple[str, str]:
+    """Both pictures for the image slider, enlarged with sharp pixels, as PNG files in ``folder``.
+
+    Files, not pictures: gradio writes a picture's file anew each time it is shown, under a name made of its content,
+    also while a browser is fetching it for somebody else; a file it copies once and whole.
+    """
+    return _slider_file(sheet, left, folder / "left.png"), _slider_file(sheet, right, folder / "right.png")
 
 
-@friendly
-def choose(sheet: compare.Sheet | None, left: str | None) -> tuple[Any, str]:
-    """The sheet with the chosen cell marked, and that cell's program."""
-    if sheet is None or not left or sheet.cell(*parse_cell(left)) is None:
-        return gr.skip(), ""
-    return render(sheet, left), compare.program(sheet.request, *parse_cell(left))
+def _slider_file(sheet: compare.Sheet, name: str, file: Path) -> str:
+    result = None if name == REFERENCE else sheet.cell(*parse_cell(name))
+    images = sheet.reference if result is None else result.images
+    assert images is not None
+    enlarged(picture(images, columns=2 if len(images) > 1 else 1), 520).save(file)
+    return str(file)
+
+
+def choose(sheet: compare.Sheet | None, left: str | None, right: str | None) -> Iterator[tuple]:
+    """The sheet with the chosen cell marked, that cell's program, and the slider: (html, code, slider)."""
+    if sheet is None or not sheet.finished or not left or not right:
+        yield gr.skip(), gr.skip(), gr.skip()
+        return
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        yield (
+            render(sheet, left),
+            compare.program(sheet.request, *parse_cell(left)),
+            slider_files(sheet, left, right, Path(folder)),
+        )
 
 
 def clicked(event: gr.EventData) -> str:
@@ -192,7 +203,7 @@ def build(_tab: gr.Tab) -> None:
                 )
                 code = gr.Code(language="python", label="The chosen cell as a program", interactive=False, lines=6)
 
-    outputs = [sheet_html, state, left, right, code, sheet_file, csv_file, details]
+    outputs = [sheet_html, state, left, right, code, slider, sheet_file, csv_file, details]
     options: dict[str, Any] = {"api_visibility": "private"}
     running = gr.on(
         [start.click, prompt.submit, budgets.submit],
@@ -206,18 +217,15 @@ def build(_tab: gr.Tab) -> None:
     )
     stop.click(None, cancels=[running], **options)
     key.change(for_model, key, [choice, prompt, guidance, samplers], show_progress="hidden", **options)
-    # always_last: a new sheet changes left and right at once, and the second change must not be dropped
     quick: dict[str, Any] = {
         "show_progress": "hidden",
         "concurrency_limit": 8,
         "trigger_mode": "always_last",
         **options,
     }
-    sheet_html.select(clicked, None, left, **quick)
-    left.change(choose, [state, left], [sheet_html, code], **quick)
-    gr.on([left.change, right.change], slide, [state, left, right], slider, **quick)
-    # a second sheet's chosen cells may have the names of the first one's: nothing changes then but the pictures
-    running.then(slide, [state, left, right], slider, **quick)
+    chosen = [choose, [state, left, right], [sheet_html, code, slider]]
+    sheet_html.select(clicked, None, left, **quick).then(*chosen, **quick)
+    gr.on([left.input, right.input], *chosen, **quick)  # input, not change: what run fills in is already shown
 
 
 # -- the API --
