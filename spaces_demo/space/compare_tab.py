@@ -103,7 +103,7 @@ def run(
         yield render(sheet), sheet, *[gr.skip()] * 4, no_file, no_file, gr.update(visible=False)
     assert sheet is not None
     names = [cell_name(r.sampler, r.budget) for r in sheet.results]
-    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:  # gone when gradio has its copies
         files = compare.write_files(sheet, Path(folder))
         yield (
             render(sheet, first),
@@ -139,7 +139,7 @@ def choose(sheet: compare.Sheet | None, left: str | None, right: str | None) -> 
     if sheet is None or not sheet.finished or not left or not right:
         yield gr.skip(), gr.skip(), gr.skip()
         return
-    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:  # gone when gradio has its copies
         yield (
             render(sheet, left),
             compare.program(sheet.request, *parse_cell(left)),

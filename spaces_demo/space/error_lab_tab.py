@@ -104,13 +104,15 @@ def first_budget(known: error_lab.Budget | None, *values: Any) -> tuple:
     return weigh(*values) if known is None else (gr.skip(), known)
 
 
-def table(curves: error_lab.Curves | None, budget: error_lab.Budget | None) -> Any:
-    """The file of the table, once both parts are there."""
+def table(curves: error_lab.Curves | None, budget: error_lab.Budget | None) -> Iterator[Any]:
+    """The file of the table, once both parts are there; gone when gradio has its copy."""
     if curves is None or budget is None:
-        return gr.skip()
-    file = Path(tempfile.mkdtemp(prefix="errors-")) / "errors.csv"
-    file.write_text(error_lab.as_csv(curves, budget))
-    return gr.update(value=str(file), interactive=True)
+        yield gr.skip()
+        return
+    with tempfile.TemporaryDirectory(prefix="errors-") as folder:
+        file = Path(folder) / "errors.csv"
+        file.write_text(error_lab.as_csv(curves, budget))
+        yield gr.update(value=str(file), interactive=True)
 
 
 def build(tab: gr.Tab) -> None:
