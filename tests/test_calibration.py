@@ -25,7 +25,8 @@ from diffusers_sde.analytic import GaussianMixtureModel
 from diffusers_sde.benchmarks.common import oracle
 from diffusers_sde.calibration.dynamic_program import best_grids, step_costs
 from diffusers_sde.calibration.fit import Samples, fit_tables, mean_error, ridge_correction, subgrid
-from diffusers_sde.calibration.refine import Refiner, directions, iteration_cost
+from diffusers_sde.calibration.plan import starts
+from diffusers_sde.calibration.refine import TRIALS, Refiner, directions, refine, refinement_cost
 from diffusers_sde.calibration.rollout import Process
 from diffusers_sde.calibration.sources import HELD_OUT, DenoiserSource
 from diffusers_sde.calibration.stochastic import energy_distance
@@ -197,39 +198,75 @@ def test_fitted_rows_lower_the_error_of_each_row():
 def test_refinement_never_raises_the_training_error_and_keeps_times_in_order():
     samples = taught()
     ((table, error),) = fit_tables(samples, [[0, 5, 10, 16]])
-    refiner = Refiner(samples, table)
-    assert np.isclose(refiner.error, error, rtol=1e-4)
-    errors = [refiner.error]
-    for _ in range(3):
-        refiner.step()
-        errors.append(refiner.error)
-        assert np.isclose(refiner.error, mean_error(samples, refiner.table), rtol=1e-6)
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.7 * errors[0]
-    times = [row.time for row in refiner.table.rows]
+    errors, store = [], Store()
+    refined, after = refine(samples, store, table, errors.append)
+    assert np.isclose(errors[0], error, rtol=1e-4)
+    assert np.isclose(after, mean_error(samples, refined), rtol=1e-6)
+    assert [*errors, after] == sorted([*errors, after], reverse=True) and after < 0.6 * error
+    times = [row.time for row in refined.rows]
     assert times == sorted(times, reverse=True) and times[-1] >= 0 and times[0] <= 999
-    assert refiner.spent <= 3 * iteration_cost(4) + 4
+    assert not any(f"jacobian-{first}" in store for first in samples.firsts)
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_refinement_costs_what_the_plan_says(integer):
+    """Every parameter of every row by one rollout of the rows after it: nothing is dropped, all trials are used."""
+    calls = []
+    samples = taught(batches=1)
+    process = replace(samples.process, integer_times=integer, tick=lambda: calls.append(1))
+    samples = replace(samples, process=process)
+    ((table, _),) = fit_tables(samples, [[0, 5, 10, 16]])
+    calls.clear()
+    refiner = Refiner(samples, Store(), table)
+    for _ in range(TRIALS):
+        refiner.step()
+    dropped = sum(1 + min(i + 1, 4) - len(d) for i, d in enumerate(refiner._directions[:-1]))
+    assert len(calls) + 4 * dropped >= refinement_cost(4, times=not integer) + 4 >= len(calls)
 
 
 def test_jacobian_is_that_of_the_rollout():
     """The Gauss-Newton gradient = a finite difference of the weighted squared error along the same step."""
     samples = taught(batches=1)
     ((table, _),) = fit_tables(samples, [[0, 5, 10, 16]])
-    refiner = Refiner(samples, table)
+    refiner = Refiner(samples, Store(), table)
     _, gradient = refiner._normal_equations()
-    with samples.source.open(0) as batch:
-        from diffusers_sde.calibration.rollout import roll
+    r = refiner._residuals[0].double()
+    weights = 1 / r.square().mean(1).sqrt().clamp(min=0.2 * refiner.error) / r.shape[1]
+    for k in (0, 3, len(gradient) - 1):
+        h = np.zeros(len(gradient))
+        h[k] = 2e-3
+        there, back = (refiner._run(refiner._moved(sign * h)[0])[1][0].double() for sign in (1, -1))
+        change = (there - back) / (2 * h[k])
+        assert np.isclose((weights[:, None] * r * change).sum(), gradient[k], rtol=0.1, atol=2e-3)
 
-        def residual(t):
-            end = roll(samples.process, batch, t, samples.process.start(batch))[0][-1]
-            return (end - samples.teacher.solution(0)).double().flatten(1)
 
-        r = residual(table)
-        weights = 1 / r.square().mean(1).sqrt().clamp(min=0.2 * refiner.error) / r.shape[1]
-        for k in (0, 3, len(gradient) - 1):
-            h = np.zeros(len(gradient))
-            h[k] = 2e-3
-            change = (residual(refiner._moved(h)) - residual(refiner._moved(-h))) / (2 * h[k])
-            assert np.isclose((weights[:, None] * r * change).sum(), gradient[k], rtol=0.1, atol=2e-3)
+def test_what_a_step_showed_is_in_the_jacobian():
+    """Broyden's secant condition: J times the step taken is the change of the residuals; directions orthogonal to it
+    (in the metric of the diagonal) are as they were."""
+    samples = taught(batches=1)
+    ((table, _),) = fit_tables(samples, [[0, 5, 10, 16]])
+    refiner = Refiner(samples, Store(), table)
+    before, (normal, gradient) = refiner._jacobian(0), refiner._normal_equations()
+    diagonal, old = np.diag(normal), refiner._residuals[0]
+    trial, delta = refiner._moved(np.linalg.solve(normal + refiner.damping * np.diag(diagonal), -gradient))
+    new = refiner._run(trial)[1][0]
+    refiner.step()
+    learnt = refiner._jacobian(0)
+    assert torch.allclose(torch.einsum("p,pbe->be", torch.from_numpy(delta), learnt), (new - old).double(), atol=1e-5)
+    other = np.random.default_rng(0).standard_normal(len(delta))
+    other -= delta * ((diagonal * delta) @ other) / ((diagonal * delta) @ delta)
+    for j in (before, learnt):
+        assert torch.allclose(
+            torch.einsum("p,pbe->be", torch.from_numpy(other), j - before), torch.zeros(()).double(), atol=1e-5
+        )
+
+
+def test_a_budget_pays_for_one_grid_each_before_a_second_one():
+    costs = {n: refinement_cost(n) for n in (4, 8, 10)}
+    assert starts(costs, 0) == {4: 0, 8: 0, 10: 0}
+    assert starts(costs, costs[4] + costs[8]) == {4: 1, 8: 1, 10: 0}
+    assert starts(costs, sum(costs.values()) + costs[4]) == {4: 2, 8: 1, 10: 1}
+    assert starts(costs, 10**6) == {4: 2, 8: 2, 10: 2}
 
 
 # -- calibrate: what it promises --

@@ -15,7 +15,7 @@ from diffusers_sde.calibration.dynamic_program import best_grids, step_costs
 from diffusers_sde.calibration.fit import fit_tables, mean_error, sample_errors, subgrid
 from diffusers_sde.calibration.plan import POWERS, STOCK, Plan
 from diffusers_sde.calibration.processes import total
-from diffusers_sde.calibration.refine import Refiner
+from diffusers_sde.calibration.refine import refine
 from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
 from diffusers_sde.named_samplers import SAMPLERS, make_scheduler
 from diffusers_sde.problems import lay_out
@@ -34,7 +34,7 @@ def deterministic_entries(plan: Plan) -> dict[int, dict[str, Any]]:
     dynamic = best_grids(*step_costs(plan.teacher.gram(plan.training.firsts)), plan.counts)
     entries = {}
     for n in plan.counts:
-        name = f"steps-{n}-of-{plan.num_samples}-and-{plan.num_held_out}-iterations-{plan.iterations[n]}"
+        name = f"steps-{n}-of-{plan.num_samples}-and-{plan.num_held_out}-refined-{plan.starts[n]}"
         entry = plan.store.note(name)
         if entry is None:
             entry = _entry(plan, nodes, dynamic[n], n)
@@ -78,27 +78,23 @@ def candidate_grids(plan: Plan, nodes: Nodes, dynamic: list[int], n: int) -> lis
 
 
 def _entry(plan: Plan, nodes: Nodes, dynamic: list[int], n: int) -> dict[str, Any]:
-    """Fit on every candidate grid, refine the best, keep what wins on held-out noise."""
-    plan.bar.set_description(f"{n} steps: fit")
+    """Fit on every candidate grid, refine the best, keep what is best on held-out noise."""
+    plan.say(n, "fit")
     grids = candidate_grids(plan, nodes, dynamic, n)
-    fitted = fit_tables(plan.training, grids)
-    best = int(np.argmin([error for _, error in fitted]))
-    found = [fitted[best]]
-    if plan.iterations[n]:
-        refiner = Refiner(plan.training, found[0][0])
-        for _ in range(plan.iterations[n]):
-            plan.bar.set_description(f"{n} steps: training error {refiner.error:.4f}")
-            if not refiner.step():
-                break
-        found.insert(0, (refiner.table, refiner.error))
-    plan.bar.set_description(f"{n} steps: held out")
+    fitted = sorted(zip(fit_tables(plan.training, grids), grids, strict=True), key=lambda found: found[0][1])
+    found = fitted[:1]
+    for (table, _), grid in fitted[: plan.starts[n]]:
+        found.append((refine(plan.training, plan.store, table, lambda e: plan.say(n, f"training error {e:.4f}")), grid))
+    plan.say(n, "held out")
     exact = default_nodes(plan, n)
     errors: dict[str, Any] = {"exact": mean_error(plan.held_out, standard_table(plan.process.path, exact))}
     errors |= best_stock(plan, n)
-    for table, training in found:
-        errors |= {"training": training, "held_out": mean_error(plan.held_out, table)}
-        if errors["held_out"] < errors["exact"]:
-            return table_entry(_with_times(subgrid(nodes, grids[best]), table), table, None, errors)
+    held_out = [mean_error(plan.held_out, table) for (table, _), _ in found]
+    best = int(np.argmin(held_out))
+    (table, training), grid = found[best]
+    errors |= {"training": training, "held_out": held_out[best]}
+    if held_out[best] < errors["exact"]:
+        return table_entry(_with_times(subgrid(nodes, grid), table), table, None, errors)
     errors |= {"lost": errors["held_out"], "held_out": errors["exact"]}
     return table_entry(exact, None, None, errors)
 

@@ -1,12 +1,14 @@
 """Refinement by rollouts: Gauss-Newton on every weight and every evaluation time of a table at once.
 
 Knows how the solution moves with each parameter, by finite differences of rollouts (forward passes only; a rollout
-starts at the row that changed), and how to step so that the training error never grows.  Weights move along
-orthonormal combinations of a row's own states and evaluations, so that nearly parallel ones do no harm.
+starts at the row that changed), how to step so that the training error never grows, and what each step teaches about
+the next.  Weights move along orthonormal combinations of a row's own states and evaluations, so that nearly parallel
+ones do no harm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +17,14 @@ import torch
 from diffusers_sde.calibration.fit import ORDER, Samples, basis, corrected, inner_products, sample_errors
 from diffusers_sde.calibration.processes import total
 from diffusers_sde.calibration.rollout import advance, roll
+from diffusers_sde.calibration.teacher import Store
 from diffusers_sde.tables import Table
 
 PARALLEL = 3e-3  # directions with a smaller share of the basis are left alone: their weights would amplify errors
 STATE_STEP = 0.01  # of the unit scale of a state
 TIME_STEP = 0.002  # of the training range
-TRIALS = 3  # damped steps to try for one Jacobian
+TRIALS = 6  # steps to try from one Jacobian
+PATIENCE = 3  # steps without gain, each damped more, after which there is none to be had
 LEAST_DAMPING = 3e-3  # of the diagonal: barely determined combinations of parameters fit noise
 
 
@@ -32,105 +36,163 @@ def directions(gram: np.ndarray, parallel: float = PARALLEL) -> np.ndarray:
     return (vectors[:, kept] / np.sqrt(values[kept]) / scale[:, None]).T[::-1]
 
 
-def iteration_cost(n: int, order: int = ORDER, times: bool = True) -> int:
-    """Evaluations a sample of one Jacobian with its states and trial steps, at most, for ``n`` rows."""
+def parameter_count(n: int, order: int = ORDER, times: bool = True) -> int:
+    """The most parameters of ``n`` rows."""
+    return sum(1 + min(i + 1, order) + times for i in range(n))
+
+
+def refinement_cost(n: int, order: int = ORDER, times: bool = True) -> int:
+    """Evaluations a sample of one refinement of ``n`` rows, at most: each row's parameters by rollouts of the rows
+    after it, the states to start them from, and the trials."""
     weights = sum((1 + min(i + 1, order)) * (n - 1 - i) for i in range(n))
-    return weights + times * n * (n + 1) // 2 + n + TRIALS * n
+    return weights + times * n * (n + 1) // 2 + (2 + TRIALS) * n
+
+
+def refine(
+    samples: Samples, store: Store, table: Table, report: Callable[[float], object] = lambda _: None
+) -> tuple[Table, float]:
+    """The refined table and its training error, at most that of ``table``; ``report`` is told it on the way."""
+    refiner, failed = Refiner(samples, store, table), 0
+    for _ in range(TRIALS):
+        report(refiner.error)
+        failed = 0 if refiner.step() else failed + 1
+        if failed == PATIENCE:
+            break
+    refiner.forget()
+    return refiner.table, refiner.error
 
 
 class Refiner:
-    """One table being refined: ``table``, its training ``error``, and what it ``spent`` (evaluations a sample)."""
+    """One table being refined: ``table`` and its training ``error``.
 
-    def __init__(self, samples: Samples, table: Table, *, order: int = ORDER):
-        self.samples, self.order = samples, order
+    The Jacobian is measured once, at the table that it is given.  Each trial's rollout then corrects it by Broyden's
+    update ``J += (dr - J dp) dp'D / (dp'D dp)``, per sample, D the diagonal of ``J'WJ`` (Broyden 1965; Nocedal &
+    Wright, Numerical Optimization, eq. 11.27): a trial costs one rollout, a Jacobian as many as there are parameters.
+    It waits in ``store``, and is worked on a batch at a time.
+    """
+
+    def __init__(self, samples: Samples, store: Store, table: Table, *, order: int = ORDER):
+        self.samples, self.order, self._store = samples, order, store
         self.times = not samples.process.integer_times
-        self.damping, self.spent = LEAST_DAMPING, 0
-        self.table = table
-        self.error, self._directions = self._measure(table)
+        self.damping, self.table = LEAST_DAMPING, table
+        self._directions = self._find_directions()
+        self._updates: list[tuple[np.ndarray, dict[int, torch.Tensor]]] = []
+        for first in samples.firsts:
+            store.put(_name(first), {"jacobian": self._measured_jacobian(first)})
+        self.error, self._residuals = self._run(table)
 
-    def _measure(self, table: Table) -> tuple[float, list[np.ndarray]]:
-        """The mean error, and each row's directions."""
-        process, n = self.samples.process, len(table.rows)
+    def step(self) -> bool:
+        """Try one damped step; whether the error went down."""
+        normal, gradient = self._normal_equations()
+        diagonal = np.maximum(np.diag(normal), 1e-300)
+        trial, delta = self._moved(np.linalg.solve(normal + self.damping * np.diag(diagonal), -gradient))
+        error, residuals = self._run(trial)
+        better = error < self.error
+        if np.isfinite(error):
+            self._learn(delta, diagonal, residuals)
+        self.damping = max(self.damping / 5, LEAST_DAMPING) if better else self.damping * 10
+        if better:
+            self.table, self.error, self._residuals = trial, error, residuals
+        return better
+
+    def forget(self) -> None:
+        """Nothing of the Jacobian stays in the store."""
+        for first in self.samples.firsts:
+            self._store.drop(_name(first))
+
+    def _find_directions(self) -> list[np.ndarray]:
+        """Each row's directions, from all samples."""
+        process, n = self.samples.process, len(self.table.rows)
         sizes = [1 + min(i + 1, self.order) for i in range(n)]
-        sums = np.zeros(2 + sum(k * k for k in sizes))
+        sums = np.zeros(1 + sum(k * k for k in sizes))
         for first in self.samples.firsts:
             with self.samples.source.open(first) as batch:
                 x = process.start(batch)
-                states, made = roll(process, batch, table, x)
-                errors = sample_errors(states[-1], self.samples.teacher.solution(first))
+                states, made = roll(process, batch, self.table, x)
                 grams = []
                 for i, state in enumerate([x, *states[:-1]]):
                     vectors = basis(state, made[: i + 1], self.order)
                     grams.append(inner_products(vectors, vectors).ravel())
-            sums += np.concatenate([[errors.sum(), len(errors)], *grams])
-        self.spent += n
+            sums += np.concatenate([[len(x)], *grams])
         sums = total(sums)
-        if not np.isfinite(sums).all():
-            return np.inf, []
-        parts = np.split(sums[2:], np.cumsum([k * k for k in sizes])[:-1])
-        found = [directions(p.reshape(k, k) / sums[1]) for p, k in zip(parts, sizes, strict=True)]
-        return float(sums[0] / sums[1]), found
+        parts = np.split(sums[1:], np.cumsum([k * k for k in sizes])[:-1])
+        return [directions(p.reshape(k, k) / sums[0]) for p, k in zip(parts, sizes, strict=True)]
 
-    def step(self) -> bool:
-        """One Jacobian and up to :data:`TRIALS` damped steps; whether the error went down."""
-        normal, gradient = self._normal_equations()
-        for _ in range(TRIALS):
-            damped = normal + self.damping * np.diag(np.maximum(np.diag(normal), 1e-300))
-            trial = self._moved(np.linalg.solve(damped, -gradient))
-            error, found = self._measure(trial)
-            if error < self.error:
-                self.damping = max(self.damping / 5, LEAST_DAMPING)
-                self.table, self.error, self._directions = trial, error, found
-                return True
-            self.damping *= 10
-        return False
+    def _run(self, table: Table) -> tuple[float, dict[int, torch.Tensor]]:
+        """The mean error of a table, and each batch's residuals ``x - solution``, (B, elements)."""
+        residuals, sums = {}, np.zeros(2)
+        for first in self.samples.firsts:
+            solution = self.samples.teacher.solution(first)
+            with self.samples.source.open(first) as batch:
+                states, _ = roll(self.samples.process, batch, table, self.samples.process.start(batch))
+                errors = sample_errors(states[-1], solution)
+                residuals[first] = (states[-1].cpu() - solution).flatten(1)
+            sums += errors.sum(), len(errors)
+        sums = total(sums)
+        return (float(sums[0] / sums[1]) if np.isfinite(sums).all() else np.inf), residuals
+
+    def _measured_jacobian(self, first: int) -> torch.Tensor:
+        """The derivative of a batch's last states by each parameter, (parameters, B, elements)."""
+        process, table = self.samples.process, self.table
+        n, span = len(table.rows), process.path.cleanest - process.path.noisiest
+        columns = []
+        with self.samples.source.open(first) as batch:
+            x = process.start(batch)
+            states, made = roll(process, batch, table, x)
+            states = [x, *states]
+            for i, row in enumerate(table.rows):
+                vectors = basis(states[i], made[: i + 1], self.order)
+                for direction in self._directions[i]:
+                    d = sum(c * v for c, v in zip(direction.tolist(), vectors, strict=True))
+                    if i + 1 < n:
+                        moved = torch.add(states[i + 1], d, alpha=STATE_STEP)
+                        end = roll(process, batch, table, moved, made[: i + 1], i + 1)[0][-1]
+                        d = (end - states[-1]) / STATE_STEP
+                    columns.append(d.cpu())
+                if self.times:
+                    h = TIME_STEP * span * (-1 if i + 1 == n else 1)
+                    evaluation = process.evaluate(batch, replace(row, time=row.time + h), states[i])
+                    past = [*made[:i], evaluation]
+                    moved = advance(row, states[i], past)
+                    end = roll(process, batch, table, moved, past, i + 1)[0][-1] if i + 1 < n else moved
+                    columns.append(((end - states[-1]) / (h / span)).cpu())
+        return torch.stack(columns).flatten(2)
+
+    def _jacobian(self, first: int) -> torch.Tensor:
+        """The measured one with what the trials have taught."""
+        jacobian = self._store.get(_name(first), "jacobian").double()
+        for weights, miss in self._updates:
+            jacobian += torch.from_numpy(weights)[:, None, None] * miss[first]
+        return jacobian
+
+    def _learn(self, delta: np.ndarray, diagonal: np.ndarray, residuals: dict[int, torch.Tensor]) -> None:
+        """Broyden's update: what the Jacobian did not foresee, along the step taken."""
+        scaled = diagonal * delta
+        miss = {}
+        for first, residual in residuals.items():
+            foreseen = torch.einsum("p,pbe->be", torch.from_numpy(delta), self._jacobian(first))
+            miss[first] = (residual - self._residuals[first] - foreseen).float()
+        self._updates.append((scaled / max(float(scaled @ delta), 1e-300), miss))
 
     def _normal_equations(self) -> tuple[np.ndarray, np.ndarray]:
         """``J'WJ`` and ``J'Wr`` summed over samples, with weights ``W = 1/error`` of each sample: the Gauss-Newton
         model of the mean of their root mean square errors."""
-        process, table = self.samples.process, self.table
-        n, found = len(table.rows), self._directions
-        count = sum(len(d) for d in found) + self.times * n
-        normal, gradient = np.zeros((count, count)), np.zeros(count)
-        span = process.path.cleanest - process.path.noisiest
-        for first in self.samples.firsts:
-            solution = self.samples.teacher.solution(first)
-            with self.samples.source.open(first) as batch:
-                x = process.start(batch)
-                states, made = roll(process, batch, table, x)
-                states = [x, *states]
-                columns = []
-                for i, row in enumerate(table.rows):
-                    vectors = basis(states[i], made[: i + 1], self.order)
-                    for direction in found[i]:
-                        d = sum(c * v for c, v in zip(direction.tolist(), vectors, strict=True))
-                        if i + 1 < n:
-                            moved = torch.add(states[i + 1], d, alpha=STATE_STEP)
-                            end = roll(process, batch, table, moved, made[: i + 1], i + 1)[0][-1]
-                            d = (end - states[-1]) / STATE_STEP
-                        columns.append(d.cpu())
-                    if self.times:
-                        h = TIME_STEP * span * (-1 if i + 1 == n else 1)
-                        evaluation = process.evaluate(batch, replace(row, time=row.time + h), states[i])
-                        past = [*made[:i], evaluation]
-                        moved = advance(row, states[i], past)
-                        end = roll(process, batch, table, moved, past, i + 1)[0][-1] if i + 1 < n else moved
-                        columns.append(((end - states[-1]) / (h / span)).cpu())
-                residual = (states[-1].cpu() - solution).double().flatten(1)
-                errors = sample_errors(states[-1], solution)
-            weights = torch.from_numpy(1 / np.maximum(errors, 0.2 * self.error)) / residual.shape[1]
-            jacobian = torch.stack([c.double().flatten(1) for c in columns])
+        count = sum(len(d) + self.times for d in self._directions)
+        sums = np.zeros((count, count + 1))
+        for first, residual in self._residuals.items():
+            jacobian, residual = self._jacobian(first), residual.double()
+            errors = residual.square().mean(1).sqrt()
+            weights = 1 / errors.clamp(min=0.2 * self.error) / residual.shape[1]
             weighted = (jacobian * weights[:, None]).flatten(1)
-            normal += (weighted @ jacobian.flatten(1).mT).numpy()
-            gradient += (weighted @ residual.flatten()).numpy()
-        size = sum((1 + min(i + 1, self.order)) * (n - 1 - i) for i in range(n))
-        self.spent += n + size + self.times * n * (n + 1) // 2
-        sums = total(np.concatenate([normal.ravel(), gradient]))
-        return sums[: count * count].reshape(count, count), sums[count * count :]
+            sums += (weighted @ torch.cat([jacobian, residual[None]]).flatten(1).mT).numpy()
+        sums = total(sums)
+        return sums[:, :-1], sums[:, -1]
 
-    def _moved(self, delta: np.ndarray) -> Table:
-        """The table with a step taken; times stay in the training range and in order, by at most half a gap a step."""
+    def _moved(self, delta: np.ndarray) -> tuple[Table, np.ndarray]:
+        """The table with a step taken, and that step: times stay in the training range and in order, by at most half a
+        gap a step."""
         process, rows, at = self.samples.process, [], 0
+        delta = delta.copy()
         times = np.array([row.time for row in self.table.rows])
         ends = np.concatenate([[process.path.noisiest], times, [process.path.cleanest]])
         gaps = np.abs(np.diff(ends))
@@ -140,9 +202,13 @@ class Refiner:
             row = corrected(row, delta[at : at + k] @ self._directions[i])
             at += k
             if self.times:
-                limit = 0.45 * gaps[i + 1 if delta[at] > 0 else i]  # positive is towards clean data
-                time = row.time + float(np.clip(span * delta[at], -limit, limit))
+                limit = 0.45 * gaps[i + 1 if delta[at] > 0 else i] / abs(span)  # positive is towards clean data
+                delta[at] = np.clip(delta[at], -limit, limit)
+                row = replace(row, time=row.time + float(span * delta[at]))
                 at += 1
-                row = replace(row, time=time)
             rows.append(row)
-        return Table(tuple(rows), self.table.data_std)
+        return Table(tuple(rows), self.table.data_std), delta
+
+
+def _name(first: int) -> str:
+    return f"jacobian-{first}"

@@ -76,7 +76,7 @@ def _entry(plan: Plan, n: int) -> dict[str, Any]:
 
     def distance(rho: float, tau: tuple[float, ...]) -> float:
         if (rho, tau) not in tried:
-            plan.bar.set_description(f"{n} steps: energy distance {min(tried.values(), default=np.inf):.4f}")
+            plan.say(n, f"energy distance {min(tried.values(), default=np.inf):.4f}")
             tried[rho, tau] = _distance(plan, plan.training, _reverse_sde(plan, grids[rho], tau))
         return tried[rho, tau]
 

@@ -75,6 +75,12 @@ class Store:
         with safe_open(self.folder / f"{name}.safetensors", "pt") as file:
             return file.get_tensor(key) if index is None else file.get_slice(key)[index : index + 1][0]
 
+    def drop(self, name: str) -> None:
+        if self.folder is None:
+            self._memory.pop(name, None)
+        else:
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
     def note(self, name: str) -> Any:
         """What :meth:`put_note` wrote, None if it did not."""
         path = None if self.folder is None else self.folder / f"{name}.json"
