@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 
 from diffusers_sde.named_samplers import SAMPLERS
 from space import compare, inputs, models
@@ -127,9 +128,9 @@ def slider_files(sheet: compare.Sheet, left: str, right: str, folder: Path) -> t
 
 
 def _slider_file(sheet: compare.Sheet, name: str, file: Path) -> str:
-    result = None if name == REFERENCE else sheet.cell(*parse_cell(name))
-    images = sheet.reference if result is None else result.images
-    assert images is not None
+    shown = sheet.reference if name == REFERENCE else sheet.cell(*parse_cell(name))
+    assert shown is not None  # a finished sheet has them all
+    images = shown if isinstance(shown, torch.Tensor) else shown.images
     enlarged(picture(images, columns=2 if len(images) > 1 else 1), 520).save(file)
     return str(file)
 
@@ -225,7 +226,8 @@ def build(_tab: gr.Tab) -> None:
     }
     chosen = [choose, [state, left, right], [sheet_html, code, slider]]
     sheet_html.select(clicked, None, left, **quick).then(*chosen, **quick)
-    gr.on([left.input, right.input], *chosen, **quick)  # input, not change: what run fills in is already shown
+    left.input(*chosen, **quick)  # input, not change: what run fills in is already shown
+    right.input(*chosen, **quick)
 
 
 # -- the API --
