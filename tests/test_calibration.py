@@ -24,7 +24,7 @@ from diffusers_sde import CalibratedScheduler, ProbabilityFlowScheduler, Reverse
 from diffusers_sde.analytic import GaussianMixtureModel
 from diffusers_sde.benchmarks.common import oracle
 from diffusers_sde.calibration.dynamic_program import best_grids, step_costs
-from diffusers_sde.calibration.fit import Samples, fit_tables, mean_error, ridge_correction, subgrid
+from diffusers_sde.calibration.fit import Samples, fit_tables, last_residuals, mean_error, ridge_correction, subgrid
 from diffusers_sde.calibration.plan import starts
 from diffusers_sde.calibration.refine import TRIALS, Refiner, directions, refine, refinement_cost
 from diffusers_sde.calibration.rollout import Process
@@ -235,7 +235,7 @@ def test_jacobian_is_that_of_the_rollout():
     for k in (0, 3, len(gradient) - 1):
         h = np.zeros(len(gradient))
         h[k] = 2e-3
-        there, back = (refiner._run(refiner._moved(sign * h)[0])[1][0].double() for sign in (1, -1))
+        there, back = (last_residuals(samples, refiner._moved(sign * h)[0])[0].double() for sign in (1, -1))
         change = (there - back) / (2 * h[k])
         assert np.isclose((weights[:, None] * r * change).sum(), gradient[k], rtol=0.1, atol=2e-3)
 
@@ -249,7 +249,7 @@ def test_what_a_step_showed_is_in_the_jacobian():
     before, (normal, gradient) = refiner._jacobian(0), refiner._normal_equations()
     diagonal, old = np.diag(normal), refiner._residuals[0]
     trial, delta = refiner._moved(np.linalg.solve(normal + refiner.damping * np.diag(diagonal), -gradient))
-    new = refiner._run(trial)[1][0]
+    new = last_residuals(samples, trial)[0]
     refiner.step()
     learnt = refiner._jacobian(0)
     assert torch.allclose(torch.einsum("p,pbe->be", torch.from_numpy(delta), learnt), (new - old).double(), atol=1e-5)

@@ -118,19 +118,34 @@ def fit_tables(
     return [(table, float(s / count)) for table, (s, count) in zip(tables, sums, strict=True)]
 
 
-def sample_errors(x: torch.Tensor, solution: torch.Tensor) -> np.ndarray:
-    """Root mean square difference of each sample, (B,); inf where it is not a number."""
-    errors = (x.cpu() - solution).double().flatten(1).square().mean(1).sqrt().numpy()
+def sizes(residuals: torch.Tensor) -> np.ndarray:
+    """Root mean square of each sample of (B, elements), (B,) in float64; inf where it is not a number."""
+    errors = residuals.double().square().mean(1).sqrt().numpy()
     return np.where(np.isfinite(errors), errors, np.inf)
+
+
+def sample_errors(x: torch.Tensor, solution: torch.Tensor) -> np.ndarray:
+    """:func:`sizes` of the differences of two batches."""
+    return sizes((x.cpu() - solution).flatten(1))
+
+
+def last_residuals(samples: Samples, table: Table) -> dict[int, torch.Tensor]:
+    """Where a table ends minus the teacher's solution, for each batch, (B, elements), on the host."""
+    residuals = {}
+    for first in samples.firsts:
+        with samples.source.open(first) as batch:
+            states, _ = roll(samples.process, batch, table, samples.process.start(batch))
+            residuals[first] = (states[-1].cpu() - samples.teacher.solution(first)).flatten(1)
+    return residuals
+
+
+def mean_size(residuals: dict[int, torch.Tensor]) -> float:
+    """The mean of :func:`sizes` over the samples of all batches and processes."""
+    found = np.concatenate([sizes(r) for r in residuals.values()])
+    sums = total(np.array([found.sum(), len(found)]))
+    return float(sums[0] / sums[1])
 
 
 def mean_error(samples: Samples, table: Table) -> float:
     """The error of a table: the mean over samples of the root mean square distance to the teacher's solution."""
-    sums = np.zeros(2)
-    for first in samples.firsts:
-        with samples.source.open(first) as batch:
-            states, _ = roll(samples.process, batch, table, samples.process.start(batch))
-            errors = sample_errors(states[-1], samples.teacher.solution(first))
-        sums += errors.sum(), len(errors)
-    sums = total(sums)
-    return float(sums[0] / sums[1])
+    return mean_size(last_residuals(samples, table))

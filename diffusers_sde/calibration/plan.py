@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from diffusers_sde.calibration.fit import Samples
 from diffusers_sde.calibration.processes import is_main, share
-from diffusers_sde.calibration.refine import parameter_count, refinement_cost
+from diffusers_sde.calibration.refine import memory, refinement_cost
 from diffusers_sde.calibration.rollout import Process
 from diffusers_sde.calibration.sources import HELD_OUT, Source
 from diffusers_sde.calibration.teacher import Store, Teacher
@@ -67,10 +67,10 @@ class Plan:
         self.held_out = Samples(self.process, source, share(held_out), self.teacher)
         if not self.training.firsts or not self.held_out.firsts:
             raise ValueError("There are fewer batches than processes: pass a smaller batch_size or more samples.")
-        self.costs = {n: refinement_cost(n, times=not integer) for n in counts}
-        wanted = sum((STARTS if n <= FEW else 1) * cost for n, cost in self.costs.items())
-        self.starts = starts(self.costs, 0 if not refine else wanted if budget is None else budget)
-        self.budget = sum(self.costs[n] * k for n, k in self.starts.items())
+        costs = {n: refinement_cost(n, times=not integer) for n in counts}
+        wanted = sum((STARTS if n <= FEW else 1) * cost for n, cost in costs.items())
+        self.starts = starts(costs, 0 if not refine else wanted if budget is None else budget)
+        self.budget = sum(costs[n] * k for n, k in self.starts.items())
         self.bar = tqdm(disable=True)
 
     def tick(self) -> None:
@@ -93,7 +93,8 @@ class Plan:
         shown = progress and is_main()
         if shown:
             with self.source.open(0) as batch:
-                kept = NODES + 1 + parameter_count(max([n for n, k in self.starts.items() if k], default=0))
+                refined = [n for n, k in self.starts.items() if k]
+                kept = NODES + 1 + (memory(max(refined)) if refined else 0)
                 size = 4 * batch.noise[0].numel() * self.num_samples * kept / 2**20
             refinement = f", {self.budget:,} a training sample for refinement" if self.budget else ""
             jacobian = " and a Jacobian" if self.budget else ""

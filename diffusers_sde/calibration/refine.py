@@ -14,7 +14,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from diffusers_sde.calibration.fit import ORDER, Samples, basis, corrected, inner_products, sample_errors
+from diffusers_sde.calibration.fit import (
+    ORDER,
+    Samples,
+    basis,
+    corrected,
+    inner_products,
+    last_residuals,
+    mean_size,
+    sizes,
+)
 from diffusers_sde.calibration.processes import total
 from diffusers_sde.calibration.rollout import advance, roll
 from diffusers_sde.calibration.teacher import Store
@@ -36,9 +45,10 @@ def directions(gram: np.ndarray, parallel: float = PARALLEL) -> np.ndarray:
     return (vectors[:, kept] / np.sqrt(values[kept]) / scale[:, None]).T[::-1]
 
 
-def parameter_count(n: int, order: int = ORDER, times: bool = True) -> int:
-    """The most parameters of ``n`` rows."""
-    return sum(1 + min(i + 1, order) + times for i in range(n))
+def memory(n: int, order: int = ORDER, times: bool = True) -> int:
+    """How many times the size of a sample a refinement of ``n`` rows keeps for each sample, at most: a column of the
+    Jacobian for each parameter, an update for each trial, the residuals of the table and of its trial."""
+    return sum(1 + min(i + 1, order) + times for i in range(n)) + TRIALS + 2
 
 
 def refinement_cost(n: int, order: int = ORDER, times: bool = True) -> int:
@@ -52,14 +62,17 @@ def refine(
     samples: Samples, store: Store, table: Table, report: Callable[[float], object] = lambda _: None
 ) -> tuple[Table, float]:
     """The refined table and its training error, at most that of ``table``; ``report`` is told it on the way."""
-    refiner, failed = Refiner(samples, store, table), 0
-    for _ in range(TRIALS):
-        report(refiner.error)
-        failed = 0 if refiner.step() else failed + 1
-        if failed == PATIENCE:
-            break
-    refiner.forget()
-    return refiner.table, refiner.error
+    try:
+        refiner, failed = Refiner(samples, store, table), 0
+        for _ in range(TRIALS):
+            report(refiner.error)
+            failed = 0 if refiner.step() else failed + 1
+            if failed == PATIENCE:
+                break
+        return refiner.table, refiner.error
+    finally:
+        for first in samples.firsts:
+            store.drop(_name(first))
 
 
 class Refiner:
@@ -79,14 +92,16 @@ class Refiner:
         self._updates: list[tuple[np.ndarray, dict[int, torch.Tensor]]] = []
         for first in samples.firsts:
             store.put(_name(first), {"jacobian": self._measured_jacobian(first)})
-        self.error, self._residuals = self._run(table)
+        self._residuals = last_residuals(samples, table)
+        self.error = mean_size(self._residuals)
 
     def step(self) -> bool:
         """Try one damped step; whether the error went down."""
         normal, gradient = self._normal_equations()
         diagonal = np.maximum(np.diag(normal), 1e-300)
         trial, delta = self._moved(np.linalg.solve(normal + self.damping * np.diag(diagonal), -gradient))
-        error, residuals = self._run(trial)
+        residuals = last_residuals(self.samples, trial)
+        error = mean_size(residuals)
         better = error < self.error
         if np.isfinite(error):
             self._learn(delta, diagonal, residuals)
@@ -94,11 +109,6 @@ class Refiner:
         if better:
             self.table, self.error, self._residuals = trial, error, residuals
         return better
-
-    def forget(self) -> None:
-        """Nothing of the Jacobian stays in the store."""
-        for first in self.samples.firsts:
-            self._store.drop(_name(first))
 
     def _find_directions(self) -> list[np.ndarray]:
         """Each row's directions, from all samples."""
@@ -117,19 +127,6 @@ class Refiner:
         sums = total(sums)
         parts = np.split(sums[1:], np.cumsum([k * k for k in sizes])[:-1])
         return [directions(p.reshape(k, k) / sums[0]) for p, k in zip(parts, sizes, strict=True)]
-
-    def _run(self, table: Table) -> tuple[float, dict[int, torch.Tensor]]:
-        """The mean error of a table, and each batch's residuals ``x - solution``, (B, elements)."""
-        residuals, sums = {}, np.zeros(2)
-        for first in self.samples.firsts:
-            solution = self.samples.teacher.solution(first)
-            with self.samples.source.open(first) as batch:
-                states, _ = roll(self.samples.process, batch, table, self.samples.process.start(batch))
-                errors = sample_errors(states[-1], solution)
-                residuals[first] = (states[-1].cpu() - solution).flatten(1)
-            sums += errors.sum(), len(errors)
-        sums = total(sums)
-        return (float(sums[0] / sums[1]) if np.isfinite(sums).all() else np.inf), residuals
 
     def _measured_jacobian(self, first: int) -> torch.Tensor:
         """The derivative of a batch's last states by each parameter, (parameters, B, elements)."""
@@ -181,7 +178,7 @@ class Refiner:
         sums = np.zeros((count, count + 1))
         for first, residual in self._residuals.items():
             jacobian, residual = self._jacobian(first), residual.double()
-            errors = residual.square().mean(1).sqrt()
+            errors = torch.from_numpy(sizes(residual))
             weights = 1 / errors.clamp(min=0.2 * self.error) / residual.shape[1]
             weighted = (jacobian * weights[:, None]).flatten(1)
             sums += (weighted @ torch.cat([jacobian, residual[None]]).flatten(1).mT).numpy()
