@@ -19,13 +19,17 @@ COMMANDS = {
     "calibrate": "Learn a 4-to-10-step sampler for one model, from forward passes only.",
     "prepare": "Make the image folders that the embedded models were trained on.",
 }
-# the others are named like their command
-MODULES = {"calibrate": "diffusers_sde.calibration.command", "prepare": "diffusers_sde.training.prepare"}
+MODULES = {
+    "compare": "diffusers_sde.comparison.command",
+    "bench": "diffusers_sde.benchmarks.command",
+    "calibrate": "diffusers_sde.calibration.command",
+    "prepare": "diffusers_sde.training.prepare",
+}
 
 
 def module_of(command: str) -> ModuleType:
     """The module of a subcommand, imported now."""
-    return importlib.import_module(MODULES.get(command, f"diffusers_sde.{command}"))
+    return importlib.import_module(MODULES[command])
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,6 +13,8 @@ from typing import Any
 
 import diffusers
 
+from diffusers_sde.configs import SHARED, canonical_config
+from diffusers_sde.errors import UsageError
 from diffusers_sde.paths import FlowMatching, VarianceExploding, path_from_config
 from diffusers_sde.schedulers import (
     CalibratedScheduler,
@@ -20,12 +22,6 @@ from diffusers_sde.schedulers import (
     ProbabilityFlowScheduler,
     ReverseSDEScheduler,
 )
-from diffusers_sde.schedulers.config import SHARED, canonical_config
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says why and what to do instead."""
-
 
 # No sampler may clip: each would then solve an equation of its own.
 UNLIMITED = {"clip_sample": False, "thresholding": False}

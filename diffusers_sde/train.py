@@ -6,6 +6,6 @@ from diffusers_sde.training.processes import start_missing
 
 if __name__ == "__main__":
     start_missing()
-    from diffusers_sde.training.script import main
+    from diffusers_sde.training.command import main
 
     sys.exit(main())

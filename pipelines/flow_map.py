@@ -37,7 +37,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import FlowMapScheduler
-from diffusers_sde.pipeline_io import check_output_type, initial_noise, label_tensor, pictures
+from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, pictures
 from diffusers_sde.sampling import flow_map_denoiser
 
 

@@ -11,7 +11,7 @@ With predictions ``m_y`` (label y) and ``m_0`` (no label), the guided one is
     D -> D + s sigma^2/alpha grad log p_t(y | x_t)           classifier guidance (arXiv:2105.05233), scale s
 
 Langevin corrector steps (predictor-corrector sampling, arXiv:2011.13456) and Restart (arXiv:2306.14878) spend further
-evaluations on removing errors (:mod:`diffusers_sde.langevin`).
+evaluations on removing errors (:mod:`diffusers_sde.methods.langevin`).
 
 Scale 1 of classifier-free guidance is conditional sampling; scale 0 with a classifier at scale 1 samples the same law.
 Larger scales do not sample ``p(x) p(y | x)^w``; ``pipelines/steering.py`` with the reward ``log p(y | x)`` does.
@@ -49,7 +49,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
-from diffusers_sde.guidance import (
+from diffusers_sde.methods.guidance import (
     Classifier,
     adaptive_projection,
     cfg_plus_plus_scale,
@@ -59,8 +59,15 @@ from diffusers_sde.guidance import (
     interval_scale,
     rescaled,
 )
-from diffusers_sde.langevin import sample, visits
-from diffusers_sde.pipeline_io import check_output_type, initial_noise, label_tensor, labels_of, null_label, pictures
+from diffusers_sde.methods.langevin import sample, visits
+from diffusers_sde.methods.pipeline_io import (
+    check_output_type,
+    initial_noise,
+    label_tensor,
+    labels_of,
+    null_label,
+    pictures,
+)
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.schedulers.base import HALF, TableScheduler
 

@@ -1,6 +1,6 @@
 r"""Picture to noise and back, for editing and interpolation, along the probability-flow ODE of any model.
 
-``method="exact"`` is the time-symmetric leapfrog of :mod:`diffusers_sde.inversion` in the normalised state
+``method="exact"`` is the time-symmetric leapfrog of :mod:`diffusers_sde.methods.inversion` in the normalised state
 ``z = x / sqrt(c^2 alpha^2 + sigma^2)`` and the angle ``theta = atan(sigma / (c alpha))``,
 
     z_{i+1} = z_{i-1} + (theta_{i+1} - theta_{i-1}) V(z_i, theta_i),    V = cos(theta) eps - sin(theta) D/c,
@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from diffusers_sde import ProbabilityFlowScheduler
 from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.pipeline_io import pictures
+from diffusers_sde.methods.pipeline_io import pictures
 from diffusers_sde.sampling import network_denoiser, sample
 
 pipe = DiffusionPipeline.from_pretrained(
@@ -52,12 +52,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from diffusers_sde.fields import Field, network_field
-from diffusers_sde.images import from_state, to_state, wide_dtype
-from diffusers_sde.inversion import Trajectory, inversion_points, multistep, reversible, slerp
+from diffusers_sde.configs import canonical_config
+from diffusers_sde.methods.fields import Field, network_field
+from diffusers_sde.methods.images import from_state, to_state, wide_dtype
+from diffusers_sde.methods.inversion import Trajectory, inversion_points, multistep, reversible, slerp
+from diffusers_sde.methods.pipeline_io import check_output_type, label_tensor
 from diffusers_sde.paths import path_from_config
-from diffusers_sde.pipeline_io import check_output_type, label_tensor
-from diffusers_sde.schedulers.config import canonical_config
 from diffusers_sde.weights import Point
 
 

@@ -6,9 +6,9 @@ arXiv:2011.13456, eq. 39), so
     log p(x_0) = log p_T(x_T) + Int_0^T div u(x_t, t) dt,
 
 with scipy's adaptive RK45 for the integral and the exact divergence or Hutchinson's estimate ``E[e' (du/dx) e]``
-(:mod:`diffusers_sde.likelihood` says in which coordinates).  8-bit pictures are dequantised: with ``u`` uniform,
-``-E log2 p(x + 2/255 (u - 1/2))/d + log2(255/2)`` bounds the bits per dimension from above.  Every number comes with an
-estimate of its error.  With a ``vae`` it is the density of the latents.
+(:mod:`diffusers_sde.methods.likelihood` says in which coordinates).  8-bit pictures are dequantised: with ``u``
+uniform, ``-E log2 p(x + 2/255 (u - 1/2))/d + log2(255/2)`` bounds the bits per dimension from above.
+Every number comes with an estimate of its error.  With a ``vae`` it is the density of the latents.
 
 Usage, in a clone of the repository:
 
@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers_sde import ProbabilityFlowScheduler
 from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.pipeline_io import pictures
+from diffusers_sde.methods.pipeline_io import pictures
 from diffusers_sde.sampling import network_denoiser, sample
 from PIL import Image
 
@@ -62,10 +62,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from diffusers_sde.fields import network_field
-from diffusers_sde.images import to_state, wide_dtype
-from diffusers_sde.likelihood import bits_per_dimension, dequantized, log_likelihood
-from diffusers_sde.pipeline_io import label_tensor
+from diffusers_sde.methods.fields import network_field
+from diffusers_sde.methods.images import to_state, wide_dtype
+from diffusers_sde.methods.likelihood import bits_per_dimension, dequantized, log_likelihood
+from diffusers_sde.methods.pipeline_io import label_tensor
 
 BIN_WIDTH = 2 / 255  # of an 8-bit picture in -1..1
 
@@ -124,7 +124,8 @@ class LikelihoodPipeline(DiffusionPipeline):
             rtol, atol: tolerances of RK45; atol None: as rtol.
             dequantize: whether the pictures are 8-bit numbers; None: PIL images are, other inputs are not.
             noise_std: noise level sigma/alpha of the data; None: the smallest trained one.
-            prior: matched or standard, the Gaussian at the noisy end (:func:`diffusers_sde.likelihood.log_likelihood`).
+            prior: matched or standard, the Gaussian at the noisy end
+                (:func:`diffusers_sde.methods.likelihood.log_likelihood`).
             data_std: scale of the data, for coordinates and prior.
             guidance_scale: 1; a guided field has a likelihood too, but it is not the model's.
             generator: draws dequantisation and probes, on the CPU.

@@ -6,9 +6,9 @@ Any diffusion or flow model is a prior; ``E[x_0 | x_t]`` is replaced by
 
 in every step of any scheduler, with the covariance C of ``x_0`` given ``x_t`` from the network's Jacobian
 (``method="mmps"``, exact for Gaussian data), isotropic (``"pigdm"``), or without one (``"dps"``);
-:mod:`diffusers_sde.posterior` has sources and operators (inpainting, super_resolution, gaussian_blur, linear_map); any
-linear torch function is an operator.  All three are approximations: the weights of well separated explanations are not
-exact (twisted sequential Monte Carlo, ``pipelines/steering.py``, converges to them).
+:mod:`diffusers_sde.methods.posterior` has sources and operators (inpainting, super_resolution, gaussian_blur,
+linear_map); any linear torch function is an operator.  All three are approximations: the weights of well separated
+explanations are not exact (twisted sequential Monte Carlo, ``pipelines/steering.py``, converges to them).
 
 Usage, in a clone of the repository:
 
@@ -18,8 +18,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from diffusers_sde import ProbabilityFlowScheduler
 from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.pipeline_io import pictures
-from diffusers_sde.posterior import adjoint, gaussian_blur, inpainting, linear_map, super_resolution
+from diffusers_sde.methods.pipeline_io import pictures
+from diffusers_sde.methods.posterior import adjoint, gaussian_blur, inpainting, linear_map, super_resolution
 from diffusers_sde.sampling import network_denoiser, sample
 
 pipe = DiffusionPipeline.from_pretrained(
@@ -64,10 +64,10 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import FlowMapScheduler, ReverseSDEScheduler
-from diffusers_sde.fields import DATA, network_field
-from diffusers_sde.images import decode, from_state
-from diffusers_sde.pipeline_io import check_output_type, initial_noise, label_tensor, sample_shape
-from diffusers_sde.posterior import Measurement, check_method, check_observation, conditional_mean
+from diffusers_sde.methods.fields import DATA, network_field
+from diffusers_sde.methods.images import decode, from_state
+from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, sample_shape
+from diffusers_sde.methods.posterior import Measurement, check_method, check_observation, conditional_mean
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.weights import Point

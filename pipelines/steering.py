@@ -53,8 +53,16 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from diffusers_sde.control import Particles, best_of, draw, estimate, log_normalizer, scheduler_kernel, twisted_smc
-from diffusers_sde.pipeline_io import check_output_type, initial_noise, label_tensor, pictures
+from diffusers_sde.methods.control import (
+    Particles,
+    best_of,
+    draw,
+    estimate,
+    log_normalizer,
+    scheduler_kernel,
+    twisted_smc,
+)
+from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, pictures
 from diffusers_sde.sampling import network_denoiser
 from diffusers_sde.schedulers.base import TableScheduler
 
@@ -65,7 +73,8 @@ class SteeringOutput(BaseOutput):
 
     mean_reward, mean_reward_error: the estimate of ``E[r]`` under the tilted law and its standard error (NaN for one
     population; with several labels, of the law that draws the label too); log_normalizer, log_normalizer_error: of
-    ``log E[exp(beta r)]``; particles: everything (:class:`diffusers_sde.control.Particles`), in the latents' range.
+    ``log E[exp(beta r)]``; particles: everything (:class:`diffusers_sde.methods.control.Particles`), in the latents'
+    range.
     """
 
     images: Any

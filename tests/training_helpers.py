@@ -13,7 +13,7 @@ import numpy as np
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from diffusers_sde.training.script import main
+from diffusers_sde.training.command import main
 
 TINY = {
     "_class_name": "UNet2DModel",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffusers import DDPMPipeline, DiffusionPipeline
 
-from diffusers_sde.classifier import NoisyClassifierModel
+from diffusers_sde.models.classifier import NoisyClassifierModel
 
 ASSETS = Path(__file__).parent
 DEFAULT_MODEL = ASSETS / "fashion_mnist"

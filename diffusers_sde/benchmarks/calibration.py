@@ -32,8 +32,8 @@ from diffusers_sde.benchmarks.common import (
 from diffusers_sde.benchmarks.competition import stock_odes
 from diffusers_sde.calibration import calibrate
 from diffusers_sde.calibration.plan import STOCK
+from diffusers_sde.comparison.problems import lay_out
 from diffusers_sde.named_samplers import CALIBRATED, SAMPLERS, make_scheduler
-from diffusers_sde.problems import lay_out
 from diffusers_sde.sampling import Denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 

@@ -16,12 +16,12 @@ from diffusers_sde.calibration.fit import fit_tables, mean_error, sample_errors,
 from diffusers_sde.calibration.plan import POWERS, STOCK, Plan
 from diffusers_sde.calibration.processes import total
 from diffusers_sde.calibration.refine import refine
+from diffusers_sde.comparison.problems import lay_out
+from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
 from diffusers_sde.named_samplers import SAMPLERS, make_scheduler
-from diffusers_sde.problems import lay_out
 from diffusers_sde.sampling import sample
 from diffusers_sde.schedulers.calibrated import standard_table, table_entry
-from diffusers_sde.schedulers.defaults import measured_defaults
 from diffusers_sde.tables import Table
 
 

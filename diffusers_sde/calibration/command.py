@@ -16,8 +16,8 @@ import torch
 from diffusers_sde.assets import DEFAULT_MODEL
 from diffusers_sde.calibration import calibrate
 from diffusers_sde.calibration.processes import is_main, part
-from diffusers_sde.named_samplers import UsageError
-from diffusers_sde.problems import load_pipeline
+from diffusers_sde.comparison.problems import load_pipeline
+from diffusers_sde.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,13 +23,13 @@ from diffusers_sde.calibration.choose import refuse_random
 from diffusers_sde.calibration.fit import Samples
 from diffusers_sde.calibration.plan import Plan
 from diffusers_sde.calibration.processes import total
+from diffusers_sde.comparison.problems import lay_out
+from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import make_grid, nodes_from_times
 from diffusers_sde.named_samplers import SAMPLERS, make_scheduler
-from diffusers_sde.problems import lay_out
 from diffusers_sde.sampling import sample
 from diffusers_sde.schedulers import ReverseSDEScheduler
 from diffusers_sde.schedulers.calibrated import table_entry
-from diffusers_sde.schedulers.defaults import measured_defaults
 
 EXPONENTS = (1.0, 1.25, 1.5, 2.0, 2.5)
 LEVELS = (0.25, 0.5, 0.75, 1.0, 1.25)

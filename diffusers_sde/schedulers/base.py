@@ -18,13 +18,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from diffusers_sde import noise
+from diffusers_sde.configs import canonical_config, is_canonical, named_grid
+from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, distinct_integers, make_grid, nodes_from_times, nodes_from_user
 from diffusers_sde.paths import Path, VarianceExploding, path_from_config
 from diffusers_sde.prediction import model_coefficients
 from diffusers_sde.schedulers.compiled import Compiled, Normals, compiled_rows
-from diffusers_sde.schedulers.config import canonical_config, is_canonical, named_grid
 from diffusers_sde.schedulers.data_prediction import limited, split_variance
-from diffusers_sde.schedulers.defaults import measured_defaults
 from diffusers_sde.schedulers.noising import Noising
 from diffusers_sde.schedulers.per_token import per_token_step
 from diffusers_sde.schedulers.state import PerThread, Run

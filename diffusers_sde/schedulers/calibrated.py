@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusers_sde.configs import canonical_config, scheduler_init
+from diffusers_sde.defaults import measured_defaults, multistep_table
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.schedulers.config import canonical_config, scheduler_init
-from diffusers_sde.schedulers.defaults import measured_defaults, multistep_table
 from diffusers_sde.tables import Row, Table
 
 _STANDARD = SimpleNamespace(solver_order=2, corrector=None, data_std=None, clock=None)
@@ -90,7 +90,7 @@ class CalibratedScheduler(TableScheduler):
         calibration: what ``calibrate`` found: the process it holds for, ``data_std``, and for each number of steps
             nodes, rows (None: the exact solver was better), tau (stochastic calibrations) and measured errors.
         noise_seed: seed of the Brownian path of a stochastic calibration; None: a hash of the latents.
-        kwargs: process and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
+        kwargs: process and data options, see :func:`diffusers_sde.configs.shared_parameters`.
 
     ``errors[n]`` are the measured errors at n steps: ``training``, ``held_out``, ``exact`` and ``stock`` (the latter
     two on the same held-out noise).  Raises ``ValueError`` without a calibration, for a process other than the

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers_sde.configs import scheduler_init
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.schedulers.config import scheduler_init
 from diffusers_sde.tables import Table, build_multistep, build_singlestep
 
 # algorithm_type -> (data_std, tau): noise or data prediction, ODE or SDE
@@ -36,7 +36,7 @@ class DPMSolverScheduler(TableScheduler):
             config), or midpoint (the published default of order 2).  Order 3 always has exact weights.
         singlestep: restart each step from its anchor instead of keeping a history.
         noise_seed: as in :class:`ReverseSDEScheduler`.
-        kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
+        kwargs: process, grid and data options, see :func:`diffusers_sde.configs.shared_parameters`.
     """
 
     __module__ = "diffusers_sde"

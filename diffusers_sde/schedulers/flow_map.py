@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusers_sde.configs import scheduler_init
 from diffusers_sde.flow_maps import build_flow_map, gamma_targets
 from diffusers_sde.grids import Nodes, karras, make_grid
 from diffusers_sde.paths import Path, VarianceExploding
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.schedulers.config import scheduler_init
 from diffusers_sde.tables import Table
 
 FLOW_MAPS = ("consistency", "mean_flow")
@@ -28,7 +28,7 @@ class FlowMapScheduler(TableScheduler):
         gamma: 1 jumps to clean data and re-noises fully (consistency multistep), 0 jumps deterministically to the next
             level; None: 1 for consistency, 0 for mean_flow.
         noise_seed: as in :class:`ReverseSDEScheduler`.
-        kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`; with no
+        kwargs: process, grid and data options, see :func:`diffusers_sde.configs.shared_parameters`; with no
             grid the steps are equal in time (``trailing``), Karras' for variance exploding models.
             ``final_sigmas_type="sigma_min"`` ends at the cleanest training time, where a consistency function is
             trained to arrive; ``zero`` goes the rest of that jump, to clean data.

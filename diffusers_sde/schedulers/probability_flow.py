@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from diffusers_sde.configs import scheduler_init
+from diffusers_sde.defaults import multistep_table
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.schedulers.config import scheduler_init
-from diffusers_sde.schedulers.defaults import multistep_table
 from diffusers_sde.tables import Table
 
 
@@ -20,11 +20,11 @@ class ProbabilityFlowScheduler(TableScheduler):
         corrector: redo each step with the next evaluation, one order more at no evaluation (UniC, arXiv:2302.04867);
             None: for orders of 2 and more.
         data_std: the data scale c of the exact part: 0 data prediction, inf noise prediction; None: 0 at order 1, else
-            the measured default of the path (:mod:`diffusers_sde.schedulers.defaults`).
+            the measured default of the path (:mod:`diffusers_sde.defaults`).
         clock: coordinate of the extrapolation: log_snr, sigma, angle or time; None: the measured default.
         final: the step to sigma = 0: denoise, corrected, exact or second_order (:func:`build_multistep`); None:
             corrected, or denoise where the data prediction is limited.
-        kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
+        kwargs: process, grid and data options, see :func:`diffusers_sde.configs.shared_parameters`.
     """
 
     __module__ = "diffusers_sde"

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from diffusers_sde.configs import scheduler_init
+from diffusers_sde.defaults import multistep_table
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.schedulers.config import scheduler_init
-from diffusers_sde.schedulers.defaults import multistep_table
 from diffusers_sde.tables import Table, tau_from_eta
 
 
@@ -32,7 +32,7 @@ class ReverseSDEScheduler(TableScheduler):
         final: the step to sigma = 0: denoise or corrected (no noise is left), exact or second_order; None: corrected,
             or denoise where the data prediction is limited.
         noise_seed: seed of the Brownian path where a pipeline passes no generator; None: a hash of the latents.
-        kwargs: process, grid and data options, see :func:`diffusers_sde.schedulers.config.shared_parameters`.
+        kwargs: process, grid and data options, see :func:`diffusers_sde.configs.shared_parameters`.
     """
 
     __module__ = "diffusers_sde"

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_sde.named_samplers import UsageError
-from diffusers_sde.problems import load_pipeline
+from diffusers_sde.comparison.problems import load_pipeline
+from diffusers_sde.errors import UsageError
 from diffusers_sde.training import networks
 from diffusers_sde.training.data import Samples, find_images, load_images
 from diffusers_sde.training.networks import Task

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from diffusers_sde.compare import check_samplers, rmse
-from diffusers_sde.named_samplers import SAMPLERS, UsageError, make_scheduler, process_kind, reference_scheduler
-from diffusers_sde.pipeline_io import sample_shape
-from diffusers_sde.problems import Problem, spread_labels
-from diffusers_sde.report import Comparison, Result, draw_grid, write_csv
+from diffusers_sde.comparison.command import check_samplers, rmse
+from diffusers_sde.comparison.problems import Problem, spread_labels
+from diffusers_sde.comparison.report import Comparison, Result, draw_grid, write_csv
+from diffusers_sde.errors import UsageError
+from diffusers_sde.methods.pipeline_io import sample_shape
+from diffusers_sde.named_samplers import SAMPLERS, make_scheduler, process_kind, reference_scheduler
 from space import inputs, models
 from space.gpu import duration, on_gpu
 

@@ -19,9 +19,9 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler
 from diffusers_sde.benchmarks.errors import coupled_errors
-from diffusers_sde.compare import check_samplers
+from diffusers_sde.comparison.command import check_samplers
+from diffusers_sde.comparison.problems import Problem, make_problem
 from diffusers_sde.named_samplers import SAMPLERS, reference_scheduler
-from diffusers_sde.problems import Problem, make_problem
 from space import inputs, models
 from space.compare import solve_cell
 

@@ -13,8 +13,8 @@ from typing import Any
 import gradio as gr
 import plotly.graph_objects as go
 
+from diffusers_sde.comparison.report import COLOURS
 from diffusers_sde.named_samplers import SAMPLERS
-from diffusers_sde.report import COLOURS
 from space import error_lab, inputs
 from space.style import MUTED, framed
 from space.widgets import friendly

@@ -15,8 +15,8 @@ import diffusers
 import torch
 
 from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.named_samplers import UsageError
-from diffusers_sde.problems import Problem, load_pipeline, make_problem
+from diffusers_sde.comparison.problems import Problem, load_pipeline, make_problem
+from diffusers_sde.errors import UsageError
 
 ASSETS = DEFAULT_MODEL.parent
 

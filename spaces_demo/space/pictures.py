@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_sde.report import montage
+from diffusers_sde.comparison.report import montage
 
 
 def picture(images: torch.Tensor, columns: int | None = None, gap: int = 1) -> Image.Image:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, ReverseSDEScheduler
-from diffusers_sde.control import scheduler_kernel, systematic_resample, twisted_smc
+from diffusers_sde.errors import UsageError
 from diffusers_sde.grids import GRIDS
-from diffusers_sde.guidance import classifier_free
-from diffusers_sde.named_samplers import UsageError
+from diffusers_sde.methods.control import scheduler_kernel, systematic_resample, twisted_smc
+from diffusers_sde.methods.guidance import classifier_free
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.weights import CLOCKS

@@ -13,8 +13,9 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler
 
 from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler
-from diffusers_sde.named_samplers import UsageError, make_scheduler
-from diffusers_sde.pipeline_io import sample_shape
+from diffusers_sde.errors import UsageError
+from diffusers_sde.methods.pipeline_io import sample_shape
+from diffusers_sde.named_samplers import make_scheduler
 from diffusers_sde.sampling import Denoiser, network_denoiser, sample
 from diffusers_sde.schedulers.base import TableScheduler
 from space import inputs, models

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from diffusers_sde.named_samplers import UsageError
+from diffusers_sde.errors import UsageError
 from space import models
 from space.pictures import data_uri, picture
 

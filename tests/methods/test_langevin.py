@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from snippets import load
 
-from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler, langevin
-from diffusers_sde.langevin import (
+from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde.methods import langevin
+from diffusers_sde.methods.langevin import (
     Visit,
     corrector_step,
     mala,

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from scipy.integrate import RK45
 
-from diffusers_sde.fields import Field
+from diffusers_sde.methods.fields import Field
 from diffusers_sde.weights import Point
 
 DISTRIBUTIONS = ("rademacher", "gaussian")

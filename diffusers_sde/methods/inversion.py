@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusers_sde.fields import Field
+from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
+from diffusers_sde.methods.fields import Field
 from diffusers_sde.paths import Path
-from diffusers_sde.schedulers.defaults import measured_defaults
 from diffusers_sde.tables import build_multistep
 from diffusers_sde.weights import Point, evaluation_coefficients
 

@@ -7,7 +7,7 @@ A score of the form ``grad log p_t(x) + grad log h_t(x)`` moves the data predict
 With ``h_t = p_t(y | x)`` the result is the conditional law exactly (Fu & Wang, arXiv:2605.22586, section 6).  With
 ``h_t = p_t(y | x)^w``, as classifier-free guidance has it, it is *not* the tilted law ``p(x) p(y | x)^w`` unless w = 1:
 ``p_t(y | x)^w`` is not what the noising process makes of ``p(y | x_0)^w`` (Lu, arXiv:2607.01693, section 8).
-:mod:`diffusers_sde.control` samples that one.
+:mod:`diffusers_sde.methods.control` samples that one.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_sde.fields import Field
+from diffusers_sde.methods.fields import Field
 from diffusers_sde.weights import Point
 
 METHODS = ("mmps", "pigdm", "dps")

@@ -20,7 +20,8 @@ from space.recording import record
 from space_helpers import DEMO
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler
-from diffusers_sde.named_samplers import SAMPLERS, UsageError
+from diffusers_sde.errors import UsageError
+from diffusers_sde.named_samplers import SAMPLERS
 from diffusers_sde.sampling import network_denoiser, sample
 
 SMALL = {"samplers": ["unipc", "reverse-sde"], "budgets": [2, 3], "images": 2, "choice": "bag", "seed": 3}

@@ -20,7 +20,7 @@ from training_helpers import common, launch, losses, make_images, tiny_config, t
 
 import diffusers_sde
 from diffusers_sde.assets import load_default_model
-from diffusers_sde.training import processes, script
+from diffusers_sde.training import command, processes
 from diffusers_sde.training.arguments import build_parser, find_problem
 from diffusers_sde.training.checkpoints import checkpoints, publish
 from diffusers_sde.training.data import load_images
@@ -323,7 +323,7 @@ def test_the_result_is_uploaded_without_checkpoints_and_logs(
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_named(
     data: Path, config: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = script.make_loss
+    make = command.make_loss
 
     def breaks(*args, **kwargs):
         loss, calls = make(*args, **kwargs), []
@@ -334,7 +334,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_named(
 
         return later
 
-    monkeypatch.setattr(script, "make_loss", breaks)
+    monkeypatch.setattr(command, "make_loss", breaks)
     assert train_here(common(data, tmp_path / "out", config, 8)) == 1
     said = capsys.readouterr().err
     assert "The loss is nan at step 6" in said and "checkpoint-4" in said
@@ -393,8 +393,8 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 def test_the_commands_of_the_readme_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them runs in a small form in this file or in test_training_networks.py."""
     monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     commands = re.findall(r"`(?:T|accelerate launch .*?-m diffusers_sde\.train) (--.*?)`", readme)
     assert len(commands) >= 6
-    for command in commands:
-        assert find_problem(build_parser().parse_args(command.split())) is None, command
+    for line in commands:
+        assert find_problem(build_parser().parse_args(line.split())) is None, line

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from diffusers_sde.pipeline_io import pictures, sample_shape
+from diffusers_sde.methods.pipeline_io import pictures, sample_shape
 
 
 def to_pixels(images: Any, channels: int) -> torch.Tensor:
@@ -57,7 +57,8 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def from_state(state: torch.Tensor, vae: Any = None, output_type: str = "pil") -> Any:
-    """States as :func:`diffusers_sde.pipeline_io.pictures`, decoded by ``vae`` if any; ``latent``: themselves."""
+    """States as :func:`diffusers_sde.methods.pipeline_io.pictures`, decoded by ``vae``
+    if any; ``latent``: themselves."""
     return pictures(state if vae is None or output_type == "latent" else decode(vae, state), output_type)
 
 

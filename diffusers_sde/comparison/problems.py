@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from diffusers_sde.assets import embedded_models
-from diffusers_sde.named_samplers import CALIBRATED, UsageError, process_kind
+from diffusers_sde.errors import UsageError
+from diffusers_sde.named_samplers import CALIBRATED, process_kind
 from diffusers_sde.sampling import network_denoiser, sample
 
 Tick = Callable[[], None]

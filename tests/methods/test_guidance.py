@@ -20,8 +20,8 @@ from diffusers_sde import (
     ProbabilityFlowScheduler,
     ReverseSDEScheduler,
 )
-from diffusers_sde.control import estimate, scheduler_kernel, twisted_smc
-from diffusers_sde.guidance import (
+from diffusers_sde.methods.control import estimate, scheduler_kernel, twisted_smc
+from diffusers_sde.methods.guidance import (
     adaptive_projection,
     cfg_plus_plus_scale,
     classifier_free,

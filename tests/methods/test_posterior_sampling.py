@@ -10,8 +10,8 @@ from snippets import load, run
 
 from diffusers_sde import GaussianMixtureModel, ReverseSDEScheduler
 from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.fields import network_field
-from diffusers_sde.posterior import (
+from diffusers_sde.methods.fields import network_field
+from diffusers_sde.methods.posterior import (
     Measurement,
     adjoint,
     check_observation,

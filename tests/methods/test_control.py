@@ -18,7 +18,7 @@ from snippets import run as run_snippet
 
 from diffusers_sde import DPMSolverScheduler, FlowMapScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.control import (
+from diffusers_sde.methods.control import (
     Transition,
     best_of,
     draw,

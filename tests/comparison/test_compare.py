@@ -19,14 +19,13 @@ from diffusers_sde import (
     GaussianMixtureModel,
     ProbabilityFlowScheduler,
     calibrate,
-    compare,
     named_samplers,
-    problems,
-    report,
 )
 from diffusers_sde.cli import main
-from diffusers_sde.named_samplers import UsageError
-from diffusers_sde.problems import load_pipeline, make_problem
+from diffusers_sde.comparison import command as compare
+from diffusers_sde.comparison import problems, report
+from diffusers_sde.comparison.problems import load_pipeline, make_problem
+from diffusers_sde.errors import UsageError
 
 COMPONENTS, DIM = 5, 16
 FILES = ["error.png", "grid.png", "results.csv"]
@@ -336,7 +335,7 @@ def test_names_at_the_ends_of_lines_do_not_overlap():
 
 def test_module_runs_and_reports_its_status(tmp_path):
     command = [sys.executable, "-m", "diffusers_sde.cli", "compare", "--steps", "0", "--output_dir", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2 and "--steps must be at least 1" in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == "" and os.listdir(tmp_path) == []
 

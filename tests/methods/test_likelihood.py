@@ -9,8 +9,8 @@ from pipeline_parts import ddpm, oracle, save_oracle, tiny_unet, tiny_vae
 from snippets import load, run
 
 from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.fields import network_field
-from diffusers_sde.likelihood import bits_per_dimension, dequantized, log_likelihood, output_and_traces
+from diffusers_sde.methods.fields import network_field
+from diffusers_sde.methods.likelihood import bits_per_dimension, dequantized, log_likelihood, output_and_traces
 
 
 def seeded(seed=0):

@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from diffusers_sde.named_samplers import UsageError
+from diffusers_sde.errors import UsageError
 from diffusers_sde.training.arguments import parse_args
 from diffusers_sde.training.checkpoints import find_checkpoint
 from diffusers_sde.training.loop import NotFinite, run_steps

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from diffusers_sde.configs import canonical_config
 from diffusers_sde.paths import Path, VarianceExploding, path_from_config
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.sampling import Denoiser, network_denoiser
-from diffusers_sde.schedulers.config import canonical_config
 from diffusers_sde.schedulers.data_prediction import split_variance
 from diffusers_sde.weights import Point
 

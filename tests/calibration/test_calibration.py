@@ -517,8 +517,8 @@ def test_two_processes_agree_with_one(tmp_path):
     """Accelerate with two gloo processes: both end with one result, that of a single process up to the
     rounding of sums."""
     script = tmp_path / "run.py"
-    script.write_text(SHARED_RUN.format(tests=str(Path(__file__).parent), out=str(tmp_path / "out")))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    script.write_text(SHARED_RUN.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path / "out")))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

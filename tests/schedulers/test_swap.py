@@ -230,7 +230,7 @@ def test_saved_pipeline_loads_in_a_fresh_process(tmp_path):
             found[name] = {"config": config, "mean": float(image.mean())}
         print(json.dumps(found))
     """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path), *expected],

@@ -1,0 +1,1 @@
+"""What the pipelines do beyond a scheduler: guidance, control, correctors, likelihood, inversion, inverse problems."""
