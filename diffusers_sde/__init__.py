@@ -19,6 +19,7 @@ from diffusers_sde.schedulers import (
     FlowMapScheduler,
     ProbabilityFlowScheduler,
     ReverseSDEScheduler,
+    TableScheduler,
 )
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "ProbabilityFlowScheduler",
     "ReverseSDEScheduler",
     "SchedulerMixin",
+    "TableScheduler",
     "calibrate",
     "write_component_modules",
 ]

@@ -41,8 +41,6 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
     Raises ``ValueError`` for shapes that do not fit.
     """
 
-    __module__ = "diffusers_sde"
-
     @register_to_config
     def __init__(
         self,

@@ -64,7 +64,7 @@ from diffusers_sde.methods.control import (
 )
 from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, pictures
 from diffusers_sde.sampling import network_denoiser
-from diffusers_sde.schedulers.base import TableScheduler
+from diffusers_sde.schedulers import TableScheduler
 
 
 @dataclass
@@ -161,7 +161,7 @@ class SteeringPipeline(DiffusionPipeline):
         )
 
     def _check(self, method: str, num_particles: int, beta: float, output_type: str, generator: Any) -> None:
-        if not isinstance(self.scheduler, TableScheduler) or not self.scheduler._stochastic:
+        if not isinstance(self.scheduler, TableScheduler) or not self.scheduler.stochastic:
             raise ValueError(
                 f"{type(self.scheduler).__name__} has no noise with a known law to steer by: use pipe.scheduler = "
                 "ReverseSDEScheduler.from_config(pipe.scheduler.config)."

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
+import diffusers_sde
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.prediction import convert, model_coefficients
 
@@ -17,8 +19,27 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "shift": 
 EDM = {"sigma_data": 0.5}
 PROCESSES = {"vp": VP, "flow": FLOW, "edm": EDM}
 
+SHAPE = (2, 4, 8, 8)
+PUBLIC = [
+    cls
+    for cls in (getattr(diffusers_sde, name) for name in diffusers_sde.__all__)
+    if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin
+]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# Settings that are deterministic and that the first-order step of any stock ODE sampler equals.
+FIRST_ORDER = {"solver_order": 1, "corrector": False}
+
 by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 by_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+
+SOLVERS = [
+    (ProbabilityFlowScheduler, {"solver_order": 3}),
+    (DPMSolverScheduler, {"solver_order": 3}),
+    (DPMSolverScheduler, {"solver_order": 2, "singlestep": True}),
+    (DPMSolverScheduler, {"solver_order": 3, "singlestep": True}),
+    (ReverseSDEScheduler, {"noise_seed": 1}),
+]
+by_solver = pytest.mark.parametrize("cls, kwargs", SOLVERS, ids=lambda v: getattr(v, "__name__", str(v)))
 
 
 def seeded(seed=0):
@@ -73,6 +94,19 @@ def sample(scheduler, x, n, **kwargs):
     return loop(scheduler, x * scheduler.init_noise_sigma, **kwargs)
 
 
+def laid_out(cls, n=6, **kwargs):
+    scheduler = cls(**kwargs)
+    scheduler.set_timesteps(n)
+    return scheduler
+
+
+def one_step(scheduler, i=0, x=None, **kwargs):
+    """The step at grid index ``i`` on Gaussian data."""
+    x = randn(*SHAPE) if x is None else x
+    t = scheduler.timesteps[i]
+    return scheduler.step(gaussian(scheduler)(x, t), t, x, **kwargs)
+
+
 def relative(value, expected):
     """|value - expected| / |expected|."""
     return float((value.double() - expected.double()).norm() / expected.double().norm())
@@ -85,3 +119,7 @@ def in_fresh_process(script, *arguments):
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr[-2000:]
     return process.stdout
+
+
+def same_alphas(ours, theirs, **tolerance):
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod.float(), **tolerance)

@@ -25,8 +25,6 @@ class NoisyClassifierModel(ModelMixin, ConfigMixin):
     Train it on ``E -log p(y | alpha x_0 + sigma eps)`` with the labels of the data and t over the training range.
     """
 
-    __module__ = "diffusers_sde"
-
     @register_to_config
     def __init__(
         self,

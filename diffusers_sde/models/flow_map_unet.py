@@ -20,8 +20,6 @@ class FlowMapUNet2DModel(UNet2DModel):
     as ``UNet2DModel``, with positional time embeddings and no ``class_embed_type``; raises ``ValueError`` for others.
     """
 
-    __module__ = "diffusers_sde"
-
     class_embedding: Any
 
     def __init__(self, *args: Any, **kwargs: Any):

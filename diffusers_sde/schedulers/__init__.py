@@ -1,5 +1,6 @@
 """diffusers schedulers: thin shells that choose a table and let one shared base run it."""
 
+from diffusers_sde.schedulers.base import SchedulerOutput, TableScheduler
 from diffusers_sde.schedulers.calibrated import CalibratedScheduler
 from diffusers_sde.schedulers.dpm_solver import DPMSolverScheduler
 from diffusers_sde.schedulers.flow_map import FlowMapScheduler
@@ -12,4 +13,6 @@ __all__ = [
     "FlowMapScheduler",
     "ProbabilityFlowScheduler",
     "ReverseSDEScheduler",
+    "SchedulerOutput",
+    "TableScheduler",
 ]

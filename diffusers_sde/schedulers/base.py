@@ -61,7 +61,7 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
         raise NotImplementedError
 
     @property
-    def _stochastic(self) -> bool:
+    def stochastic(self) -> bool:
         """Whether steps draw noise; such a scheduler has a ``noise_seed`` in its config."""
         return False
 
@@ -77,7 +77,7 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
 
     def _default_grid(self, path: Path, n: int, mu: float | None) -> np.ndarray:
         """The ``n`` times of a run where the config names no grid."""
-        default = measured_defaults(path, n, self._stochastic)
+        default = measured_defaults(path, n, self.stochastic)
         return make_grid(path, default.grid, n, rho=default.rho, mu=mu)
 
     # -- config --
@@ -166,6 +166,12 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
     @sigmas.setter
     def sigmas(self, value: torch.Tensor) -> None:
         self._run.sigmas = value
+
+    @property
+    def levels(self) -> Nodes:
+        """The exact levels of the run's nodes: ``time``, ``alpha``, ``sigma``, ``log_snr``, float64 arrays (n + 1,); what
+        a pipeline wrote into ``sigmas`` counts."""
+        return self._nodes(self._run)
 
     @property
     def num_inference_steps(self) -> int | None:
@@ -274,7 +280,7 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
         path, kind, tau = self.path, self.config.prediction_type, self._taus(nodes)
         table = self._table(path, nodes[begin:], tau[begin:])
         normals: list[Normals] = [()] * (len(nodes) - 1)
-        if self._stochastic:
+        if self.stochastic:
             normals = noise.brownian_weights(nodes.log_snr, tau=tau, data_std=table.data_std)
         rows = compiled_rows(table, path, kind, normals[begin:])
         return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding))

@@ -97,7 +97,6 @@ class CalibratedScheduler(TableScheduler):
     calibrated one, with thresholding or clipping, and for a table that lost to the exact one on held-out noise.
     """
 
-    __module__ = "diffusers_sde"
     _own_keys = ("calibration", "noise_seed")
 
     @scheduler_init
@@ -143,7 +142,7 @@ class CalibratedScheduler(TableScheduler):
         return {int(n): dict(entry["errors"]) for n, entry in self.config.calibration["tables"].items()}
 
     @property
-    def _stochastic(self) -> bool:
+    def stochastic(self) -> bool:
         return bool(self.config.calibration["stochastic"])
 
     def _entry(self, n: int) -> Mapping[str, Any] | None:
@@ -198,7 +197,7 @@ class CalibratedScheduler(TableScheduler):
         return Nodes(np.append(at, learned.time[-1]), np.append(alpha, 1.0), np.append(sigma, 0.0))
 
     def _taus(self, nodes: Nodes) -> list[float]:
-        if not self._stochastic:
+        if not self.stochastic:
             return super()._taus(nodes)
         entry = self._entry(len(nodes) - 1)
         if entry is not None and entry["tau"] is not None and _same(nodes, entry_nodes(entry)):
@@ -211,7 +210,7 @@ class CalibratedScheduler(TableScheduler):
             table = entry_table(entry, self.config.calibration["data_std"])
             assert table is not None
             return table
-        return standard_table(path, nodes, tau if self._stochastic else None)
+        return standard_table(path, nodes, tau if self.stochastic else None)
 
 
 def _same(nodes: Nodes, learned: Nodes) -> bool:

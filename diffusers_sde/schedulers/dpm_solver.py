@@ -39,7 +39,6 @@ class DPMSolverScheduler(TableScheduler):
         kwargs: process, grid and data options, see :func:`diffusers_sde.configs.shared_parameters`.
     """
 
-    __module__ = "diffusers_sde"
     _own_keys = ("solver_order", "algorithm_type", "solver_type", "singlestep", "noise_seed")
 
     @scheduler_init
@@ -69,7 +68,7 @@ class DPMSolverScheduler(TableScheduler):
         )
 
     @property
-    def _stochastic(self) -> bool:
+    def stochastic(self) -> bool:
         return ALGORITHMS[self.config.algorithm_type][1] > 0
 
     def _taus(self, nodes: Nodes) -> list[float]:

@@ -34,7 +34,6 @@ class FlowMapScheduler(TableScheduler):
             trained to arrive; ``zero`` goes the rest of that jump, to clean data.
     """
 
-    __module__ = "diffusers_sde"
     _own_keys = ("flow_map", "gamma", "noise_seed")
 
     @scheduler_init
@@ -59,11 +58,11 @@ class FlowMapScheduler(TableScheduler):
         return torch.full((), float(target), dtype=torch.float32, device=run.timesteps.device)
 
     @property
-    def _stochastic(self) -> bool:
+    def stochastic(self) -> bool:
         return self.gamma > 0
 
     def _taus(self, nodes: Nodes) -> list[float]:
-        return [float(self._stochastic)] * (len(nodes) - 1)
+        return [float(self.stochastic)] * (len(nodes) - 1)
 
     def _default_grid(self, path: Path, n: int, mu: float | None) -> np.ndarray:
         if isinstance(path, VarianceExploding):  # the last node of its grids is where the last jump ends

@@ -27,7 +27,6 @@ class ProbabilityFlowScheduler(TableScheduler):
         kwargs: process, grid and data options, see :func:`diffusers_sde.configs.shared_parameters`.
     """
 
-    __module__ = "diffusers_sde"
     _own_keys = ("solver_order", "corrector", "data_std", "clock", "final")
 
     @scheduler_init

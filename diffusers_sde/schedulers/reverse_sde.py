@@ -35,7 +35,6 @@ class ReverseSDEScheduler(TableScheduler):
         kwargs: process, grid and data options, see :func:`diffusers_sde.configs.shared_parameters`.
     """
 
-    __module__ = "diffusers_sde"
     _own_keys = ("tau", "eta", "solver_order", "corrector", "data_std", "clock", "final", "noise_seed")
 
     @scheduler_init
@@ -55,7 +54,7 @@ class ReverseSDEScheduler(TableScheduler):
         self._setup()
 
     @property
-    def _stochastic(self) -> bool:
+    def stochastic(self) -> bool:
         return True
 
     def _taus(self, nodes: Nodes) -> list[float]:
