@@ -169,8 +169,10 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
 
     @property
     def levels(self) -> Nodes:
-        """The exact levels of the run's nodes: ``time``, ``alpha``, ``sigma``, ``log_snr``, float64 arrays (n + 1,); what
-        a pipeline wrote into ``sigmas`` counts."""
+        """The exact ``time``, ``alpha``, ``sigma``, ``log_snr`` of the run's nodes, float64 (n + 1,) each.
+
+        What a pipeline wrote into ``sigmas`` counts.
+        """
         return self._nodes(self._run)
 
     @property
