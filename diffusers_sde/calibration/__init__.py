@@ -63,7 +63,6 @@ from diffusers_sde.calibration.stock import fitting_samplers
 from diffusers_sde.calibration.store import open_store
 from diffusers_sde.calibration.workers import is_main
 from diffusers_sde.configs import SHARED
-from diffusers_sde.defaults import standard_data_std
 from diffusers_sde.paths import path_from_config
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 from diffusers_sde.schedulers.calibrated import process_of
@@ -205,7 +204,6 @@ def _assembled(
             "No calibrated table is better than the exact solver on held-out noise: use more samples, or keep "
             "ProbabilityFlowScheduler."
         )
-    data_std = standard_data_std(path_from_config(config))
-    calibration = written_calibration(process_of(config), data_std, stochastic, entries)
+    calibration = written_calibration(process_of(config), path_from_config(config).data_scale, stochastic, entries)
     shared = {k: v for k, v in config.items() if k in SHARED}
     return CalibratedScheduler(**shared, calibration=calibration)

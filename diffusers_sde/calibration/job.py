@@ -19,7 +19,7 @@ from diffusers_sde.calibration.sources import HELD_OUT, Source
 from diffusers_sde.calibration.store import Store
 from diffusers_sde.calibration.teacher import Teacher
 from diffusers_sde.calibration.workers import is_main, share
-from diffusers_sde.defaults import measured_defaults, standard_data_std
+from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, nodes_from_times
 from diffusers_sde.paths import path_from_config
 
@@ -99,7 +99,7 @@ class Job:
         self.batches, self.stock = batches, stock
         path = path_from_config(config)
         integer = bool(config.get("round_timesteps"))
-        self.evaluator = Evaluator(path, config["prediction_type"], standard_data_std(path), integer, self._count_batch)
+        self.evaluator = Evaluator(path, config["prediction_type"], path.data_scale, integer, self._count_batch)
         self.teacher = Teacher(self.evaluator, source, store, NODES)
         self.training = TaughtSamples(self.evaluator, source, batches.training, self.teacher)
         self.held_out = TaughtSamples(self.evaluator, source, batches.held_out, self.teacher)

@@ -18,17 +18,17 @@ from diffusers_sde.calibration.store import Store
 from diffusers_sde.calibration.workers import sum_over_workers
 from diffusers_sde.defaults import standard_table
 from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
-from diffusers_sde.paths import VarianceExploding
 from diffusers_sde.tables import Table
 
 SUBSTEPS = 2  # of the teacher between two nodes
 
 
 def teacher_nodes(evaluator: Evaluator, count: int, mu: float | None) -> Nodes:
-    """``count`` nodes between which students may step: the trailing power grid of exponent 1.25 (EDM: balanced), at
-    integers for a network that only knows these (fewer where these coincide), and clean data."""
-    grid = ("balanced", 1.0) if isinstance(evaluator.path, VarianceExploding) else ("power", 1.25)
-    times = make_grid(evaluator.path, grid[0], count, rho=grid[1], mu=mu)
+    """``count`` nodes between which students may step: the trailing power grid of exponent 1.25 where times count equal
+    steps (EDM: balanced), at integers for a network that only knows these (fewer where these coincide), and clean
+    data."""
+    grid, rho = ("balanced", 1.0) if evaluator.path.num_train_timesteps is None else ("power", 1.25)
+    times = make_grid(evaluator.path, grid, count, rho=rho, mu=mu)
     if evaluator.integer_times:
         times = np.unique(np.round(times))[::-1]
     return nodes_from_times(evaluator.path, times)
