@@ -80,7 +80,7 @@ class _QuestionScheduler(ProbabilityFlowScheduler):
 
 
 class _Call:
-    """One call of a pipeline in a thread of its own, which evaluates what it is asked to."""
+    """One call of a pipeline in a thread of its own, which evaluates its network where the calibration wants it."""
 
     mu: float | None = None
 
@@ -107,7 +107,7 @@ class _Call:
         seen = float(torch.as_tensor(timestep).flatten()[0])
         if self._requested is not None and abs(seen - self._requested) > 1e-2 * max(1.0, abs(self._requested)):
             raise ValueError(
-                f"This pipeline evaluates its network at t = {seen:g} where {self._requested:g} was asked for: "
+                f"This pipeline evaluates its network at t = {seen:g} where {self._requested:g} was wanted: "
                 "calibrate a bare denoiser instead."
             )
         self._answers.put((prediction, sample))
@@ -142,7 +142,7 @@ class _PipelineBatch:
         state = self.call.get()[1]
         self._copies = len(state) // size
         if not torch.equal(state, state[:size].repeat(self._copies, *[1] * (state.ndim - 1))):
-            raise ValueError(f"The pipeline made {len(state)} samples where {size} were asked for: pass batch_size=1.")
+            raise ValueError(f"The pipeline made {len(state)} samples instead of {size}: pass batch_size=1.")
         state = state[:size]
         self._dtype = torch.float32 if state.dtype in (torch.float16, torch.bfloat16) else state.dtype
         self.noise = state.to(self._dtype)
