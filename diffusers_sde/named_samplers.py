@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import numpy as np
 
 from diffusers_sde.configs import SHARED, canonical_config
 from diffusers_sde.errors import UsageError
@@ -163,14 +162,6 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
         return SAMPLERS[name].build(config)
     except (ValueError, NotImplementedError) as error:
         raise UsageError(f"Sampler {name} does not fit this model: {error}; leave it out of --samplers.") from error
-
-
-def lay_out(scheduler: Any, num_inference_steps: int) -> None:
-    """``set_timesteps``, trailing for flow matching Euler too, which has no option for it."""
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist())
-    else:
-        scheduler.set_timesteps(num_inference_steps)
 
 
 def reference_scheduler(config: Mapping[str, Any]) -> Any:

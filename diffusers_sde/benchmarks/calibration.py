@@ -31,8 +31,8 @@ from diffusers_sde.benchmarks.common import (
 from diffusers_sde.benchmarks.competition import stock_odes
 from diffusers_sde.calibration import calibrate
 from diffusers_sde.calibration.stock import fitting_samplers
-from diffusers_sde.named_samplers import CALIBRATED, SAMPLERS, lay_out, make_scheduler
-from diffusers_sde.sampling import Denoiser, network_denoiser, sample
+from diffusers_sde.named_samplers import CALIBRATED, SAMPLERS, make_scheduler
+from diffusers_sde.sampling import Denoiser, lay_out, network_denoiser, sample
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 
 STEPS = (4, 5, 6, 8, 10)

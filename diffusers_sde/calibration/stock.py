@@ -14,8 +14,8 @@ import torch
 
 from diffusers_sde.calibration.fit import TaughtSamples
 from diffusers_sde.errors import UsageError
-from diffusers_sde.named_samplers import SAMPLERS, lay_out, make_scheduler
-from diffusers_sde.sampling import sample
+from diffusers_sde.named_samplers import SAMPLERS, make_scheduler
+from diffusers_sde.sampling import lay_out, sample
 
 
 def fitting_samplers(config: Mapping[str, Any], stochastic: bool) -> tuple[list[str], dict[str, str]]:

@@ -25,12 +25,11 @@ from diffusers_sde.errors import UsageError
 from diffusers_sde.named_samplers import (
     DEFAULT_SAMPLERS,
     SAMPLERS,
-    lay_out,
     make_scheduler,
     process_kind,
     reference_scheduler,
 )
-from diffusers_sde.sampling import sample
+from diffusers_sde.sampling import lay_out, sample
 from diffusers_sde.schedulers import CalibratedScheduler
 
 

@@ -19,8 +19,8 @@ import torch
 
 from diffusers_sde.assets import embedded_models
 from diffusers_sde.errors import UsageError
-from diffusers_sde.named_samplers import CALIBRATED, lay_out, process_kind
-from diffusers_sde.sampling import network_denoiser, sample
+from diffusers_sde.named_samplers import CALIBRATED, process_kind
+from diffusers_sde.sampling import lay_out, network_denoiser, sample
 
 Tick = Callable[[], None]
 
