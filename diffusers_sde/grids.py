@@ -146,6 +146,16 @@ def ays(path: Path, n: int) -> Array:
     return _times_of_noise(path, np.exp(low + (high - low) * unit))
 
 
+def distilled(path: Path, n: int, original: int) -> Array:
+    """``n`` of the ``original`` equal steps ``t_j = j floor(T/original) - 1`` that a distilled network was trained on,
+    the noisiest first (Luo et al. 2023, arXiv:2310.04378, section 4.3; diffusers' LCMScheduler)."""
+    stride = int(path.noisiest + 1) // original
+    if not stride or n > original:
+        raise ValueError(f"{n} steps out of {original}: original_inference_steps must lie between them and training's.")
+    chosen = np.floor(np.linspace(0, original, n, endpoint=False))
+    return (original - chosen) * stride - 1
+
+
 def _noise_range(path: Path) -> tuple[float, float]:
     """Smallest and largest finite noise label of the training range."""
     if isinstance(path, FlowMatching):

@@ -143,6 +143,7 @@ class _Asked(ProbabilityFlowScheduler):
         sigmas: Any = None,
         mu: Any = None,
         timesteps: Any = None,
+        original_inference_steps: Any = None,
     ) -> None:
         given = next((v for v in (sigmas, timesteps) if v is not None), ())
         times = np.full((num_inference_steps or len(given)) + 1, self.path.noisiest)
@@ -169,14 +170,14 @@ class _Asked(ProbabilityFlowScheduler):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
-        run = self._run
-        run.step_index = 0 if run.step_index is None else run.step_index + 1
+        run, i = self._run, self.step_index or 0
         said = model_output
         if said.shape != sample.shape:
             said = split_variance(said, sample, self.config.variance_type)
         wanted, at = self._call.answer(said, timestep, sample)
-        if run.step_index + 1 < len(run.timesteps):
-            run.timesteps[run.step_index + 1] = at.to(run.timesteps)
+        if i + 1 < len(self.timesteps):
+            self.timesteps[i + 1] = at.to(self.timesteps)
+        self._put(run._replace(next=i + 1))
         wanted = wanted.to(sample.dtype)
         if not return_dict:
             return wanted, wanted

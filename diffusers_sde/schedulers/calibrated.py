@@ -157,6 +157,7 @@ class CalibratedScheduler(TableScheduler):
         sigmas: Sequence[float] | torch.Tensor | None = None,
         mu: float | None = None,
         timesteps: Sequence[float] | torch.Tensor | None = None,
+        original_inference_steps: int | None = None,
     ) -> None:
         """Lay out the learned grid for ``num_inference_steps`` evaluations, else one interpolated from it.
 
@@ -166,14 +167,15 @@ class CalibratedScheduler(TableScheduler):
         self.check_process(self.config)
         if sigmas is not None and timesteps is None and _is_habit(self.path, sigmas):
             num_inference_steps, sigmas = num_inference_steps or len(sigmas), None
-        if sigmas is not None or timesteps is not None or num_inference_steps is None:
-            super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        grids = (sigmas, timesteps, original_inference_steps)
+        if any(grid is not None for grid in grids) or num_inference_steps is None:
+            super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps, original_inference_steps)
             warnings.warn("This grid was not calibrated: the exact solver runs on it.", stacklevel=2)
             return
         n = int(num_inference_steps)
         entry = self._entry(n)
         if entry is not None:
-            self._lay_out(entry_nodes(entry), device)
+            self._lay_out(entry_nodes(entry), device, (n, mu))
             return
         known = sorted(int(k) for k in self.config.calibration["tables"])
         warnings.warn(
@@ -181,7 +183,7 @@ class CalibratedScheduler(TableScheduler):
             "interpolated grid.",
             stacklevel=2,
         )
-        self._lay_out(self._interpolated(n, min(known, key=lambda k: (abs(math.log(k / n)), k))), device)
+        self._lay_out(self._interpolated(n, min(known, key=lambda k: (abs(math.log(k / n)), k))), device, (n, mu))
 
     def _interpolated(self, n: int, known: int) -> Nodes:
         """The levels of the grid for ``known`` steps at ``n`` equal parts of its index, in the network's time."""
