@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 
 from diffusers_sde import noise
 from diffusers_sde.grids import Nodes
-from diffusers_sde.paths import Path, VarianceExploding
+from diffusers_sde.paths import Path
 from diffusers_sde.prediction import model_coefficients
 from diffusers_sde.schedulers import traced
 from diffusers_sde.schedulers.compiled import Compiled, CompiledRow, Normals, compiled_rows
@@ -154,17 +154,15 @@ class TableScheduler(RunLayout, Conversion):
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network's input: ``x / sqrt(sigma^2 + sigma_data^2)`` for EDM, the sample itself otherwise."""
         path = self.path
-        if not isinstance(path, VarianceExploding):
+        if path.input_scale(1.0) == 1.0:
             return sample
         if isinstance(timestep, torch.Tensor) and timestep.numel() > 1 and not is_single(timestep):
-            sigma = self._alpha_sigma(timestep, sample)[1]
-            return sample / torch.hypot(sigma, torch.full_like(sigma, path.sigma_data))
+            return sample * path.input_scale(self._alpha_sigma(timestep, sample)[1])
         run = self._run
         row = run.next or run.begin or 0
         if timestep is not None:
             run, row = self._located(timestep, sample)
-        sigma = float(self._nodes(run.layout).sigma[min(row, len(run.layout))])
-        return sample / float(np.hypot(sigma, path.sigma_data))
+        return sample * path.input_scale(float(self._nodes(run.layout).sigma[row]))
 
     def step(
         self,

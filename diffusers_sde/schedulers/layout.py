@@ -16,7 +16,7 @@ import torch
 
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, distilled, distinct_integers, make_grid, nodes_from_times, nodes_from_user
-from diffusers_sde.paths import Path, VarianceExploding, path_from_config
+from diffusers_sde.paths import Path, path_from_config
 from diffusers_sde.schedulers.noising import Noising
 from diffusers_sde.schedulers.runs import LOCK, Layout, Run, Runs, kept_rows, new_run
 
@@ -51,10 +51,7 @@ class RunLayout(Noising):
     @property
     def init_noise_sigma(self) -> float:
         """Standard deviation of the state to start from: 1, or ``sqrt(sigma_max^2 + sigma_data^2)`` for EDM."""
-        path = self.path
-        if isinstance(path, VarianceExploding):
-            return float(np.hypot(path.alpha_sigma(path.noisiest)[1], path.sigma_data))
-        return 1.0
+        return self.path.start_scale
 
     @property
     def _run(self) -> Run:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from diffusers_sde.grids import Nodes
-from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
+from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.runs import Layout, Run, Runs, is_single
 
 Levels = tuple[torch.Tensor, torch.Tensor]  # alpha and sigma, (N,) each
@@ -41,19 +41,22 @@ class Noising:
     @property
     def alphas_cumprod(self) -> torch.Tensor:
         """``alpha^2`` at the training times, float32 (T,); a timestep between them may be the index too."""
-        path = self.path
-        if not isinstance(path, VariancePreserving):
-            raise AttributeError("alphas_cumprod exists for variance preserving processes only.")
-        table = torch.from_numpy(path.alphas_cumprod).float().as_subclass(_AlphasCumprod)
-        table.path = path
+        table = torch.from_numpy(self._trained_alphas_cumprod()).float().as_subclass(_AlphasCumprod)
+        table.path = self.path
+        return table
+
+    def _trained_alphas_cumprod(self) -> np.ndarray:
+        table = self.path.alphas_cumprod
+        if table is None:
+            raise AttributeError(
+                f"A {self.path.family} process has no alphas_cumprod at integer times."
+            )
         return table
 
     @property
     def alphas(self) -> torch.Tensor:
         """``alpha_t^2 / alpha_{t-1}^2``, float32 (T,)."""
-        abar = self.path.alphas_cumprod if isinstance(self.path, VariancePreserving) else None
-        if abar is None:
-            raise AttributeError("alphas exists for variance preserving processes only.")
+        abar = self._trained_alphas_cumprod()
         return torch.from_numpy(np.append(abar[0], abar[1:] / abar[:-1])).float()
 
     @property
@@ -134,7 +137,7 @@ class Noising:
         """The same for times that live on an accelerator, without waiting for them; a time that all samples share and
         that is one of the run's is the row at which the run stands."""
         t = t.flatten()
-        pair = _alpha_sigma_on_device(self.path, t)
+        pair = self.path.alpha_sigma_on_device(t)
         if run is None or not t.dtype.is_floating_point:
             return pair
         nodes = self._nodes(run.layout)
@@ -176,7 +179,7 @@ def _own_row(run: Run, timesteps: Any) -> int | None:
 class _AlphasCumprod(torch.Tensor):
     """``alphas_cumprod`` that pipelines may also index with a timestep between two integers."""
 
-    path: VariancePreserving
+    path: Path
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -184,22 +187,5 @@ class _AlphasCumprod(torch.Tensor):
             t = torch.as_tensor(index)
             if t.device.type == "cpu":
                 return torch.from_numpy(np.asarray(self.path.alpha_sigma(t.double().numpy())[0] ** 2)).float()
-            return _alpha_sigma_on_device(self.path, t)[0] ** 2
+            return self.path.alpha_sigma_on_device(t)[0] ** 2
         return super().__getitem__(index)
-
-
-def _alpha_sigma_on_device(path: Path, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``path.alpha_sigma`` for times that live on an accelerator, without bringing them to the host."""
-    t = t.float()
-    if isinstance(path, FlowMatching):
-        sigma = t / path.scale
-        return (sigma, 1 - sigma) if path.inverted else (1 - sigma, sigma)
-    if isinstance(path, VarianceExploding):
-        sigma = torch.exp(4 * t) if path.noise_conditioning == "log" else torch.tan(t * (np.pi / 2))
-        return torch.ones_like(sigma), sigma
-    assert isinstance(path, VariancePreserving)
-    # linear in the angle between integers: equal to the host's rule at integers, within 1e-6 of it elsewhere
-    angle = torch.from_numpy(np.arccos(np.sqrt(path.alphas_cumprod))).float().to(t.device, non_blocking=True)
-    low = t.floor().clamp(0, len(angle) - 2).long()
-    at = torch.lerp(angle[low], angle[low + 1], t - low)
-    return at.cos(), at.sin()

@@ -195,6 +195,7 @@ BAD_LISTS = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("case", BAD_LISTS)
 def test_bad_lists_are_refused(case):
     """Every list that is not a run of decreasing noise is a ValueError of one clear sentence, never NaN."""
