@@ -47,7 +47,7 @@ class Nodes:
 # Each takes equal steps, or a power of equal steps, of the path's grid clock (see Path.grid_times) or of its noise.
 
 
-def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> Array:
+def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: float = 1.0) -> Array:
     """Trailing power grid ``t_i = T ((n-i)/n)^rho - 1``: starts at pure noise, its last step ends at clean data.
 
     rho = 1 is diffusers' ``trailing``; rho > 1 puts steps near the data.  When that would pass t = 0 the grid ends
@@ -59,18 +59,21 @@ def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> Arra
         n: evaluations, at least 2.
         rho: exponent.
         mu: dynamic shift of flow models.
+        start: the fraction of equal steps of time at which the grid begins, 1 at pure noise (``strength`` in image to
+            image): ``t_i = T start ((n-i)/n)^rho - 1``, and so on.
 
     Returns:
         (n,) float64, times.
     """
-    high, low, clean = path.grid_range
-    clock = clean + (high - clean) * (np.arange(n, 0, -1) / n) ** rho
+    _, low, clean = path.grid_range
+    first = _clock_at(path, start)
+    clock = clean + (first - clean) * (np.arange(n, 0, -1) / n) ** rho
     if clean == low or clock[-1] < low:
-        clock = low + (high - low) * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
+        clock = low + (first - low) * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
     return path.grid_times(clock, mu)
 
 
-def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> Array:
+def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: float = 1.0) -> Array:
     """Trailing power grid in the mean of time and log-SNR: ``G(t_i) = ((n-i)/n)^rho`` with
 
         G(t) = 1/2 (t - t_min)/(t_max - t_min) + 1/2 (lambda_max - lambda(t))/(lambda_max - lambda_min)
@@ -84,20 +87,30 @@ def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> A
         n: evaluations, at least 2.
         rho: exponent.
         mu: dynamic shift of flow models.
+        start: as in :func:`power`, the fraction of equal steps of *time*; from there ``G(t_i) = G(t_0) ((n-i)/n)^rho``.
 
     Returns:
         (n,) float64, times.
     """
-    target = (np.arange(n, 0, -1) / n) ** rho
+    first, target = _clock_at(path, start), (np.arange(n, 0, -1) / n) ** rho
     if path.time_is_noise:
-        return path.grid_times(target, mu)
+        return path.grid_times(first * target, mu)
     low, high = np.log(path.noise_range())
     span = path.noisiest - path.cleanest
     times = np.linspace(path.cleanest, path.noisiest, max(round(span) + 1, 1000))  # the integers where T = 1000
     level = np.clip(-path.log_snr(times), low, high)
-    t = np.interp(target, 0.5 * (times - path.cleanest) / span + 0.5 * (level - low) / (high - low), times)
-    t[0] = path.noisiest
+    g = 0.5 * (times - path.cleanest) / span + 0.5 * (level - low) / (high - low)
+    t = np.interp(target * np.interp(first, times, g / g[-1]), g, times)
+    t[0] = first
     return t
+
+
+def _clock_at(path: Path, start: float) -> float:
+    """The grid clock at a fraction of equal steps of time: ``T start - 1``, ``start`` for flow matching."""
+    if not 0 < start <= 1:
+        raise ValueError(f"start must lie in (0, 1], the fraction of equal steps of time to begin at, not {start}.")
+    high, low, clean = path.grid_range
+    return high if start == 1 else max(clean + (high - clean) * start, low)
 
 
 def trailing(path: Path, n: int, mu: float | None = None) -> Array:
@@ -190,8 +203,8 @@ GRIDS: dict[str, Callable[..., Array]] = {
     "ays": ays,
 }
 _OPTIONS = {
-    "balanced": ("rho", "mu"),
-    "power": ("rho", "mu"),
+    "balanced": ("rho", "mu", "start"),
+    "power": ("rho", "mu", "start"),
     "trailing": ("mu",),
     "leading": ("mu", "steps_offset"),
     "linspace": ("mu",),
@@ -208,9 +221,10 @@ def make_grid(path: Path, name: str, n: int, **options: Any) -> Array:
         raise ValueError(f"grid {name!r} is unknown: use one of {', '.join(GRIDS)}, or pass timesteps= or sigmas=.")
     if n < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {n}.")
-    if n == 1:
-        return path.grid_times(np.array(path.grid_range[:1]), options.get("mu"))
     chosen = {k: options[k] for k in _OPTIONS.get(name, ()) if options.get(k) is not None}
+    if n == 1:  # the second node keeps a shift that stretches grids to their end from moving the first
+        ends = np.array([_clock_at(path, chosen.get("start", 1.0)), path.grid_range[1]])
+        return path.grid_times(ends, options.get("mu"))[:1]
     return GRIDS[name](path, n, **chosen)
 
 
