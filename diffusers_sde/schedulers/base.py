@@ -114,21 +114,23 @@ class TableScheduler(RunLayout, Conversion):
             run = self._put(self._training_run())
         return run, row_by_value(run, timestep) if row is None else row
 
-    def _about_to_run(self, timestep: Any, sample: torch.Tensor) -> tuple[Run, int]:
-        """The run of a step, ready to execute the row returned; raises where the row contradicts the run."""
+    def _turn(self, timestep: Any, sample: torch.Tensor) -> tuple[Run, int]:
+        """The run of a step, standing at the row returned; raises where the row contradicts the run."""
         run, row = self._located(timestep, sample)
         if run.next != row or run.tiled or run.released:
             run = run.about_to(row)
             if run.layout.start > row:  # the grid was laid out for a start further down
                 run = self._laid_out_from(run, 0)
-        if run.next is None:
-            run = run._replace(first=row, next=row)
+        return run, row
+
+    def _with_table(self, run: Run, row: int) -> Run:
+        """The run with a table that holds for ``row`` and for what the config says now."""
         compiled = run.compiled
         if compiled is not None and not _unchanged(compiled.settings, self._internal_dict):
             compiled, run = None, run.anew(row)._replace(seeds=run.seeds)
         if compiled is None or len(compiled.rows[row - compiled.begin].weights) > len(run.history) + 1:
             run = run._replace(compiled=self._compile(run.layout, row), history=())
-        return run, row
+        return run
 
     def _compile(self, layout: Layout, begin: int) -> Compiled:
         """The table from grid index ``begin`` on; host floats only.  The last one built is kept, since pipelines are
@@ -186,12 +188,13 @@ class TableScheduler(RunLayout, Conversion):
         if torch.compiler.is_compiling():
             outputs = traced.step(self._handle, model_output, timestep, sample, generator, return_dict, **kwargs)
             return SchedulerOutput(*outputs) if return_dict else outputs
-        run, i = self._about_to_run(timestep, sample)
+        run, i = self._turn(timestep, sample)
         if kwargs.get("per_token_timesteps") is not None:
             levels = kwargs["per_token_timesteps"] / self.config.num_train_timesteps
             prev, x0 = per_token_step(self.path, run.layout.sigmas, levels, sample, model_output)
             self._put(run._replace(next=i + 1, output=weakref.ref(prev)))
             return SchedulerOutput(prev, x0, prev) if return_dict else (prev, x0)
+        run = self._with_table(run, i)
         assert run.compiled is not None
         row = run.compiled.rows[i - run.compiled.begin]
 

@@ -80,6 +80,11 @@ class Run(NamedTuple):
     released: bool = False
 
     @property
+    def nodes(self) -> Nodes:
+        """The levels as laid out."""
+        return self.layout.nodes
+
+    @property
     def finished(self) -> bool:
         """Whether all rows have been run."""
         return self.next is not None and self.next >= len(self.layout)
