@@ -214,6 +214,7 @@ class RunLayout(Noising):
         """Make ``run`` the current one."""
         with LOCK:
             self._runs = self._runs.with_current(run)
+            self._runs = self._runs.without_abandoned()  # now that the run before holds nothing any more
         return run
 
     def _nodes(self, layout: Layout) -> Nodes:

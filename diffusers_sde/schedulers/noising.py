@@ -48,9 +48,7 @@ class Noising:
     def _trained_alphas_cumprod(self) -> np.ndarray:
         table = self.path.alphas_cumprod
         if table is None:
-            raise AttributeError(
-                f"A {self.path.family} process has no alphas_cumprod at integer times."
-            )
+            raise AttributeError(f"A {self.path.family} process has no alphas_cumprod at integer times.")
         return table
 
     @property

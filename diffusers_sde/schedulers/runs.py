@@ -13,7 +13,7 @@ import copy
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -192,15 +192,21 @@ class Runs:
         return (_last_returned(self, sample) if self.others else None) or self.of_thread(), None
 
     def with_current(self, run: Run) -> Runs:
-        """The runs with ``run``, new or changed, as the current one, without those that nobody can go on with."""
+        """The runs with ``run``, new or changed, as the current one; only it keeps its timesteps alive."""
         if self.current is None or (self.current.key == run.key and not self.others):
             return Runs(run)
-        others: list[Run] = []
-        for other in self:
-            kept = None if other.key == run.key else _kept(other, (run, *others))
-            if kept is not None:
-                others.append(kept)
-        return Runs(run, tuple(others))
+        return Runs(run, tuple(other for other in self if other.key != run.key)).without_abandoned()
+
+    def without_abandoned(self) -> Runs:
+        """The runs but for those that nobody can go on with."""
+        if not self.others:
+            return self
+        kept: list[Run] = []
+        for run in self:
+            waiting = _waiting(run, kept) if kept else run
+            if waiting is not None:
+                kept.append(waiting)
+        return Runs(kept[0], tuple(kept[1:]))
 
     def independent(self) -> Runs:
         """The same runs with ``sigmas`` of their own."""
@@ -289,7 +295,7 @@ def _last_returned(runs: Iterable[Run], sample: Any) -> Run | None:
     return next((run for run in runs if run.output is not None and run.output() is sample), None)
 
 
-def _kept(run: Run, later: tuple[Run, ...]) -> Run | None:
+def _waiting(run: Run, later: Sequence[Run]) -> Run | None:
     """``run`` as it waits for its next step while ``later`` ones are going on; None if there can be none."""
     if run.finished:
         return None
@@ -299,7 +305,8 @@ def _kept(run: Run, later: tuple[Run, ...]) -> Run | None:
     may_return = latest_of_thread and any(thread.ident == run.thread for thread in threading.enumerate())
     if run.next is None and may_return:
         return run
-    run = run._replace(timesteps=None)
+    before = None if run.before is None else run.before._replace(timesteps=None)
+    run = run._replace(timesteps=None, before=before)
     if any(reference() is not None for reference in run.storages):
         return run
     return run._replace(history=(), before=None, seeds=None, compiled=None, released=True) if may_return else None
