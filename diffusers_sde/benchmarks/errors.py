@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from diffusers_sde.analytic import GaussianMixtureModel
 from diffusers_sde.flow_maps import exact_flow_map
+from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 from diffusers_sde.paths import path_from_config
 from diffusers_sde.prediction import to_model
 from diffusers_sde.sampling import network_denoiser, sample
