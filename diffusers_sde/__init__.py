@@ -8,11 +8,11 @@ pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.schedul
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils as _loading
 
-from diffusers_sde.analytic import GaussianMixtureModel
 from diffusers_sde.calibration import calibrate
 from diffusers_sde.hub import write_component_modules
 from diffusers_sde.models.classifier import NoisyClassifierModel
 from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
+from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 from diffusers_sde.schedulers import (
     CalibratedScheduler,
     DPMSolverScheduler,

@@ -14,7 +14,7 @@ import torch
 
 from diffusers_sde.calibration.sources import Batch
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import from_model
 from diffusers_sde.tables import Row, Table
 from diffusers_sde.weights import evaluation_coefficients
 
@@ -37,15 +37,14 @@ class Process:
 
     def evaluate(self, batch: Batch, row: Row, x: torch.Tensor) -> torch.Tensor:
         """``F`` of a row at the state ``x``: the network sees ``row.time``, the algebra uses the row's level."""
-        said = model_coefficients(self.path, self.prediction_type, row.alpha, row.sigma)
         own = evaluation_coefficients(self.data_std, row.alpha, row.sigma)
-        k_x, k_m = convert(said, own, row.alpha, row.sigma)
+        k_x, k_m = from_model(self.path, self.prediction_type, row.alpha, row.sigma, own)
         # as a scheduler hands it out
         time = torch.tensor(row.time, dtype=torch.int64 if self.integer_times else torch.float32)
         scale = self.path.input_scale(row.sigma)
-        said_here = batch.evaluate(x if scale == 1.0 else x * scale, time)
+        output = batch.evaluate(x if scale == 1.0 else x * scale, time)
         self.tick()
-        return torch.mul(said_here.to(x.dtype), k_m).add_(x, alpha=k_x)
+        return torch.mul(output.to(x.dtype), k_m).add_(x, alpha=k_x)
 
     def normaliser(self, alpha: float, sigma: float) -> float:
         """``rho = sqrt(data_std^2 alpha^2 + sigma^2)``: states over it have unit scale for data of this scale."""

@@ -21,7 +21,6 @@ from tiny_pipelines import PIPELINES
 
 import diffusers_sde
 from diffusers_sde import CalibratedScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler, calibrate
-from diffusers_sde.analytic import GaussianMixtureModel
 from diffusers_sde.benchmarks.common import oracle
 from diffusers_sde.calibration.dynamic_program import best_grids, step_costs
 from diffusers_sde.calibration.fit import Samples, fit_tables, last_residuals, mean_error, ridge_correction, subgrid
@@ -32,6 +31,7 @@ from diffusers_sde.calibration.sources import HELD_OUT, DenoiserSource
 from diffusers_sde.calibration.stochastic import energy_distance
 from diffusers_sde.calibration.teacher import Store, Teacher
 from diffusers_sde.cli import main
+from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.schedulers.calibrated import entry_nodes, entry_table, process_of, standard_table
 
