@@ -1,4 +1,4 @@
-"""A run belongs to its timesteps: threads, copies, second loops and interleaved runs never mix or go wrong in silence."""
+"""A run belongs to its timesteps: threads, copies, second loops and interleaved runs do not mix, or are refused."""
 
 import copy
 import gc
