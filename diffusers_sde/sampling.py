@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
+import numpy as np
 import torch
 
 Denoiser = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -54,6 +56,14 @@ def flow_map_denoiser(network: torch.nn.Module, scheduler: Any, class_labels: to
         return network(sample, t, return_dict=False, **told, **target)[0]
 
     return denoiser
+
+
+def lay_out(scheduler: Any, num_inference_steps: int) -> None:
+    """``set_timesteps``, trailing for flow matching Euler too, which has no option for it."""
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist())
+    else:
+        scheduler.set_timesteps(num_inference_steps)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.comparison.problems import Problem, lay_out, load_pipeline, make_problem
+from diffusers_sde.comparison.problems import Problem, load_pipeline, make_problem
 from diffusers_sde.comparison.report import Comparison, Result, format_table, write
 from diffusers_sde.errors import UsageError
 from diffusers_sde.named_samplers import (
@@ -29,7 +29,7 @@ from diffusers_sde.named_samplers import (
     process_kind,
     reference_scheduler,
 )
-from diffusers_sde.sampling import sample
+from diffusers_sde.sampling import lay_out, sample
 from diffusers_sde.schedulers import CalibratedScheduler
 
 

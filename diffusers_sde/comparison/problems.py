@@ -20,7 +20,7 @@ import torch
 from diffusers_sde.assets import embedded_models
 from diffusers_sde.errors import UsageError
 from diffusers_sde.named_samplers import CALIBRATED, process_kind
-from diffusers_sde.sampling import network_denoiser, sample
+from diffusers_sde.sampling import lay_out, network_denoiser, sample
 
 Tick = Callable[[], None]
 
@@ -113,14 +113,6 @@ def _network_problem(
         return sample(mean, scheduler, start, generator=generator, callback=tick).float().cpu()
 
     return Problem(model_config(pipe), solve, own_loop=True)
-
-
-def lay_out(scheduler: Any, steps: int) -> None:
-    """``set_timesteps``, trailing for flow matching Euler too, which has no option for it."""
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
-    else:
-        scheduler.set_timesteps(steps)
 
 
 def _pipeline_problem(
