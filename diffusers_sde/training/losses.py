@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from diffusers_sde.flow_maps import average_prediction, jump
-from diffusers_sde.paths import Path, VarianceExploding
+from diffusers_sde.paths import Path
 from diffusers_sde.training.networks import Task, call_network
 from diffusers_sde.training.objectives import draw_times, loss_weights, prediction_targets, regression_loss
 from diffusers_sde.training.randomness import generator_of
@@ -161,9 +161,7 @@ def _classifier_loss(settings: Settings, task: Task, global_batch: int) -> Loss:
         d = draw(settings, task, batch, global_batch)
         times, _ = draw_times(path, settings.time_sampling, d.u, mean=settings.time_mean, std=settings.time_std)
         x, sigma = noised(d, path, times)
-        if isinstance(path, VarianceExploding):
-            x = x / (sigma**2 + path.sigma_data**2).sqrt()
-        logits = network(x, at_times(times, x).flatten())
+        logits = network(x * path.input_scale(sigma), at_times(times, x).flatten())
         return torch.nn.functional.cross_entropy(logits.float(), batch["class_labels"].to(x.device))
 
     return loss
