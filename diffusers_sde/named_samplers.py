@@ -15,7 +15,7 @@ import diffusers
 import diffusers_sde
 from diffusers_sde.configs import SHARED, canonical_config
 from diffusers_sde.errors import UsageError
-from diffusers_sde.paths import FlowMatching, VarianceExploding, path_from_config
+from diffusers_sde.paths import path_from_config
 from diffusers_sde.sampler_names import SAMPLERS, Sampler
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 
@@ -41,10 +41,7 @@ def family_of(config: Mapping[str, Any]) -> str:
     Raises:
         ValueError: for a config that describes none of them.
     """
-    path = path_from_config(canonical_config(config))
-    if isinstance(path, FlowMatching):
-        return "flow matching"
-    return "EDM" if isinstance(path, VarianceExploding) else "variance preserving"
+    return path_from_config(canonical_config(config)).family
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
