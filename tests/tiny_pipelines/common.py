@@ -74,6 +74,13 @@ def sized_call(steps, **kwargs):
     return text_call(steps, height=IMAGE_SIZE, width=IMAGE_SIZE, **kwargs)
 
 
+def embedded_call(steps, **kwargs):
+    """Text as embeddings: the cleaning of prompts of some pipelines needs a package that is not installed."""
+    embeds = torch.randn(2, 1, 7, TEXT_DIM, generator=generator(3))
+    kwargs |= {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], "guidance_scale": 4.0}
+    return latent_call(steps, height=IMAGE_SIZE, width=IMAGE_SIZE, **kwargs)
+
+
 def random_image(size=IMAGE_SIZE):
     return torch.rand(1, 3, size, size, generator=generator(1))
 

@@ -233,13 +233,13 @@ def lcm_scheduler():
 def latent_consistency():
     """Passes `original_inference_steps` and ends on the denoised sample."""
     parts = sd_parts() | {"scheduler": lcm_scheduler(), "unet": lcm_unet()}
-    kwargs = text_call(4, height=IMAGE_SIZE, width=IMAGE_SIZE)
+    kwargs = text_call(4, original_inference_steps=200, height=IMAGE_SIZE, width=IMAGE_SIZE)
     return finish(d.LatentConsistencyModelPipeline(**parts)), kwargs, (1, 4, LATENT_SIZE, LATENT_SIZE)
 
 
 @register
 def latent_consistency_img2img():
-    """The same, with `strength` passed to `set_timesteps` where it is taken."""
+    """The same; `strength` is passed to `set_timesteps`, which lays the whole grid below it."""
     parts = sd_parts() | {"scheduler": lcm_scheduler(), "unet": lcm_unet()}
-    kwargs = text_call(4, image=random_image(), strength=0.8)
+    kwargs = text_call(4, original_inference_steps=200, image=random_image(), strength=0.8)
     return finish(d.LatentConsistencyModelImg2ImgPipeline(**parts)), kwargs, (1, 4, LATENT_SIZE, LATENT_SIZE)

@@ -8,6 +8,7 @@ import torch
 from tiny_pipelines.common import (
     IMAGE_SIZE,
     TEXT_DIM,
+    embedded_call,
     finish,
     generator,
     latent_call,
@@ -66,13 +67,6 @@ def hunyuan_video():
     kwargs = latent_call(4, prompt_embeds=torch.randn(1, 7, TEXT_DIM, generator=g), height=IMAGE_SIZE, width=IMAGE_SIZE)
     kwargs |= {"pooled_prompt_embeds": torch.randn(1, 8, generator=g), "prompt_attention_mask": torch.ones(1, 7)}
     return finish(pipe), kwargs | {"num_frames": 9}, (1, 4, 3, 2, 2)
-
-
-def embedded_call(steps, **kwargs):
-    """Text as embeddings: the pipeline's cleaning of prompts needs a package that is not installed."""
-    embeds = torch.randn(2, 1, 7, TEXT_DIM, generator=generator(3))
-    kwargs |= {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], "guidance_scale": 4.0}
-    return latent_call(steps, height=IMAGE_SIZE, width=IMAGE_SIZE, **kwargs)
 
 
 def skyreels(prediction_type):

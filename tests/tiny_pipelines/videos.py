@@ -3,11 +3,15 @@
 from functools import lru_cache
 
 import diffusers as d
+import torch
 
 from tiny_pipelines.common import (
+    IMAGE_SIZE,
     LATENT_SIZE,
     TEXT_DIM,
+    embedded_call,
     finish,
+    generator,
     latent_call,
     random_image,
     register,
@@ -66,6 +70,10 @@ def wan_transformer(seed=0):
 @lru_cache
 def wan_vae():
     return seeded(d.AutoencoderKLWan, base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+
+
+def random_video():
+    return list(torch.rand(9, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator(1)))
 
 
 @lru_cache
@@ -178,6 +186,20 @@ def wan():
 
 
 @register
+def wan_video2video():
+    """Never sets a begin index either; its cleaning of prompts needs a package that is not installed."""
+    pipe = d.WanVideoToVideoPipeline(
+        transformer=wan_transformer(),
+        scheduler=wan_scheduler(3.0),
+        vae=wan_vae(),
+        text_encoder=umt5_encoder(),
+        tokenizer=t5_tokenizer(),
+    )
+    kwargs = embedded_call(5, video=random_video(), strength=0.7)
+    return finish(pipe), kwargs, (1, 16, 3, 2, 2)
+
+
+@register
 def ltx():
     scheduler = stock(
         "FlowMatchEulerDiscreteScheduler",
@@ -193,9 +215,8 @@ def ltx():
     return finish(pipe), kwargs, (1, 3 * 8 * 8, 8)
 
 
-@register
-def cogvideox():
-    scheduler = stock(
+def cogvideox_scheduler():
+    return stock(
         "CogVideoXDDIMScheduler",
         beta_start=0.00085,
         beta_end=0.012,
@@ -207,10 +228,24 @@ def cogvideox():
         snr_shift_scale=3.0,
         timestep_spacing="trailing",
     )
+
+
+@register
+def cogvideox():
     pipe = d.CogVideoXPipeline(
-        transformer=cogvideox_transformer(), scheduler=scheduler, vae=cogvideox_vae(), **t5_text()
+        transformer=cogvideox_transformer(), scheduler=cogvideox_scheduler(), vae=cogvideox_vae(), **t5_text()
     )
     return finish(pipe), sized_call(4, num_frames=9, max_sequence_length=16), (1, 3, 4, 2, 2)
+
+
+@register
+def cogvideox_video2video():
+    """Never sets a begin index: the first timestep says where the run starts."""
+    pipe = d.CogVideoXVideoToVideoPipeline(
+        transformer=cogvideox_transformer(), scheduler=cogvideox_scheduler(), vae=cogvideox_vae(), **t5_text()
+    )
+    kwargs = sized_call(5, video=random_video(), strength=0.7, max_sequence_length=16)
+    return finish(pipe), kwargs, (1, 3, 4, 2, 2)
 
 
 @register
