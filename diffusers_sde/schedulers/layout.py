@@ -156,7 +156,9 @@ class RunLayout(Noising):
         and for a config that no run could use.
         """
         self._check()
-        path, config, n = self.path, self.config, _count(num_inference_steps)
+        path, n = self.path, _count(num_inference_steps)
+        if sigmas is not None and timesteps is None and not self._asks_for_a_grid(path, sigmas):
+            n, sigmas = n or len(sigmas), None
         choice = None
         if timesteps is not None or sigmas is not None:
             nodes = self._user_nodes(path, timesteps, sigmas, mu)
@@ -165,16 +167,24 @@ class RunLayout(Noising):
                 raise ValueError(f"num_inference_steps is {n} but {given} steps were passed.")
         elif n is None:
             raise ValueError("Pass num_inference_steps, timesteps or sigmas to set_timesteps.")
+        elif original_inference_steps is not None:
+            nodes = self._rounded_nodes(path, distilled(path, n, _count(original_inference_steps) or 1))
         else:
-            grid = config.grid or config.sigma_schedule
-            if original_inference_steps is not None:
-                times = distilled(path, n, _count(original_inference_steps) or 1)
-            elif grid is not None:
-                times = make_grid(path, grid, n, rho=config.rho, mu=mu, steps_offset=config.steps_offset)
-            else:
-                times, choice = self._default_grid(path, n, mu), (n, mu)
-            nodes = self._rounded_nodes(path, times)
-        self._lay_out(nodes, device, choice)
+            nodes, choice = self._own_nodes(path, n, mu)
+        self._put(self._new_run(nodes, device, choice))
+
+    def _asks_for_a_grid(self, path: Path, sigmas: Any) -> bool:
+        """Whether these sigmas are a grid that somebody wants, and not what pipelines pass whatever the user wants."""
+        return True
+
+    def _own_nodes(self, path: Path, n: int, mu: float | None) -> tuple[Nodes, tuple[int, float | None] | None]:
+        """The nodes for ``n`` evaluations, and ``(n, mu)`` where they are not a grid that the config names."""
+        config = self.config
+        grid = config.grid or config.sigma_schedule
+        if grid is None:
+            return self._rounded_nodes(path, self._default_grid(path, n, mu)), (n, mu)
+        times = make_grid(path, grid, n, rho=config.rho, mu=mu, steps_offset=config.steps_offset)
+        return self._rounded_nodes(path, times), None
 
     def _rounded_nodes(self, path: Path, times: np.ndarray) -> Nodes:
         if self.config.round_timesteps:
@@ -191,11 +201,6 @@ class RunLayout(Noising):
         if timesteps is None or sigmas is None:  # the level moves together with its label
             return self._rounded_nodes(path, nodes.time[:-1])
         return Nodes(np.append(distinct_integers(nodes.time[:-1]), nodes.time[-1]), nodes.alpha, nodes.sigma)
-
-    def _lay_out(
-        self, nodes: Nodes, device: str | torch.device | None = None, choice: tuple[int, float | None] | None = None
-    ) -> None:
-        self._put(self._new_run(nodes, device, choice))
 
     def _new_run(
         self, nodes: Nodes, device: str | torch.device | None = None, choice: tuple[int, float | None] | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -217,7 +218,7 @@ def test_the_result_is_a_stock_pipeline_with_card_curve_and_samples(data: Path, 
         ("vp", "epsilon", DDPMScheduler),
         ("cosine", "v_prediction", DDPMScheduler),
         ("flow", "flow_prediction", FlowMatchEulerDiscreteScheduler),
-        ("edm", "epsilon", diffusers_sde.schedulers.base.diffusers.EDMEulerScheduler),
+        ("edm", "epsilon", diffusers.EDMEulerScheduler),
         ("ve", "score", diffusers_sde.ProbabilityFlowScheduler),
         ("vp", "flow_prediction", diffusers_sde.ProbabilityFlowScheduler),
     ],
