@@ -85,3 +85,8 @@ def sample(
         if callback is not None:
             callback()
     return x
+
+
+def rmse(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of each sample: (N, ...) and (N, ...) to (N,) float64."""
+    return (samples - reference).double().flatten(1).square().mean(1).sqrt()
