@@ -44,7 +44,7 @@ class _QuestionScheduler(ProbabilityFlowScheduler):
         mu: Any = None,
         timesteps: Any = None,
         original_inference_steps: Any = None,
-        strength: float = 1.0,
+        strength: Any = None,
     ) -> None:
         given = next((v for v in (sigmas, timesteps) if v is not None), ())
         times = np.full((num_inference_steps or len(given)) + 1, self.path.noisiest)

@@ -146,7 +146,7 @@ class RunLayout(Noising):
         mu: float | None = None,
         timesteps: Sequence[float] | torch.Tensor | None = None,
         original_inference_steps: int | None = None,
-        strength: float = 1.0,
+        strength: float | None = None,
     ) -> None:
         """Lay out a run of ``num_inference_steps`` model evaluations on the config's grid, or on the user's
         ``timesteps`` and/or ``sigmas`` (see :func:`diffusers_sde.grids.nodes_from_user`).
@@ -170,9 +170,9 @@ class RunLayout(Noising):
         elif n is None:
             raise ValueError("Pass num_inference_steps, timesteps or sigmas to set_timesteps.")
         elif original_inference_steps is not None:
-            times = distilled(path, n, _count(original_inference_steps) or 1, strength)
+            times = distilled(path, n, _count(original_inference_steps) or 1, strength or 1.0)
             nodes = self._rounded_nodes(path, times)
-        elif strength != 1:
+        elif strength not in (None, 1):
             nodes = self._rounded_nodes(path, self._default_grid(path, n, mu, start=strength))
         else:
             nodes, choice = self._own_nodes(path, n, mu)
