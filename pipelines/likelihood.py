@@ -62,8 +62,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from diffusers_sde.methods.fields import network_field
-from diffusers_sde.methods.images import to_state, wide_dtype
+from diffusers_sde.methods.fields import network_field, wide_dtype
+from diffusers_sde.methods.images import to_state
 from diffusers_sde.methods.likelihood import bits_per_dimension, dequantized, log_likelihood
 from diffusers_sde.methods.pipeline_io import label_tensor
 

@@ -36,6 +36,18 @@ def points_of(nodes: Nodes) -> tuple[Point, ...]:
     return tuple(Point(float(alpha), float(sigma)) for alpha, sigma in zip(nodes.alpha, nodes.sigma, strict=True))
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating point type of a device.
+
+    Args:
+        device: any.
+
+    Returns:
+        float64, or float32 where there is none (mps).
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class Field:
     """A network on its forward process.
@@ -90,7 +102,9 @@ class Field:
             scaled = x / math.hypot(point.sigma, self.path.sigma_data)
         if time is None:
             time = float(self.path.time(point.log_snr))
-        out = self.denoiser(scaled.to(self.dtype), time)
+        # a tensor: UNet2DModel cuts a Python float down to an integer
+        timestep = torch.tensor(time, dtype=wide_dtype(x.device), device=x.device)
+        out = self.denoiser(scaled.to(self.dtype), timestep)
         if out.shape != x.shape:
             out = split_variance(out, x, self.variance_type)
         return out.to(x.dtype)

@@ -106,18 +106,6 @@ def from_state(state: torch.Tensor, vae: Any = None, output_type: str = "pil") -
     return pictures(state if vae is None or output_type == "latent" else from_latents(vae, state), output_type)
 
 
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating point type of a device.
-
-    Args:
-        device: any.
-
-    Returns:
-        float64, or float32 where there is none (mps).
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Half precision is for networks: everything else is computed in float32.
 
