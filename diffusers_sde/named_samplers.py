@@ -15,7 +15,7 @@ import diffusers
 
 from diffusers_sde.configs import SHARED, canonical_config
 from diffusers_sde.errors import UsageError
-from diffusers_sde.paths import FlowMatching, VarianceExploding, path_from_config
+from diffusers_sde.paths import path_from_config
 from diffusers_sde.schedulers import (
     CalibratedScheduler,
     DPMSolverScheduler,
@@ -56,10 +56,7 @@ class Sampler:
 
 def process_kind(config: Mapping[str, Any]) -> str:
     """``variance preserving``, ``flow matching`` or ``EDM``; raises ``ValueError`` for a config that is neither."""
-    path = path_from_config(canonical_config(config))
-    if isinstance(path, FlowMatching):
-        return "flow matching"
-    return "EDM" if isinstance(path, VarianceExploding) else "variance preserving"
+    return path_from_config(canonical_config(config)).family
 
 
 def _process(config: Mapping[str, Any], *more: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ inversion and posterior sampling integrate fields.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 from diffusers_sde.configs import canonical_config
 from diffusers_sde.grids import Nodes
-from diffusers_sde.paths import Path, VarianceExploding, path_from_config
+from diffusers_sde.paths import Path, path_from_config
 from diffusers_sde.prediction import convert, model_coefficients, split_variance
 from diffusers_sde.sampling import Denoiser, network_denoiser
 from diffusers_sde.weights import Point
@@ -97,9 +96,8 @@ class Field:
         Raises:
             ValueError: for an output of another shape without learned variances.
         """
-        scaled = x
-        if isinstance(self.path, VarianceExploding):
-            scaled = x / math.hypot(point.sigma, self.path.sigma_data)
+        scale = self.path.input_scale(point.sigma)
+        scaled = x if scale == 1.0 else x * scale
         if time is None:
             time = float(self.path.time(point.log_snr))
         # a tensor: UNet2DModel cuts a Python float down to an integer

@@ -6,24 +6,21 @@ Knows no solver: a subclass says which table it builds and, if it is stochastic,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from diffusers_sde import noise
-from diffusers_sde.configs import canonical_config, is_canonical, named_grid
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, distinct_integers, make_grid, nodes_from_times, nodes_from_user
 from diffusers_sde.paths import Path, VarianceExploding, path_from_config
 from diffusers_sde.prediction import model_coefficients
 from diffusers_sde.schedulers.compiled import Compiled, Normals, compiled_rows
+from diffusers_sde.schedulers.conversion import Conversion
 from diffusers_sde.schedulers.data_prediction import limited, split_variance
 from diffusers_sde.schedulers.noising import Noising
 from diffusers_sde.schedulers.per_token import per_token_step
@@ -47,12 +44,10 @@ class SchedulerOutput(BaseOutput):
     noise_std: float = 0.0
 
 
-class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
+class TableScheduler(Noising, Conversion):
     """Base of the public schedulers.  A subclass says its table and, if it is stochastic, its noise levels."""
 
-    config_name = "scheduler_config.json"
     order = 1  # every model evaluation has its own timestep, whatever the solver
-    _own_keys: tuple[str, ...] = ()  # config keys of the solver, not inherited from other classes' configs
 
     # -- what a subclass says --
 
@@ -81,39 +76,6 @@ class TableScheduler(Noising, SchedulerMixin, ConfigMixin):
         return make_grid(path, default.grid, n, rho=default.rho, mu=mu)
 
     # -- config --
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Build from the config of any diffusers scheduler, keeping its process (path, prediction, data options).
-
-        Its solver is not kept, and its grid only where it is not a habit of the class; pass ``grid=`` or diffusers'
-        flags (``use_karras_sigmas=True``, ``timestep_spacing="trailing"``) to choose.  Raises ``ValueError`` for a
-        config without a diffusion process.
-        """
-        if isinstance(config, Mapping):
-            foreign = not is_canonical(config)
-            config = canonical_config(config)
-            if foreign:
-                config = {k: v for k, v in config.items() if k not in cls._own_keys or cls._inherits(config, k)}
-            if "grid" not in kwargs and named_grid(kwargs):
-                kwargs["grid"] = named_grid(kwargs)
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-
-    @classmethod
-    def _inherits(cls, config: Mapping[str, Any], key: str) -> bool:
-        """Whether a solver key of a stock config means the same here."""
-        return False
-
-    @classmethod
-    def _get_compatibles(cls) -> list[type]:
-        names = (
-            "DDIMScheduler DDPMScheduler DEISMultistepScheduler DPMSolverMultistepScheduler "
-            "DPMSolverSinglestepScheduler EulerAncestralDiscreteScheduler EulerDiscreteScheduler "
-            "FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler HeunDiscreteScheduler "
-            "KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler LMSDiscreteScheduler PNDMScheduler "
-            "SASolverScheduler UniPCMultistepScheduler"
-        )
-        return [cls, *(getattr(diffusers, name) for name in names.split())]
 
     def _setup(self) -> None:
         """Validate what can be validated before a run; called by every ``__init__``."""
