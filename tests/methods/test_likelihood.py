@@ -1,4 +1,4 @@
-"""pipelines/likelihood.py and diffusers_sde/likelihood.py: the change of variables along the probability-flow ODE."""
+"""pipelines/likelihood.py and methods/likelihood.py: the change of variables along the probability-flow ODE."""
 
 import math
 
