@@ -44,7 +44,7 @@ def exact_classifier(model):
 
     def classify(x, t):
         alpha, sigma = (float(v) for v in model.path.alpha_sigma(float(t)))
-        return model._components(x.double().reshape(len(x), -1), alpha, sigma)[0]
+        return model.mixture._components(x.double().reshape(len(x), -1), alpha, sigma)[0]
 
     return classify
 
@@ -65,7 +65,7 @@ def test_the_exact_classifier_gives_the_conditional_prediction(alpha, sigma):
     x = x * math.hypot(alpha, sigma)
 
     def classify(x, t):
-        return model._components(x.reshape(len(x), -1), alpha, sigma)[0]
+        return model.mixture._components(x.reshape(len(x), -1), alpha, sigma)[0]
 
     gradient = classifier_gradient(classify, lambda y: y, x, None, labels)
     found = model.posterior_mean(x, alpha, sigma) + data_shift(gradient, alpha, sigma)
@@ -137,7 +137,7 @@ def test_guidance_above_one_is_not_the_tilted_law():
     scheduler.set_timesteps(30)
 
     def reward(x):
-        return model._components(x.double().reshape(-1, 1), 1.0, 0.0)[0].log_softmax(1)[:, 1]
+        return model.mixture._components(x.double().reshape(-1, 1), 1.0, 0.0)[0].log_softmax(1)[:, 1]
 
     start = randn(16, 256, 1, 1, 1, dtype=torch.float64)
     particles = twisted_smc(

@@ -108,7 +108,7 @@ def test_both_methods_converge_to_the_exact_ode(process):
     """One Gaussian component, where ``(x_t - alpha m) / std_t`` is constant: errors fall with order 2 or more."""
     model, field = field_of(process, torch.zeros(16, dtype=torch.long))
     field = replace(field, dtype=torch.float64)
-    mean, variance = model._m[0], model.covariances[0].diagonal()
+    mean, variance = model.mixture.means[0], model.covariances[0].diagonal()
     w = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def at(point):
@@ -131,7 +131,9 @@ def test_editing_swaps_the_component(tmp_path):
     model = save_oracle(tmp_path)
     pipe = load("inversion", tmp_path)
     w = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    source, target = ((model._m[k] + w * model.covariances[k].diagonal().sqrt()).reshape(8, 1, 1, 4) for k in (0, 1))
+    source, target = (
+        (model.mixture.means[k] + w * model.covariances[k].diagonal().sqrt()).reshape(8, 1, 1, 4) for k in (0, 1)
+    )
     for method in ("exact", "ode"):
         out = pipe(source, 0, target_labels=1, num_inference_steps=200, method=method, output_type="latent")
         assert relative(out.images, target) < 1e-2

@@ -98,7 +98,7 @@ def test_without_signal_the_conditional_mean_is_that_of_the_data(process):
     model, matrix, y = gaussian(process)
     field, measurement = field_of(model), Measurement(linear_map(matrix), y.expand(5, -1), NOISE)
     x, pure = torch.randn(5, 1, 1, 4, dtype=torch.float64, generator=seeded(2)), Point(0.0, 1.0)
-    mean, covariance = model._m[0], model.covariances[0]
+    mean, covariance = model.mixture.means[0], model.covariances[0]
 
     def kalman(c):
         gain = c @ matrix.T @ torch.linalg.inv(matrix @ c @ matrix.T + NOISE**2 * torch.eye(2))
@@ -122,7 +122,7 @@ def test_the_ode_finds_the_posterior_of_gaussian_data():
         posterior = model.posterior(matrix, observation, NOISE)
         values, vectors = torch.linalg.eigh(posterior.covariances[0])
         root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
-        exact.append(posterior._m[0] + z[2 * k : 2 * k + 2].flatten(1).double() @ root)
+        exact.append(posterior.mixture.means[0] + z[2 * k : 2 * k + 2].flatten(1).double() @ root)
     pipe = pipeline()(unet=model, scheduler=ProbabilityFlowScheduler(**PROCESSES["flow"]))
     pipe.set_progress_bar_config(disable=True)
     errors = []
@@ -188,7 +188,7 @@ def test_dps_steps_downhill():
     """Two steps of the pipeline on Gaussian data are ``alpha' D + sigma' eps + scale K A' r/||r||`` (Chung et al. 2023,
     algorithm 1, with DDIM), ``r = y - A D``, ``K = alpha C (alpha^2 C + sigma^2)^-1``."""
     model, matrix, y = gaussian()
-    mean, covariance = model._m[0], model.covariances[0]
+    mean, covariance = model.mixture.means[0], model.covariances[0]
     pipe = pipeline()(unet=model, scheduler=ProbabilityFlowScheduler(solver_order=1))
     pipe.set_progress_bar_config(disable=True)
     x = torch.randn(1, 1, 1, 4, generator=seeded(3))
@@ -288,8 +288,8 @@ def calibration_of(method, problems=150, samples=40, seed=0):
         found = found.reshape(problems, samples, *found.shape[1:]).double()
     low, high = (torch.quantile(found, q, dim=1) for q in (0.1, 0.9))
     covered = float(((truth >= low) & (truth <= high)).double().mean())
-    weights = torch.stack([posterior._w for posterior in posteriors])
-    means = torch.stack([posterior._m for posterior in posteriors])
+    weights = torch.stack([posterior.mixture.weights for posterior in posteriors])
+    means = torch.stack([posterior.mixture.means for posterior in posteriors])
     variances = torch.stack([posterior.covariances.diagonal(dim1=1, dim2=2) for posterior in posteriors])
     mean = torch.einsum("nk,nki->ni", weights, means)
     variance = torch.einsum("nk,nki->ni", weights, means**2 + variances) - mean**2
