@@ -13,26 +13,18 @@ from typing import Any
 
 import diffusers
 
-from diffusers_sde.configs import SHARED, canonical_config
+from diffusers_sde.configs import SHARED, family_of, process_keys
 from diffusers_sde.errors import UsageError
-from diffusers_sde.paths import FlowMatching, VarianceExploding, path_from_config
 from diffusers_sde.schedulers import (
     CalibratedScheduler,
     DPMSolverScheduler,
     ProbabilityFlowScheduler,
     ReverseSDEScheduler,
 )
+from diffusers_sde.stock_configs import canonical_config
 
 # No sampler may clip: each would then solve an equation of its own.
 UNLIMITED = {"clip_sample": False, "thresholding": False}
-
-PROCESS_KEYS = {
-    "variance preserving": "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr "
-    "snr_shift_scale prediction_type",
-    "flow matching": "num_train_timesteps shift use_dynamic_shifting base_shift max_shift base_image_seq_len "
-    "max_image_seq_len time_shift_type shift_terminal invert_sigmas",
-    "EDM": "num_train_timesteps prediction_type sigma_data sigma_min sigma_max sigma_schedule",
-}
 
 
 @dataclass(frozen=True)
@@ -56,24 +48,19 @@ class Sampler:
 
 def process_kind(config: Mapping[str, Any]) -> str:
     """``variance preserving``, ``flow matching`` or ``EDM``; raises ``ValueError`` for a config that is neither."""
-    path = path_from_config(canonical_config(config))
-    if isinstance(path, FlowMatching):
-        return "flow matching"
-    return "EDM" if isinstance(path, VarianceExploding) else "variance preserving"
+    return family_of(canonical_config(config))
 
 
-def _process(config: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """The keys of ``config`` that say what its process is, and ``more``; what its solver was set to stays behind."""
+def _process(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``config`` that say what its process is; what its solver was set to stays behind."""
     source = canonical_config(config)
-    return {k: source[k] for k in (*PROCESS_KEYS[process_kind(config)].split(), *more) if k in source}
+    return {k: source[k] for k in process_keys(family_of(source)) if k in source}
 
 
 def _ours(cls: type, **options: Any) -> Callable[[Mapping[str, Any]], Any]:
-    own = ("prediction_type", "use_flow_sigmas", "noise_conditioning", "variance_type")
-
     def build(config: Mapping[str, Any]) -> Any:
-        known = inspect.signature(cls).parameters
-        return cls(**{**{k: v for k, v in _process(config, *own).items() if k in known}, **UNLIMITED, **options})
+        variance = canonical_config(config).get("variance_type") or SHARED["variance_type"].default
+        return cls(**{**_process(config), "variance_type": variance, **UNLIMITED, **options})
 
     return build
 
@@ -104,10 +91,12 @@ def _stock(classes: Mapping[str, str], **options: Any) -> Callable[[Mapping[str,
             raise UsageError(f"diffusers has no {kind} form of it")
         cls = getattr(diffusers, classes[kind])
         known = inspect.signature(cls.__init__).parameters
-        if "use_flow_sigmas" in known and kind == "flow matching":
-            flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": process.pop("shift")}
-            process |= flow
-        lost = [k for k, v in process.items() if k not in known and v != getattr(SHARED.get(k), "default", v)]
+        if kind == "flow matching":
+            if "use_flow_sigmas" in known:
+                process["flow_shift"] = process.pop("shift")
+            elif process["prediction_type"] == "flow_prediction":  # such a class knows no other
+                del process["use_flow_sigmas"], process["prediction_type"]
+        lost = [k for k, v in process.items() if k in SHARED and k not in known and v != SHARED[k].default]
         if lost:
             raise UsageError(f"{cls.__name__} ignores {' and '.join(lost)}")
         wanted = {**process, "timestep_spacing": "trailing", **UNLIMITED, **options}

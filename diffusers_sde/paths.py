@@ -1,8 +1,8 @@
 """Forward processes ``x_t = alpha(t) x_0 + sigma(t) eps``: variance preserving, variance exploding, flow matching.
 
 Knows ``alpha``, ``sigma`` and the half log-SNR ``log_snr = log(alpha / sigma)`` as functions of the time ``t`` that
-the network sees, their derivatives, and how a diffusers scheduler config spells them.  Everything is float64 on the
-host.  Knows nothing of grids, solvers, tensors or networks.
+the network sees, and their derivatives.  Everything is float64 on the host.  Knows nothing of configs, grids, solvers,
+tensors or networks.
 
 Sources: Kingma et al. 2021 (arXiv:2107.00630) for the log-SNR; Fu & Wang (arXiv:2605.22586), setup; Lipman et al. 2022
 (arXiv:2210.02747) for flow matching; Karras et al. 2022 (arXiv:2206.00364) for variance exploding / EDM.
@@ -10,9 +10,7 @@ Sources: Kingma et al. 2021 (arXiv:2107.00630) for the log-SNR; Fu & Wang (arXiv
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -232,92 +230,3 @@ class FlowMatching(Path):
         if self.shift_terminal and len(sigma) and sigma[-1] < 1:
             sigma = 1 - (1 - sigma) * (1 - self.shift_terminal) / (1 - sigma[-1])
         return sigma
-
-
-# -- the config reader --
-
-
-def betas_from_config(config: Mapping[str, Any]) -> Array:
-    """``beta_k`` (float64, length T) of every ``beta_schedule`` of diffusers, or ``trained_betas``."""
-    if config.get("trained_betas") is not None:
-        return np.asarray(config["trained_betas"], np.float64)
-    n, first, last = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
-    schedule = config["beta_schedule"]
-    if schedule == "linear":
-        return np.linspace(first, last, n)
-    if schedule == "scaled_linear":
-        return np.linspace(first**0.5, last**0.5, n) ** 2
-    if schedule == "sigmoid":
-        return (last - first) / (1 + np.exp(-np.linspace(-6, 6, n))) + first
-    u = np.arange(n + 1) / n
-    if schedule in ("squaredcos_cap_v2", "cosine"):
-        abar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
-    elif schedule == "exp":
-        abar = np.exp(-12 * u)
-    elif schedule == "laplace":
-        lam = -0.5 * np.copysign(1, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
-        abar = np.sqrt(1 / (1 + np.exp(-lam)))
-    else:
-        raise ValueError(
-            f"beta_schedule {schedule!r} is unknown: use linear, scaled_linear, squaredcos_cap_v2, sigmoid, exp, "
-            "laplace, or pass trained_betas."
-        )
-    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
-
-
-def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Array:
-    """``alpha^2`` at integer times, with ``snr_shift_scale`` (CogVideoX) and zero terminal SNR (arXiv:2305.08891)."""
-    abar = np.cumprod(1 - betas_from_config(config))
-    k = config.get("snr_shift_scale") or 1.0
-    abar = abar / (k + (1 - k) * abar)
-    if config.get("rescale_betas_zero_snr"):
-        root = np.sqrt(abar)
-        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return abar
-
-
-_PATH_KEYS = [
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "snr_shift_scale",
-    "use_flow_sigmas",
-    "shift",
-    "use_dynamic_shifting",
-    "time_shift_type",
-    "shift_terminal",
-    "invert_sigmas",
-    "sigma_data",
-    "sigma_min",
-    "sigma_max",
-    "noise_conditioning",
-]
-
-
-def path_from_config(config: Mapping[str, Any]) -> Path:
-    """The forward process of a config of this package: ``use_flow_sigmas`` means flow matching, a ``sigma_data``
-    means variance exploding, anything else variance preserving."""
-    values = (config.get(key) for key in _PATH_KEYS)
-    return _build_path(tuple(tuple(v) if isinstance(v, list | np.ndarray) else v for v in values))
-
-
-@functools.lru_cache(maxsize=32)
-def _build_path(values: tuple) -> Path:
-    config = dict(zip(_PATH_KEYS, values, strict=True))
-    if config["use_flow_sigmas"]:
-        return FlowMatching(
-            config["num_train_timesteps"],
-            1.0 if config["shift"] is None else config["shift"],
-            bool(config["use_dynamic_shifting"]),
-            config["time_shift_type"] or "exponential",
-            config["shift_terminal"],
-            bool(config["invert_sigmas"]),
-        )
-    if config["sigma_data"] is not None:
-        sigma_min = 0.002 if config["sigma_min"] is None else config["sigma_min"]
-        sigma_max = 80.0 if config["sigma_max"] is None else config["sigma_max"]
-        return VarianceExploding(sigma_min, sigma_max, config["sigma_data"], config["noise_conditioning"] or "log")
-    return VariancePreserving(alphas_cumprod_from_config(config))

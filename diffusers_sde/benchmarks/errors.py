@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from diffusers_sde.analytic import GaussianMixtureModel
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.flow_maps import exact_flow_map
-from diffusers_sde.paths import path_from_config
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler, ReverseSDEScheduler

@@ -67,8 +67,7 @@ from diffusers_sde.calibration.sources import (
 )
 from diffusers_sde.calibration.stochastic import stochastic_entries
 from diffusers_sde.calibration.teacher import Store
-from diffusers_sde.configs import SHARED
-from diffusers_sde.paths import path_from_config
+from diffusers_sde.configs import SHARED, path_from_config
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 from diffusers_sde.schedulers.calibrated import data_scale, process_of
 

@@ -16,8 +16,8 @@ from diffusers_sde.calibration.refine import memory, refinement_cost
 from diffusers_sde.calibration.rollout import Process
 from diffusers_sde.calibration.sources import HELD_OUT, Source
 from diffusers_sde.calibration.teacher import Store, Teacher
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.named_samplers import SAMPLERS
-from diffusers_sde.paths import path_from_config
 from diffusers_sde.schedulers.calibrated import data_scale
 
 NODES = 48

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from diffusers_sde.configs import canonical_config
-from diffusers_sde.paths import Path, VarianceExploding, path_from_config
+from diffusers_sde.configs import path_from_config
+from diffusers_sde.paths import Path, VarianceExploding
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.sampling import Denoiser, network_denoiser
 from diffusers_sde.schedulers.data_prediction import split_variance
+from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.weights import Point
 
 DATA = (1.0, 0.0)  # the parameterisation A x_0 + B eps that is x_0 itself

@@ -15,9 +15,10 @@ import torch
 from diffusers.utils import BaseOutput
 
 from diffusers_sde import noise
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, distinct_integers, make_grid, nodes_from_times, nodes_from_user
-from diffusers_sde.paths import Path, VarianceExploding, path_from_config
+from diffusers_sde.paths import Path, VarianceExploding
 from diffusers_sde.prediction import model_coefficients
 from diffusers_sde.schedulers.compiled import Compiled, Normals, compiled_rows
 from diffusers_sde.schedulers.conversion import Conversion
