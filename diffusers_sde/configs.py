@@ -17,8 +17,8 @@ import numpy as np
 
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
 
-ANY, VP, FLOW, EDM = "any", "variance preserving", "flow matching", "EDM"
-GRID, DATA = "grid", "data prediction"
+VP, FLOW, EDM = VariancePreserving.family, FlowMatching.family, VarianceExploding.family
+ANY, GRID, DATA = "any", "grid", "data prediction"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,6 @@ TABLE = (
 )
 # fmt: on
 SHARED = {key.name: key for key in TABLE}
-FAMILIES = (VP, FLOW, EDM)
 ALIASES = {key.alias: key.name for key in TABLE if key.alias}
 
 

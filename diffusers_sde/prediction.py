@@ -1,15 +1,13 @@
 """What the network says: every parameterisation is ``A x_0 + B eps``, so each converts to every other.
 
-Knows the coefficients ``(A, B)`` of ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction``, ``score`` and of
-EDM's preconditioned output, and the 2x2 linear algebra between them (Lai et al., arXiv:2510.21890, chapter 6).
-Floats and arrays only; knows nothing of tensors, grids or solvers.
+Knows the coefficients ``(A, B)`` of ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction`` and ``score``, and
+the 2x2 linear algebra between them (Lai et al., arXiv:2510.21890, chapter 6).  Floats and arrays only; knows nothing of
+tensors, grids or solvers.
 """
 
 from __future__ import annotations
 
-import math
-
-from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
+from diffusers_sde.paths import Path
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction", "score")
 
@@ -38,18 +36,11 @@ def prediction_coefficients(prediction_type: str, alpha: float, sigma: float) ->
 def model_coefficients(path: Path, prediction_type: str, alpha: float, sigma: float) -> tuple[float, float]:
     """``(A, B)`` of what this path's network returns.
 
-    Variance exploding networks are preconditioned as in EDM (Karras et al. 2022, eq. 7 and table 1): the output F
-    with ``D = c_skip x + c_out F`` has ``A = sigma / (sigma_data r)``, ``B = -sigma_data / r``,
-    ``r = sqrt(sigma_data^2 + sigma^2)``; diffusers' ``v_prediction`` there is -F.  Inverted flow networks (Mochi)
-    return ``x_0 - eps``.
+    The family may give a type a meaning of its own (:meth:`diffusers_sde.paths.Path.own_prediction`): EDM's
+    preconditioned networks and inverted flow networks do.
     """
-    if isinstance(path, VarianceExploding) and prediction_type in ("epsilon", "v_prediction"):
-        r, sign = math.hypot(path.sigma_data, sigma), 1.0 if prediction_type == "epsilon" else -1.0
-        return sign * sigma / (path.sigma_data * r), -sign * path.sigma_data / r
-    a, b = prediction_coefficients(prediction_type, alpha, sigma)
-    if isinstance(path, FlowMatching) and path.inverted and prediction_type == "flow_prediction":
-        return -a, -b
-    return a, b
+    own = path.own_prediction(prediction_type, sigma)
+    return prediction_coefficients(prediction_type, alpha, sigma) if own is None else own
 
 
 def convert(

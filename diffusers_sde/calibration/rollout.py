@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from diffusers_sde.calibration.sources import Batch
-from diffusers_sde.paths import Path, VarianceExploding
+from diffusers_sde.paths import Path
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.tables import Row, Table
 from diffusers_sde.weights import evaluation_coefficients
@@ -33,10 +33,7 @@ class Process:
 
     def start(self, batch: Batch) -> torch.Tensor:
         """The state of pure noise: ``sqrt(sigma_max^2 + sigma_data^2) noise`` for EDM, the noise itself otherwise."""
-        return batch.noise / self._input_scale(*(float(v) for v in self.path.alpha_sigma(self.path.noisiest)))
-
-    def _input_scale(self, alpha: float, sigma: float) -> float:
-        return 1 / math.hypot(sigma, self.path.sigma_data) if isinstance(self.path, VarianceExploding) else 1.0
+        return batch.noise * self.path.start_scale
 
     def evaluate(self, batch: Batch, row: Row, x: torch.Tensor) -> torch.Tensor:
         """``F`` of a row at the state ``x``: the network sees ``row.time``, the algebra uses the row's level."""
@@ -45,7 +42,7 @@ class Process:
         k_x, k_m = convert(said, own, row.alpha, row.sigma)
         # as a scheduler hands it out
         time = torch.tensor(row.time, dtype=torch.int64 if self.integer_times else torch.float32)
-        scale = self._input_scale(row.alpha, row.sigma)
+        scale = self.path.input_scale(row.sigma)
         said_here = batch.evaluate(x if scale == 1.0 else x * scale, time)
         self.tick()
         return torch.mul(said_here.to(x.dtype), k_m).add_(x, alpha=k_x)

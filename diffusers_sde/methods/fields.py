@@ -7,7 +7,6 @@ inversion and posterior sampling integrate fields.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from diffusers_sde.configs import path_from_config
-from diffusers_sde.paths import Path, VarianceExploding
+from diffusers_sde.paths import Path
 from diffusers_sde.prediction import convert, model_coefficients
 from diffusers_sde.sampling import Denoiser, network_denoiser
 from diffusers_sde.schedulers.data_prediction import split_variance
@@ -48,9 +47,8 @@ class Field:
 
     def output(self, x: torch.Tensor, point: Point) -> torch.Tensor:
         """The network's output m at the state x (N, C, H, W), in x's dtype."""
-        scaled = x
-        if isinstance(self.path, VarianceExploding):
-            scaled = x / math.hypot(point.sigma, self.path.sigma_data)
+        scale = self.path.input_scale(point.sigma)
+        scaled = x if scale == 1.0 else x * scale
         out = self.denoiser(scaled.to(self.dtype), float(self.path.time(point.log_snr)))
         if out.shape != x.shape:
             out = split_variance(out, x, self.variance_type)

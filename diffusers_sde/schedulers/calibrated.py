@@ -18,7 +18,7 @@ import torch
 from diffusers_sde.configs import family_of, process_keys, process_value, scheduler_init
 from diffusers_sde.defaults import measured_defaults, multistep_table
 from diffusers_sde.grids import Nodes
-from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
+from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.tables import Row, Table
@@ -205,9 +205,8 @@ def _is_habit(path: Path, sigmas: Any) -> bool:
     """Whether these sigmas are what pipelines pass whatever the user wants: the uniform ramp of flow matching pipelines
     (1 to 1/n) or of EDM pipelines (0 to 1)."""
     values = np.asarray(sigmas.cpu() if hasattr(sigmas, "cpu") else sigmas, np.float64)
-    n = len(values)
-    ramp = np.linspace(0, 1, n) if isinstance(path, VarianceExploding) else np.linspace(1, 1 / max(n, 1), n)
-    return isinstance(path, FlowMatching | VarianceExploding) and bool(np.allclose(values, ramp, atol=1e-6))
+    habit = path.habitual_sigmas(len(values))
+    return habit is not None and bool(np.allclose(values, habit, atol=1e-6))
 
 
 def data_scale(path: Path) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from diffusers_sde.flow_maps import average_prediction, jump
-from diffusers_sde.paths import Path, VarianceExploding
+from diffusers_sde.paths import Path
 from diffusers_sde.training.networks import Task, call_network
 from diffusers_sde.training.objectives import draw_times, loss_weights, prediction_targets, regression_loss
 from diffusers_sde.training.randomness import generator_of
@@ -159,9 +159,7 @@ def _classifier_loss(args: argparse.Namespace, task: Task, global_batch: int) ->
         d = draw(args, task, batch, global_batch)
         times, _ = draw_times(path, args.time_sampling, d.u, mean=args.time_mean, std=args.time_std)
         x, sigma = noised(d, path, times)
-        if isinstance(path, VarianceExploding):
-            x = x / (sigma**2 + path.sigma_data**2).sqrt()
-        logits = network(x, at_times(times, x).flatten())
+        logits = network(x * path.input_scale(sigma), at_times(times, x).flatten())
         return torch.nn.functional.cross_entropy(logits.float(), batch["class_labels"].to(x.device))
 
     return loss

@@ -23,7 +23,7 @@ import torch
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.models.classifier import NoisyClassifierModel
 from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
-from diffusers_sde.paths import Path, VarianceExploding
+from diffusers_sde.paths import Path
 from diffusers_sde.schedulers import FlowMapScheduler, ProbabilityFlowScheduler
 from diffusers_sde.stock_configs import canonical_config
 
@@ -289,9 +289,7 @@ def call_network(
 ) -> torch.Tensor:
     """The prediction for states ``x`` at ``times`` (N,): EDM networks see ``x / sqrt(sigma^2 + sigma_data^2)``, learned
     variances are split off.  ``network`` is ``task.network`` or what Accelerate made of it."""
-    path = task.path
-    if isinstance(path, VarianceExploding):
-        x = x / (sigma**2 + path.sigma_data**2).sqrt()
+    x = x * task.path.input_scale(sigma)
     times = times if task.timestep_scale == 1.0 else times * task.timestep_scale
     return network(x, timestep=times, **condition, return_dict=False)[0][:, : x.shape[1]]
 
