@@ -40,8 +40,8 @@ TABLE = (
     Key("num_train_timesteps", "int", 1000, ANY, "number T of training times", path=True),
     Key("prediction_type", "str", "epsilon", ANY,
         "what the network says: epsilon, sample, v_prediction, flow_prediction or score", path=True),
-    Key("use_flow_sigmas", "bool", False, ANY, "flow matching: alpha = 1 - sigma; with a sigma_data: an EDM process "
-        "whose network says the velocity dx/dsigma (Cosmos 2)", path=True),
+    Key("use_flow_sigmas", "bool", False, ANY, "flow matching: alpha = 1 - sigma; with a sigma_data EDM, the network "
+        "not preconditioned (Cosmos 2)", path=True),
     Key("beta_start", "float", 0.0001, VP, "first beta of the schedule", path=True),
     Key("beta_end", "float", 0.02, VP, "last beta of the schedule", path=True),
     Key("beta_schedule", "str", "linear", VP,
@@ -111,23 +111,34 @@ def process_value(config: Mapping[str, Any], key: str) -> Any:
 
 
 def current(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config is now.
+    """What a config is now: a mapping to read from, not to keep.
 
     diffusers' ``FrozenDict`` keeps every key twice, as an item and as an attribute, and ``scheduler.config.shift = 3``
-    sets the attribute alone: attributes count before items, and a changed ``flow_shift`` counts as ``shift``.  A key
-    changed so no longer stands in ``_use_default_values``.  Costs a few microseconds.
+    sets the attribute alone: attributes are what counts, and a changed ``flow_shift`` counts as ``shift``.  Costs about
+    a microsecond.
     """
     attributes = getattr(config, "__dict__", None)
     if not attributes:
         return config
-    now = {**config, **attributes}
+    for alias, key in ALIASES.items():
+        if _changed(config, alias) and not _changed(config, key):
+            return {**attributes, key: attributes[alias]}
+    return attributes
+
+
+def _changed(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a key of a ``FrozenDict`` was set by attribute since the config was made."""
+    return key in config and vars(config).get(key) is not config[key]
+
+
+def settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain copy of what a config is now; what was changed no longer stands in its ``_use_default_values``."""
+    if not getattr(config, "__dict__", None):
+        return dict(config)
+    now = {**config, **current(config)}
+    unset = now.get("_use_default_values") or ()
+    now["_use_default_values"] = [key for key in unset if not _changed(config, key)]
     del now["_FrozenDict__frozen"]
-    changed = [k for k, v in config.items() if attributes.get(k, v) is not v]
-    if changed:
-        now |= {ALIASES[k]: now[k] for k in changed if k in ALIASES and ALIASES[k] not in changed}
-        unsaid = now.get("_use_default_values")
-        if unsaid:
-            now["_use_default_values"] = [k for k in unsaid if k not in changed]
     return now
 
 
@@ -233,15 +244,25 @@ def _build_path(values: tuple) -> Path:
     family = family_of(config)
     if family == EDM:
         return VarianceExploding(
-            config["sigma_min"], config["sigma_max"], config["sigma_data"], config["noise_conditioning"]
+            config["sigma_min"],
+            config["sigma_max"],
+            config["sigma_data"],
+            config["noise_conditioning"],
+            preconditioned=not config["use_flow_sigmas"],
         )
     if family == VP:
         return VariancePreserving(alphas_cumprod_from_config(config))
+    steps, limits = config["num_train_timesteps"], (given["sigma_min"], given["sigma_max"])
+    ratio = None not in limits
+    low, high = (s / (1 + s) for s in limits) if ratio else (1 / steps, 1.0)
+    silent = config["prediction_type"] in ("epsilon", "score")
     return FlowMatching(
-        config["num_train_timesteps"],
+        steps,
         config["shift"],
         config["use_dynamic_shifting"],
         config["time_shift_type"],
         config["shift_terminal"],
         config["invert_sigmas"],
+        sigma_range=(low, min(high, 1 - 1 / steps) if silent else high),
+        ramps_in_ratio=ratio,
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import diffusers
 
-from diffusers_sde.configs import ALIASES, EDM, FLOW, SHARED, VP, alphas_cumprod_from_config, current
+from diffusers_sde.configs import ALIASES, EDM, FLOW, SHARED, VP, alphas_cumprod_from_config, settled
 from diffusers_sde.errors import UsageError
 
 # The classes whose process is one of ours.  Everything else that diffusers has is refused.
@@ -174,12 +174,12 @@ def canonical_config(
     Raises:
         UsageError: for schedulers of another kind of model, and for a prediction that has no meaning on the process.
     """
-    now, changes = current(config), dict(changes or {})
-    name, unsaid = class_name(now), set(now.get("_use_default_values") or ())
+    now, changes = settled(config), dict(changes or {})
+    name, unset = class_name(now), set(now.get("_use_default_values") or ())
     defaults, ours = stock_defaults(name), is_canonical(now)
     values = {k: v for k, v in now.items() if k != "_use_default_values"}
     if ours:
-        said = {k for k in defaults if k in values and k not in unsaid} | set(changes)
+        said = {k for k in defaults if k in values and k not in unset} | set(changes)
         values |= changes
     else:
         values = {**defaults, **values, **changes}
@@ -188,7 +188,7 @@ def canonical_config(
         _spell_process(values, name, tells_prediction=not defaults or "prediction_type" in {**defaults, **changes})
     if "timestep_type" in said:
         _spell_timestep_type(values)
-    values["shift"] = _shift(values, said, changes)
+    values["shift"] = _shift(values, said & set(defaults or values), changes)
     values |= {alias: values[key] for alias, key in ALIASES.items()}
     before = values.get("grid")
     own_law = not ours and values.get("sigma_data") is not None and not values["use_flow_sigmas"]
@@ -256,8 +256,8 @@ def _spell_ramp(values: dict[str, Any]) -> None:
 
 def _shift(values: Mapping[str, Any], said: set[str], changes: Mapping[str, Any]) -> float:
     """The static shift: the caller's, else the source's own, else what a conversion left in the config."""
-    own = [key for key in ("flow_shift", "shift") if key in said]
-    order = [*(key for key in ("shift", "flow_shift") if key in changes), *own, "shift"]
+    named = [key for key in ("shift", "flow_shift") if key in changes]
+    order = [*named, *(key for key in ("flow_shift", "shift") if key in said), "shift"]
     return next((values[key] for key in order if values.get(key) is not None), float(SHARED["shift"].default))
 
 

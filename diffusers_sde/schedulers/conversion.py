@@ -16,7 +16,7 @@ import diffusers
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from diffusers_sde.configs import current
+from diffusers_sde.configs import settled
 from diffusers_sde.errors import UsageError
 from diffusers_sde.stock_configs import (
     canonical_config,
@@ -73,7 +73,7 @@ class Conversion(SchedulerMixin, ConfigMixin):
                 f"from_config takes the config of a scheduler, not {config!r}: pass scheduler.config, or load a folder "
                 "or a Hub repository with from_pretrained."
             )
-        config, parameters = current(config), inspect.signature(cls.__init__).parameters
+        config, parameters = settled(config), inspect.signature(cls.__init__).parameters
         if class_name(config) == cls.__name__:  # a file written by hand may leave out what is default
             config = {"use_flow_sigmas": False, "noise_conditioning": "log", **config}
         changes = {k: v for k, v in kwargs.items() if k not in _LOADING}
