@@ -152,7 +152,7 @@ def scheduler_init(own: Callable[..., None]) -> Callable[..., None]:
     Everything goes into the config, defaults too: other classes' defaults differ (``beta_start`` is 0.00085 in some),
     and a key that diffusers takes for unset would change the process on the way to them.  So only the solver's own keys
     are marked as unset (``_use_default_values``) where nobody passed them, and every name that diffusers has for a key
-    gets its value.
+    gets its value.  The class is named too, so that a conversion to a stock class and back knows whose word counts.
     """
     parameters = list(inspect.signature(own).parameters.values())
     names = {p.name for p in parameters}
@@ -166,8 +166,9 @@ def scheduler_init(own: Callable[..., None]) -> Callable[..., None]:
         unset = sorted(names - set(bound.arguments))
         bound.apply_defaults()
         values = {k: v for k, v in bound.arguments.items() if k != "self"}
-        marked = {"_use_default_values": unset} if unset else {}
-        self.register_to_config(**values, **marked, **{alias: values[name] for alias, name in ALIASES.items()})
+        aliases = {alias: values[name] for alias, name in ALIASES.items()}
+        marks = {"_class_name": type(self).__name__, **({"_use_default_values": unset} if unset else {})}
+        self.register_to_config(**values, **aliases, **marks)
         own(self, **{k: v for k, v in values.items() if k in names})
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
