@@ -28,7 +28,7 @@ from diffusers_sde.stock_configs import (
 )
 
 # fmt: off
-_COMPATIBLE = (
+COMPATIBLE = (
     "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "HeunDiscreteScheduler",
@@ -112,7 +112,7 @@ class Conversion(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
-        return [cls, *(getattr(diffusers, name) for name in _COMPATIBLE if hasattr(diffusers, name))]
+        return [cls, *(getattr(diffusers, name) for name in COMPATIBLE if hasattr(diffusers, name))]
 
 
 def _builds(cls: Any, config: Mapping[str, Any]) -> bool:
