@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
+import numpy as np
 import torch
 
 Denoiser = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -56,6 +58,14 @@ def flow_map_denoiser(network: torch.nn.Module, scheduler: Any, class_labels: to
     return denoiser
 
 
+def lay_out(scheduler: Any, num_inference_steps: int) -> None:
+    """``set_timesteps``, trailing for flow matching Euler too, which has no option for it."""
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist())
+    else:
+        scheduler.set_timesteps(num_inference_steps)
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -75,3 +85,8 @@ def sample(
         if callback is not None:
             callback()
     return x
+
+
+def rmse(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of each sample: (N, ...) and (N, ...) to (N,) float64."""
+    return (samples - reference).double().flatten(1).square().mean(1).sqrt()
