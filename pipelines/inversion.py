@@ -52,12 +52,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from diffusers_sde.configs import canonical_config
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.methods.fields import Field, network_field, wide_dtype
 from diffusers_sde.methods.images import from_state, to_state
 from diffusers_sde.methods.inversion import Trajectory, inversion_points, multistep, reversible, slerp
 from diffusers_sde.methods.pipeline_io import check_output_type, label_tensor
-from diffusers_sde.paths import path_from_config
+from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.weights import Point
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from diffusers_sde.configs import canonical_config
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.grids import Nodes
-from diffusers_sde.paths import Path, path_from_config
+from diffusers_sde.paths import Path
 from diffusers_sde.prediction import DATA, from_model, split_variance
 from diffusers_sde.sampling import Denoiser, network_denoiser
+from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.weights import Point
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, distilled, distinct_integers, make_grid, nodes_from_times, nodes_from_user
-from diffusers_sde.paths import Path, path_from_config
+from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.noising import Noising
 from diffusers_sde.schedulers.runs import LOCK, Layout, Run, Runs, kept_rows, new_run
 

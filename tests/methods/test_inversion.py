@@ -13,9 +13,9 @@ from pipeline_parts import PROCESSES, ddpm, oracle, save_oracle, tiny_unet, tiny
 from snippets import load, run
 
 from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.inversion import Trajectory, inversion_points, multistep, reversible, slerp
-from diffusers_sde.paths import path_from_config
 from diffusers_sde.tables import Point
 
 
