@@ -445,7 +445,9 @@ class FlowMatching(Path):
         return self.log_snr(np.asarray(label, np.float64) * self.scale)
 
     def times_of_sigmas(self, sigmas: Array, mu: float | None = None) -> Array:
-        return self.grid_times(sigmas, mu)
+        if np.allclose(sigmas, self.habitual_sigmas(len(sigmas)), atol=1e-6):  # nobody asked for its first value
+            return self.grid_times(sigmas, mu)
+        return self._times_of_sigma(self.shift(sigmas, mu))
 
     def habitual_sigmas(self, n: int) -> Array | None:
         return np.linspace(1, 1 / max(n, 1), n)
