@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from diffusers_sde.assets import DEFAULT_MODEL
-    from diffusers_sde.calibration import calibrate
     from diffusers_sde.calibration.arguments import check_whole, check_work_dir, checked_counts
+    from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.calibration.workers import is_main, leave_together
     from diffusers_sde.comparison.problems import load_pipeline
 

@@ -19,8 +19,8 @@ import torch
 from diffusers_sde.calibration.arguments import check_names
 from diffusers_sde.calibration.sources import Batch, sample_generators
 from diffusers_sde.grids import Nodes
+from diffusers_sde.prediction import split_variance
 from diffusers_sde.schedulers import ProbabilityFlowScheduler, SchedulerOutput
-from diffusers_sde.schedulers.data_prediction import split_variance
 
 CHUNK = 1000  # evaluations of one call of a pipeline
 
@@ -44,6 +44,7 @@ class _QuestionScheduler(ProbabilityFlowScheduler):
         mu: Any = None,
         timesteps: Any = None,
         original_inference_steps: Any = None,
+        strength: Any = None,
     ) -> None:
         given = next((v for v in (sigmas, timesteps) if v is not None), ())
         times = np.full((num_inference_steps or len(given)) + 1, self.path.noisiest)
@@ -81,7 +82,7 @@ class _QuestionScheduler(ProbabilityFlowScheduler):
 
 
 class _Call:
-    """One call of a pipeline in a thread of its own, which evaluates what it is asked to."""
+    """One call of a pipeline in a thread of its own, which evaluates its network where the calibration wants it."""
 
     mu: float | None = None
 
@@ -108,7 +109,7 @@ class _Call:
         seen = float(torch.as_tensor(timestep).flatten()[0])
         if self._requested is not None and abs(seen - self._requested) > 1e-2 * max(1.0, abs(self._requested)):
             raise ValueError(
-                f"This pipeline evaluates its network at t = {seen:g} where {self._requested:g} was asked for: "
+                f"This pipeline evaluates its network at t = {seen:g} where {self._requested:g} was wanted: "
                 "calibrate a bare denoiser instead."
             )
         self._answers.put((prediction, sample))
@@ -143,7 +144,7 @@ class _PipelineBatch:
         state = self.call.get()[1]
         self._copies = len(state) // size
         if not torch.equal(state, state[:size].repeat(self._copies, *[1] * (state.ndim - 1))):
-            raise ValueError(f"The pipeline made {len(state)} samples where {size} were asked for: pass batch_size=1.")
+            raise ValueError(f"The pipeline made {len(state)} samples instead of {size}: pass batch_size=1.")
         state = state[:size]
         self._dtype = torch.float32 if state.dtype in (torch.float16, torch.bfloat16) else state.dtype
         self.noise = state.to(self._dtype)

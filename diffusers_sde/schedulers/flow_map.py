@@ -10,7 +10,7 @@ import torch
 
 from diffusers_sde.configs import scheduler_init
 from diffusers_sde.flow_maps import build_flow_map, gamma_targets
-from diffusers_sde.grids import Nodes, karras, make_grid
+from diffusers_sde.grids import Nodes, distilled, karras, make_grid
 from diffusers_sde.paths import Path, VarianceExploding
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.stock_configs import FLOW_MAP_CLASSES, class_name
@@ -74,6 +74,9 @@ class FlowMapScheduler(TableScheduler):
         return [float(self.stochastic)] * (len(nodes) - 1)
 
     def _default_grid(self, path: Path, n: int, mu: float | None, start: float = 1.0) -> np.ndarray:
+        original = self.config.get("original_inference_steps")  # of a latent consistency model
+        if original is not None and int(original * start) >= n:
+            return distilled(path, n, original, start)
         whole = round(n / start)
         if isinstance(path, VarianceExploding):  # the last node of its grids is where the last jump ends
             return karras(path, whole + 1)[whole - n : whole]
