@@ -337,6 +337,8 @@ def test_sa_solver_is_the_table_plus_its_few_step_term(predictor, corrector, tau
     adds to two-node weights "for few steps sampling"."""
     sa = stock(
         "SASolverScheduler",
+        n=20,
+        use_exponential_sigmas=True,  # equal steps: over growing ones at tau = 1 rows here read fewer evaluations
         predictor_order=predictor,
         corrector_order=corrector,
         tau_func=lambda t: tau,
