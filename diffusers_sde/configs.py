@@ -128,7 +128,9 @@ def current(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _changed(config: Mapping[str, Any], key: str) -> bool:
     """Whether a key of a ``FrozenDict`` was set by attribute since the config was made."""
-    return key in config and vars(config).get(key) is not config[key]
+    attribute: Any = vars(config).get(key)
+    item: Any = config.get(key)
+    return key in config and attribute is not item and not np.array_equal(attribute, item)
 
 
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:

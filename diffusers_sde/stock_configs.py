@@ -182,7 +182,10 @@ def canonical_config(
         said = {k for k in defaults if k in values and k not in unset} | set(changes)
         values |= changes
     else:
+        cosine = name.startswith("Cosine") or (not name and _looks_cosine(values))
         values = {**defaults, **values, **changes}
+        if values.get("sigma_data") is not None:
+            values["noise_conditioning"] = changes.get("noise_conditioning", "atan" if cosine else "log")
         said = set(values)
         _refuse_other_kinds(name, values, flow_maps)
         _spell_process(values, name, tells_prediction=not defaults or "prediction_type" in {**defaults, **changes})
@@ -224,13 +227,15 @@ def _spell_process(values: dict[str, Any], name: str, tells_prediction: bool) ->
             "prediction_type is 'flow_prediction' but the process is not flow matching: pass use_flow_sigmas=True to "
             "from_config for a flow matching network, else the prediction_type of this network."
         )
-    if values.get("sigma_data") is not None:
-        # a cosine config without its class name: the only EDM family with an order but no choice of algorithm
-        cosine = name.startswith("Cosine") or ("solver_order" in values and "algorithm_type" not in values and not flow)
-        values["noise_conditioning"] = "atan" if cosine else "log"
-    elif not flow and values.get("timestep_type") != "continuous":
+    if values.get("sigma_data") is None and not flow and values.get("timestep_type") != "continuous":
         # noise levels that beta-based schedulers cache or cut are results, not part of the process
         values["sigma_min"] = values["sigma_max"] = None
+
+
+def _looks_cosine(config: Mapping[str, Any]) -> bool:
+    """Whether a config without a class name is a cosine scheduler's: the only EDM family with an order but no choice of
+    algorithm."""
+    return "solver_order" in config and "algorithm_type" not in config and not config.get("use_flow_sigmas")
 
 
 def _spell_timestep_type(values: dict[str, Any]) -> None:

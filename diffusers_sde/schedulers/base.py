@@ -18,6 +18,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import BaseOutput
 
 from diffusers_sde import noise
+from diffusers_sde.configs import settled
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import model_coefficients, split_variance
@@ -57,6 +58,7 @@ class SchedulerOutput(BaseOutput):
 class TableScheduler(RunLayout, Conversion):
     """Base of the public schedulers.  A subclass says its table and, if it is stochastic, its noise levels."""
 
+    _internal_dict: Any  # diffusers' name for the config
     order = 1  # every model evaluation has its own timestep, whatever the solver
 
     # -- what a subclass says --
@@ -94,8 +96,7 @@ class TableScheduler(RunLayout, Conversion):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, made in any way, shares nothing that changes with its original."""
         self.__dict__.update(state)
-        config = self.config
-        self._internal_dict = FrozenDict({k: getattr(config, k) for k in config})
+        self._internal_dict = FrozenDict(settled(self._internal_dict))
         self._runs = self._runs.independent()
         self._handle = traced.register(self)
 
@@ -165,6 +166,10 @@ class TableScheduler(RunLayout, Conversion):
         if timestep is not None:
             run, row = self._located(timestep, sample)
         return sample * path.input_scale(float(self._nodes(run.layout).sigma[row]))
+
+    def _get_conditioning_c_in(self, sigma: Any) -> Any:
+        """The factor of :meth:`scale_model_input` at noise level ``sigma``; Cosmos' video pipeline asks for it."""
+        return self.path.input_scale(sigma)
 
     def step(
         self,

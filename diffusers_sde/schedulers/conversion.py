@@ -93,7 +93,7 @@ class Conversion(SchedulerMixin, ConfigMixin):
         mean the same here and say something."""
         name, unset = class_name(config), set(config.get("_use_default_values") or ())
         values, ours = {**stock_defaults(name), **config}, is_canonical(config)
-        own = {k: values[k] for k in cls._own_keys if k in values and k not in unset}
+        own = {k: values[k] for k in cls._own_keys if k in values and not (ours and k in unset)}
         if ours and not hasattr(diffusers, name):
             return own
         defaults = {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items()}
