@@ -7,11 +7,13 @@ of evaluations (README, "How the defaults were chosen", says on what and with wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from diffusers_sde.grids import Nodes
-from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
+from diffusers_sde.paths import Path
 from diffusers_sde.tables import Table, build_multistep
 
 
@@ -25,6 +27,22 @@ class Defaults:
     data_std: float
 
 
+_ROBUST = (math.inf, "balanced", 1.0)  # also of a family that was not measured
+# stochastic -> family -> (below this number of evaluations, grid, rho)
+_MEASURED: dict[bool, dict[str, list[tuple[float, str, float]]]] = {
+    False: {
+        "variance preserving": [(8, "power", 1.25), (math.inf, "balanced", 1.1)],
+        "flow matching": [(math.inf, "power", 1.25)],
+        "EDM": [_ROBUST],
+    },
+    True: {
+        "variance preserving": [(12, "power", 1.5), (math.inf, "power", 2.0)],
+        "flow matching": [(12, "power", 1.5), (math.inf, "power", 2.0)],
+        "EDM": [_ROBUST],
+    },
+}
+
+
 def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     """Defaults for ``n`` evaluations with a solver of order 2 or more.
 
@@ -36,15 +54,9 @@ def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     at 10 steps, but it draws noise that data concentrated on images does not absorb: the embedded network's pictures
     at 10 steps were visibly speckled from data_std 0.1 on.
     """
-    if stochastic:
-        clock = "angle" if isinstance(path, FlowMatching) else "log_snr"
-        grid = "balanced" if isinstance(path, VarianceExploding) else "power"
-        return Defaults(grid, 1.0 if grid == "balanced" else 1.5 if n < 12 else 2.0, clock, 0.0)
-    if isinstance(path, FlowMatching):
-        return Defaults("power", 1.25, "angle", 1.0)
-    if isinstance(path, VarianceExploding):
-        return Defaults("balanced", 1.0, "log_snr", path.sigma_data)
-    return Defaults("power" if n < 8 else "balanced", 1.25 if n < 8 else 1.1, "log_snr", 1.0)
+    laws = _MEASURED[stochastic].get(path.family, [_ROBUST])
+    grid, rho = next((grid, rho) for below, grid, rho in laws if n < below)
+    return Defaults(grid, rho, path.default_clock, 0.0 if stochastic else path.data_scale)
 
 
 def multistep_table(
@@ -64,3 +76,14 @@ def multistep_table(
         tau=tau,
         final=final,
     )
+
+
+_STANDARD = SimpleNamespace(solver_order=2, corrector=None, data_std=None, clock=None)
+
+
+def standard_table(path: Path, nodes: Nodes, tau: list[float] | None = None) -> Table:
+    """The exact table with the measured defaults at order 2, its last row to clean data corrected: what a learned table
+    must beat, and what it is a correction of.  ``tau``: one noise level a step of the reverse SDE, None for the ODE."""
+    stochastic = tau is not None
+    levels = [0.0] * (len(nodes) - 1) if tau is None else tau
+    return multistep_table(_STANDARD, path, nodes, tau=levels, final="corrected", stochastic=stochastic)

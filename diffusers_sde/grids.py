@@ -7,13 +7,13 @@ node excluded) and how user ``timesteps=`` or ``sigmas=`` become :class:`Nodes`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.special import betaincinv
 
-from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
+from diffusers_sde.paths import Path
 
 Array = np.ndarray
 
@@ -43,47 +43,74 @@ class Nodes:
 
 
 # -- named grids --
+#
+# Each takes equal steps, or a power of equal steps, of the path's grid clock (see Path.grid_times) or of its noise.
 
 
-def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> Array:
+def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: float = 1.0) -> Array:
     """Trailing power grid ``t_i = T ((n-i)/n)^rho - 1``: starts at pure noise, its last step ends at clean data.
 
     rho = 1 is diffusers' ``trailing``; rho > 1 puts steps near the data.  When that would pass t = 0 the grid ends
     there instead, ``t_i = (T-1) ((n-1-i)/(n-1))^rho``.  Flow matching: ``u_i = ((n-i)/n)^rho``, then its shift.
     Variance exploding: ``t_i = t_min + (t_max - t_min) ((n-1-i)/(n-1))^rho`` in the network's time.
+
+    Args:
+        path: the process.
+        n: evaluations, at least 2.
+        rho: exponent.
+        mu: dynamic shift of flow models.
+        start: the fraction of equal steps of time at which the grid begins, 1 at pure noise (``strength`` in image to
+            image): ``t_i = T start ((n-i)/n)^rho - 1``, and so on.
+
+    Returns:
+        (n,) float64, times.
     """
-    u = (np.arange(n, 0, -1) / n) ** rho
-    if isinstance(path, FlowMatching):
-        low = 1 / path.scale
-        if u[-1] < low:
-            u = low + (1 - low) * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
-        return _shifted(path, u, mu)
-    if isinstance(path, VarianceExploding):
-        return path.cleanest + (path.noisiest - path.cleanest) * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
-    t = (path.noisiest + 1) * u - 1
-    if t[-1] < path.cleanest:
-        t = path.noisiest * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
-    return t
+    _, low, clean = path.grid_range
+    first = _clock_at(path, start)
+    clock = clean + (first - clean) * (np.arange(n, 0, -1) / n) ** rho
+    if clean == low or clock[-1] < low:
+        clock = low + (first - low) * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
+    return path.grid_times(clock, mu)
 
 
-def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None) -> Array:
+def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: float = 1.0) -> Array:
     """Trailing power grid in the mean of time and log-SNR: ``G(t_i) = ((n-i)/n)^rho`` with
 
         G(t) = 1/2 (t - t_min)/(t_max - t_min) + 1/2 (lambda_max - lambda(t))/(lambda_max - lambda_min)
 
     over the training range.  Equal steps of time starve low noise, equal steps of log-SNR the middle, where pictures
-    take shape; their mean was the most robust grid measured (README, "How the defaults were chosen").
+    take shape; their mean was the most robust grid measured (README, "How the defaults were chosen").  For flow
+    matching time is noise: G is the unshifted time.
+
+    Args:
+        path: the process.
+        n: evaluations, at least 2.
+        rho: exponent.
+        mu: dynamic shift of flow models.
+        start: as in :func:`power`, the fraction of equal steps of *time*; from there ``G(t_i) = G(t_0) ((n-i)/n)^rho``.
+
+    Returns:
+        (n,) float64, times.
     """
-    target = (np.arange(n, 0, -1) / n) ** rho
-    if isinstance(path, FlowMatching):  # time is noise there, and the model's shift is applied to it
-        return _shifted(path, target, mu)
-    low, high = np.log(_noise_range(path))
+    first, target = _clock_at(path, start), (np.arange(n, 0, -1) / n) ** rho
+    if path.time_is_noise:
+        return path.grid_times(first * target, mu)
+    low, high = np.log(path.noise_range())
     span = path.noisiest - path.cleanest
     times = np.linspace(path.cleanest, path.noisiest, max(round(span) + 1, 1000))  # the integers where T = 1000
     level = np.clip(-path.log_snr(times), low, high)
-    t = np.interp(target, 0.5 * (times - path.cleanest) / span + 0.5 * (level - low) / (high - low), times)
-    t[0] = path.noisiest
+    g = 0.5 * (times - path.cleanest) / span + 0.5 * (level - low) / (high - low)
+    t = np.interp(target * np.interp(first, times, g / g[-1]), g, times)
+    t[0] = first
     return t
+
+
+def _clock_at(path: Path, start: float) -> float:
+    """The grid clock at a fraction of equal steps of time: ``T start - 1``, ``start`` for flow matching."""
+    if not 0 < start <= 1:
+        raise ValueError(f"start must lie in (0, 1], the fraction of equal steps of time to begin at, not {start}.")
+    high, low, clean = path.grid_range
+    return high if start == 1 else max(clean + (high - clean) * start, low)
 
 
 def trailing(path: Path, n: int, mu: float | None = None) -> Array:
@@ -93,30 +120,27 @@ def trailing(path: Path, n: int, mu: float | None = None) -> Array:
 
 def linspace(path: Path, n: int, mu: float | None = None) -> Array:
     """``n`` equally spaced times, both ends of the training range included."""
-    if isinstance(path, FlowMatching):
-        return _shifted(path, np.linspace(1, 1 / path.scale, n), mu)
-    return np.linspace(path.noisiest, path.cleanest, n)
+    high, low, _ = path.grid_range
+    return path.grid_times(np.linspace(high, low, n), mu)
 
 
 def leading(path: Path, n: int, mu: float | None = None, steps_offset: int = 0) -> Array:
     """diffusers' ``leading``: ``t_i = (n-1-i) floor(T/n) + steps_offset``; it never sees the highest noise."""
-    if isinstance(path, FlowMatching):
-        stride = max(int(path.scale) // n, 1)
-        return _shifted(path, np.minimum((np.arange(n - 1, -1, -1) * stride + 1 + steps_offset) / path.scale, 1), mu)
-    if isinstance(path, VariancePreserving):
-        stride = int(path.noisiest + 1) // n
-        return np.minimum(np.arange(n - 1, -1, -1) * max(stride, 1) + float(steps_offset), path.noisiest)
-    return linspace(path, n)
+    total, (high, _, clean) = path.num_train_timesteps, path.grid_range
+    if total is None:
+        return linspace(path, n, mu)
+    steps = np.arange(n - 1, -1, -1) * max(total // n, 1) + 1 + steps_offset  # of T, counted from clean data
+    return path.grid_times(np.minimum(clean + steps * (high - clean) / total, high), mu)
 
 
 def log_snr(path: Path, n: int) -> Array:
     """Equal steps of the log-SNR over the training range (Lu et al. 2022, arXiv:2206.00927; also ``exponential``)."""
-    return _times_of_noise(path, _ramp_levels(*_noise_range(path), np.linspace(0, 1, n), None))
+    return _times_of_noise(path, _ramp_levels(*path.noise_range(), np.linspace(0, 1, n), None))
 
 
 def karras(path: Path, n: int, rho: float = 7.0) -> Array:
     """``s_i = (s_max^(1/rho) + i/(n-1) (s_min^(1/rho) - s_max^(1/rho)))^rho`` (Karras et al. 2022, eq. 5)."""
-    return _times_of_noise(path, _ramp_levels(*_noise_range(path), np.linspace(0, 1, n), rho))
+    return _times_of_noise(path, _ramp_levels(*path.noise_range(), np.linspace(0, 1, n), rho))
 
 
 def _ramp_levels(low: float, high: float, ramp: Array, rho: float | None) -> Array:
@@ -128,7 +152,7 @@ def _ramp_levels(low: float, high: float, ramp: Array, rho: float | None) -> Arr
 
 def beta(path: Path, n: int, a: float = 0.6, b: float = 0.6) -> Array:
     """Quantiles of Beta(0.6, 0.6) between the smallest and the largest noise level (Lee et al., arXiv:2407.12173)."""
-    low, high = _noise_range(path)
+    low, high = path.noise_range()
     return _times_of_noise(path, low + (high - low) * betaincinv(a, b, 1 - np.linspace(0, 1, n)))
 
 
@@ -141,33 +165,31 @@ def ays(path: Path, n: int) -> Array:
     path's range of log-SNR (exact for the betas they were optimised on)."""
     published = np.log(_AYS_NOISE)
     levels = np.interp(np.linspace(0, 1, n + 1)[:-1], np.linspace(0, 1, len(published)), published)
-    low, high = np.log(_noise_range(path))
+    low, high = np.log(path.noise_range())
     unit = (levels - published[-1]) / (published[0] - published[-1])
     return _times_of_noise(path, np.exp(low + (high - low) * unit))
 
 
-def _noise_range(path: Path) -> tuple[float, float]:
-    """Smallest and largest finite noise label of the training range."""
-    if isinstance(path, FlowMatching):
-        return 1 / path.scale, 1.0
-    high = float(path.log_snr(path.noisiest))
-    if not np.isfinite(high):  # zero terminal SNR
-        high = float(path.log_snr(path.noisiest - 1))
-    return float(np.exp(-path.log_snr(path.cleanest))), float(np.exp(-high))
+def distilled(path: Path, n: int, original: int, strength: float = 1.0) -> Array:
+    """``n`` of the ``original`` equal steps ``t_j = j floor(T/original) - 1`` that a distilled network was trained on,
+    the noisiest first, among those below the fraction ``strength`` of time (Luo et al. 2023, arXiv:2310.04378, section
+    4.3; diffusers' LCMScheduler).  Raises ``ValueError`` where there are fewer than ``n``."""
+    trained = int(original * strength)
+    if path.num_train_timesteps is None or original > path.num_train_timesteps or trained < n:
+        raise ValueError(
+            f"{n} steps cannot be chosen among the {trained} of original_inference_steps={original} below strength "
+            f"{strength:g}: ask for fewer steps."
+        )
+    chosen = np.floor(np.linspace(0, trained, n, endpoint=False))
+    return (trained - chosen) * (path.num_train_timesteps // original) - 1
 
 
 def _times_of_noise(path: Path, levels: Array) -> Array:
-    if isinstance(path, FlowMatching):
-        return path.scale * (1 - levels if path.inverted else levels)
-    t = path.time(-np.log(levels))
+    """The times at noise levels that begin with the highest; the ends are exact up to rounding: made exact here."""
     low, high = sorted((path.cleanest, path.noisiest))
-    t = np.clip(t, low, high)  # the ends are exact up to rounding: make them exact
+    t = np.clip(path.times_of_noise(levels), low, high)
     t[0] = path.noisiest
     return t
-
-
-def _shifted(path: FlowMatching, u: Array, mu: float | None) -> Array:
-    return _times_of_noise(path, path.shift(u, mu))
 
 
 # -- from a config or a user's list to nodes --
@@ -185,8 +207,8 @@ GRIDS: dict[str, Callable[..., Array]] = {
     "ays": ays,
 }
 _OPTIONS = {
-    "balanced": ("rho", "mu"),
-    "power": ("rho", "mu"),
+    "balanced": ("rho", "mu", "start"),
+    "power": ("rho", "mu", "start"),
     "trailing": ("mu",),
     "leading": ("mu", "steps_offset"),
     "linspace": ("mu",),
@@ -203,9 +225,10 @@ def make_grid(path: Path, name: str, n: int, **options: Any) -> Array:
         raise ValueError(f"grid {name!r} is unknown: use one of {', '.join(GRIDS)}, or pass timesteps= or sigmas=.")
     if n < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {n}.")
-    if n == 1:
-        return _single(path, options.get("mu"))
     chosen = {k: options[k] for k in _OPTIONS.get(name, ()) if options.get(k) is not None}
+    if n == 1:  # the second node keeps a shift that stretches grids to their end from moving the first
+        ends = np.array([_clock_at(path, chosen.get("start", 1.0)), path.grid_range[1]])
+        return path.grid_times(ends, options.get("mu"))[:1]
     return GRIDS[name](path, n, **chosen)
 
 
@@ -220,10 +243,6 @@ def distinct_integers(times: Array) -> Array:
     if rounded[-1] < 0:
         raise ValueError("round_timesteps leaves too few distinct timesteps: ask for fewer steps.")
     return rounded
-
-
-def _single(path: Path, mu: float | None) -> Array:
-    return _shifted(path, np.ones(1), mu) if isinstance(path, FlowMatching) else np.array([path.noisiest])
 
 
 def nodes_from_times(path: Path, times: Any, final: str = "zero") -> Nodes:
@@ -256,32 +275,29 @@ def nodes_from_user(
 
     Raises ``ValueError`` for lists that are empty, of unequal length, not finite, or not of decreasing noise.
     """
+    own = times = np.zeros(0)
     if timesteps is not None:
-        times = _as_list(timesteps, "timesteps")
-    if sigmas is None:
-        nodes = nodes_from_times(path, times, final)
-    else:
+        own = times = _as_list(timesteps, "timesteps")
+        low, high = sorted((path.cleanest, path.noisiest))
+        slack = 1e-3 + (path.num_train_timesteps is not None)  # some lists count timesteps from 1
+        if times.min() < low - slack or times.max() > high + slack:
+            raise ValueError(f"timesteps must lie in the training range, {low:g} to {high:g}.")
+    if sigmas is not None:
         labels = _as_list(sigmas, "sigmas")
         if len(labels) > 1 and labels[-1] == 0 and np.all(np.diff(labels) <= 0):
             labels = labels[:-1]
-        if isinstance(path, FlowMatching):
-            own = _shifted(path, labels, mu)
-        elif isinstance(path, VarianceExploding) and labels[0] == 0 and labels.max() <= 1:
-            own = _times_of_noise(path, _ramp_levels(*_noise_range(path), labels, ramp_rho))
+        if path.is_sigma_ramp(labels):
+            own = _times_of_noise(path, _ramp_levels(*path.noise_range(), labels, ramp_rho))
         else:
-            own = path.time(path.log_snr_of_label(labels))
-        nodes = nodes_from_times(path, own, final)
-        if timesteps is not None:
-            if len(times) != len(own):
-                raise ValueError(f"{len(times)} timesteps but {len(own)} sigmas: pass as many of one as of the other.")
-            nodes = Nodes(np.append(times, nodes.time[-1]), nodes.alpha, nodes.sigma)
-    low, high = sorted((path.cleanest, path.noisiest))
-    slack = 1e-3 + (0 if isinstance(path, VarianceExploding) else 1)  # some lists count timesteps from 1
-    if timesteps is not None and (times.min() < low - slack or times.max() > high + slack):
-        raise ValueError(f"timesteps must lie in the training range, {low:g} to {high:g}.")
-    if np.any(nodes.sigma[:-1] <= 0) or not np.all(np.diff(nodes.log_snr) >= 0):
+            own = path.times_of_sigmas(labels, mu)
+        if timesteps is not None and len(times) != len(own):
+            raise ValueError(f"{len(times)} timesteps but {len(own)} sigmas: pass as many of one as of the other.")
+    # a level that does not exist has no finite time or no log-SNR, clean data cannot be evaluated
+    log_snr = path.log_snr(own) if np.all(np.isfinite(own)) else np.full(len(own), np.nan)
+    nodes = nodes_from_times(path, own, final) if np.all(log_snr < np.inf) else None
+    if nodes is None or not np.all(nodes.log_snr[1:] >= nodes.log_snr[:-1]):
         raise ValueError("timesteps and sigmas must be noise levels of this model, from high to low.")
-    return nodes
+    return nodes if timesteps is None else replace(nodes, time=np.append(times, nodes.time[-1]))
 
 
 def _as_list(values: Any, name: str) -> Array:

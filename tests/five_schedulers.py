@@ -9,7 +9,9 @@ from diffusers_sde import (
     ProbabilityFlowScheduler,
     ReverseSDEScheduler,
 )
-from diffusers_sde.schedulers.calibrated import process_of, standard_table, table_entry
+from diffusers_sde.defaults import standard_table
+from diffusers_sde.schedulers.calibrated import process_of
+from diffusers_sde.schedulers.calibration_format import written_calibration, written_entry
 
 FIVE = [ProbabilityFlowScheduler, ReverseSDEScheduler, DPMSolverScheduler, CalibratedScheduler, FlowMapScheduler]
 
@@ -25,9 +27,8 @@ def calibration(config, steps):
         exact.set_timesteps(n)
         table = standard_table(exact.path, exact.levels)
         errors = dict.fromkeys(["training", "held_out", "exact", "stock"], 0.0)
-        tables[str(n)] = table_entry(exact.levels, table, None, errors)
-    process = process_of(exact.config)
-    return {"process": process, "data_std": table.data_std, "stochastic": False, "tables": tables}
+        tables[n] = written_entry(exact.levels, table, None, errors)
+    return written_calibration(process_of(exact.config), table.data_std, False, tables)
 
 
 def build(cls, process=None, steps=(10,), **kwargs):

@@ -10,18 +10,20 @@ host and, in :func:`regression_loss`, tensors; knows nothing of networks, data s
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import torch
 from scipy.special import expit, ndtri
 
-from diffusers_sde.paths import FlowMatching, Path, VariancePreserving
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.paths import Path
+from diffusers_sde.prediction import DATA, convert, model_coefficients
+from diffusers_sde.training.settings import ErrorMeasure, LossWeighting, TimeSampling
 
 Array = np.ndarray
-TIME_SAMPLINGS = ("uniform", "logit_normal", "lognormal", "mode", "stratified")
-LOSS_WEIGHTINGS = ("none", "min_snr", "soft_min_snr", "edm", "sigma_sqrt", "cosmap", "likelihood")
-LOSSES = ("l2", "huber")
+TIME_SAMPLINGS: tuple[str, ...] = get_args(TimeSampling)
+LOSS_WEIGHTINGS: tuple[str, ...] = get_args(LossWeighting)
+LOSSES: tuple[str, ...] = get_args(ErrorMeasure)
 
 
 def check_objective(path: Path, prediction_type: str, loss_weighting: str, loss: str) -> None:
@@ -38,7 +40,7 @@ def check_objective(path: Path, prediction_type: str, loss_weighting: str, loss:
         )
     if loss_weighting == "likelihood" and loss != "l2":
         raise ValueError("Likelihood weighting bounds the likelihood for the squared error only: use --loss l2.")
-    if loss_weighting == "likelihood" and starts_at_zero_snr and isinstance(path, VariancePreserving):
+    if loss_weighting == "likelihood" and starts_at_zero_snr and path.alphas_cumprod is not None:
         raise ValueError(
             "Likelihood weighting is infinite at zero terminal SNR: use another --loss_weighting, or betas that are "
             "not rescaled."
@@ -58,13 +60,13 @@ def draw_times(
 
     Returns ``(t, p)``: ``p = p_t(t) / |d log_snr/dt|``.
     """
-    low, high = sorted((path.cleanest, path.noisiest))
     if sampling == "lognormal":
+        low, high = sorted((path.cleanest, path.noisiest))
         z = ndtri(u)
         least, most = (float(path.log_snr(end)) for end in (path.noisiest, path.cleanest))
         log_snr = np.clip(-(mean + std * z), least, most)
         t, p = path.time(log_snr), np.exp(-0.5 * z**2) / (std * math.sqrt(2 * math.pi))
-        return (np.clip(np.round(t), low, high) if isinstance(path, VariancePreserving) else t), p
+        return (t if path.alphas_cumprod is None else np.clip(np.round(t), low, high)), p
     if sampling in ("uniform", "stratified"):
         w, density = u, np.ones_like(u)
     elif sampling == "logit_normal":
@@ -76,22 +78,10 @@ def draw_times(
         density = 1 / np.abs(1 + mode_scale * (1 - np.pi / 2 * np.sin(np.pi * u)))
     else:
         raise ValueError(f"time_sampling {sampling!r} is unknown: use one of {', '.join(TIME_SAMPLINGS)}.")
-    if isinstance(path, VariancePreserving):
-        t = np.minimum(np.floor(low + w * (high - low + 1)), high)
-        with np.errstate(divide="ignore"):
-            slope = np.abs(path.d_log_snr(np.minimum(t, high - 0.5)))
-    elif isinstance(path, FlowMatching):
-        if not path.use_dynamic_shifting:
-            s = path.static_shift  # sigma = s w / (1 + (s - 1) w)
-            density = density * (1 + (s - 1) * w) ** 2 / s
-            w = s * w / (1 + (s - 1) * w)
-        t = low + (high - low) * (1 - w if path.inverted else w)
-        with np.errstate(divide="ignore"):
-            slope = np.abs(path.d_log_snr(t))
-    else:
-        t = low + (high - low) * w
+    t, per_time = path.training_times(w)
+    with np.errstate(divide="ignore"):
         slope = np.abs(path.d_log_snr(t))
-    return t, density / (high - low) / slope
+    return t, density * per_time / slope
 
 
 def prediction_targets(path: Path, prediction_type: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
@@ -148,7 +138,7 @@ def loss_weights(
     else:
         raise ValueError(f"loss_weighting {weighting!r} is unknown: use one of {', '.join(LOSS_WEIGHTINGS)}.")
     targets = zip(*prediction_targets(path, prediction_type, alpha, sigma), strict=True)
-    k = [convert(pair, (1.0, 0.0), float(a), float(s))[1] for pair, a, s in zip(targets, alpha, sigma, strict=True)]
+    k = [convert(pair, DATA, float(a), float(s))[1] for pair, a, s in zip(targets, alpha, sigma, strict=True)]
     return on_x0 * np.square(k)
 
 

@@ -1,5 +1,5 @@
-"""A step that is taken twice, as Cosmos takes its steps: `step(...)[1]` for the data predictions of a doubled batch,
-then the step index put back by one, and the step again with the guided data prediction."""
+"""A step that is taken twice, as Cosmos takes all its steps: `step(...)[1]` for the data prediction of a doubled
+batch, the step index put back by one, then the step again with the guided data prediction."""
 
 import numpy as np
 import pytest

@@ -195,6 +195,7 @@ BAD_LISTS = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("case", BAD_LISTS)
 def test_bad_lists_are_refused(case):
     """Every list that is not a run of decreasing noise is a ValueError of one clear sentence, never NaN."""
@@ -325,7 +326,7 @@ def test_weights_agree_with_thirty_digits(start, h, order, tau):
 @given(shift=st.floats(-4, 4), tau=st.sampled_from([0.0, 0.7, 1.0]), order=st.integers(1, 4))
 def test_data_prediction_weights_do_not_depend_on_where_the_step_is(shift, tau, order):
     """c = 0: the weights over alpha_t depend on the steps of log-SNR only."""
-    lam = np.array([-1.0, -0.6, -0.1, 0.5, 0.9])
+    lam = 0.5 * np.array([-1.0, -0.6, -0.1, 0.5, 0.9])
     rows = []
     for offset in (0.0, shift):
         nodes = nodes_of(PATHS["edm"], lam + offset)
@@ -593,3 +594,51 @@ def test_default_scheduler_is_the_default_table():
     nodes = nodes_from_times(PATHS["vp_linear"], scheduler._run.nodes.time[:-1])
     np.testing.assert_array_equal(nodes.alpha, scheduler._run.nodes.alpha)
     np.testing.assert_allclose(scheduler.timesteps, nodes.time[:-1].astype(np.float32), rtol=0)
+
+
+# -- grids that begin at a fraction of equal steps of time (image to image) --
+
+
+@pytest.mark.parametrize("grid", ["power", "balanced"])
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_a_started_grid_begins_where_equal_steps_of_time_would(grid, n):
+    """start = 0.4: time 399 (diffusers' trailing), unshifted sigma 0.4 of flow matching, 40 % of EDM's range of time;
+    then strictly down, within the training range."""
+    edm = PATHS["edm"]
+    span = edm.noisiest - edm.cleanest
+    first = {"vp_linear": 399.0, "flow": 400.0, "flow_shift": 1000 * 1.2 / 1.8, "mochi": 600.0}
+    first["edm"] = edm.cleanest + 0.4 * span
+    for name, expected in first.items():
+        path = PATHS[name]
+        times = make_grid(path, grid, n, rho=1.25, start=0.4)
+        assert len(times) == n
+        assert times[0] == pytest.approx(expected, rel=1e-12)
+        assert np.all(np.diff(path.log_snr(times)) > 0)
+        assert min(path.noisiest, path.cleanest) <= times.min() and times.max() <= max(path.noisiest, path.cleanest)
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "flow_shift", "edm"])
+@pytest.mark.parametrize("grid", ["power", "balanced"])
+def test_a_started_grid_is_the_rest_of_the_full_one(grid, name):
+    """The same law on what is left: started at its own k-th time, a grid goes on as the full one does; started at 1 it
+    is the full one to the last bit."""
+    path, n, k, rho = PATHS[name], 12, 5, 1.25
+    full = make_grid(path, grid, n, rho=rho)
+    high, _, clean = path.grid_range
+    clock = full if name != "flow_shift" else ((np.arange(n, 0, -1) / n) ** rho)
+    rest = make_grid(path, grid, n - k, rho=rho, start=(clock[k] - clean) / (high - clean))
+    np.testing.assert_allclose(rest, full[k:], rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(make_grid(path, grid, n, rho=rho, start=1.0), full)
+
+
+def test_a_stretched_shift_keeps_the_start_of_one_step():
+    """shift_terminal stretches a grid to its end, not the level that a single step starts from."""
+    path = PATHS["flow_terminal"]
+    one, many = (make_grid(path, "power", n, start=0.5)[0] for n in (1, 100))
+    assert one == pytest.approx(many, rel=0.03)
+
+
+@pytest.mark.parametrize("start", [0, -0.2, 1.5, float("nan")])
+def test_a_start_outside_the_range_is_refused(start):
+    with pytest.raises(ValueError, match="start must lie in"):
+        make_grid(PATHS["vp_linear"], "power", 5, start=start)

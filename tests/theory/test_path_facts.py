@@ -1,0 +1,100 @@
+"""A path owns the facts of its family: what diffusers' own classes do for it, and a fourth family in one class."""
+
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from helpers import PATHS
+
+from diffusers_sde.defaults import measured_defaults
+from diffusers_sde.grids import GRIDS, make_grid, nodes_from_times
+from diffusers_sde.paths import Path
+from diffusers_sde.prediction import model_coefficients, prediction_coefficients
+from diffusers_sde.tables import build_multistep
+
+EDM = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_levels_on_a_device_are_those_of_the_host(name):
+    """At integers and between them, both ends included: the same rule, in float32."""
+    path = PATHS[name]
+    times = np.concatenate([np.linspace(path.cleanest, path.noisiest, 401), [path.noisiest, path.cleanest]])
+    times = np.float32(times).astype(np.float64)
+    for device, host in zip(path.alpha_sigma_on_device(torch.from_numpy(times)), path.alpha_sigma(times), strict=True):
+        np.testing.assert_allclose(device.double().numpy(), host, rtol=4e-5, atol=1e-7)
+
+
+def test_input_and_start_are_scaled_as_diffusers_does():
+    """EDM: x / sqrt(sigma^2 + sigma_data^2) into the network, and a start that is noised data; else 1."""
+    path = PATHS["edm"]
+    assert path.start_scale == pytest.approx(math.hypot(80, 0.5), rel=1e-12)
+    expected = float(EDM.precondition_inputs(torch.ones(1, dtype=torch.float64), torch.tensor([3.0]).double()))
+    assert path.input_scale(3.0) == pytest.approx(expected, rel=1e-12)
+    assert float(path.input_scale(torch.tensor([3.0]).double())) == pytest.approx(expected, rel=1e-12)
+    assert PATHS["flow"].input_scale(0.3) == PATHS["vp_linear"].start_scale == 1
+
+
+def test_edm_output_is_preconditioned_as_diffusers_does():
+    """D = c_skip x + c_out F of Karras et al. 2022, table 1, at the state of a known x_0 and noise."""
+    x0, noise, sigma = 0.7, -1.3, 2.5
+    a, b = model_coefficients(PATHS["edm"], "epsilon", 1.0, sigma)
+    x, output = torch.tensor([x0 + sigma * noise]), torch.tensor([a * x0 + b * noise])
+    denoised = EDM.precondition_outputs(x, output, torch.tensor([sigma]))
+    assert float(denoised) == pytest.approx(x0, rel=1e-5)
+
+
+def test_habits_of_pipelines():
+    """What pipelines pass as sigmas whatever the user wants: the ramps of flow and EDM pipelines."""
+    np.testing.assert_allclose(PATHS["flow"].habitual_sigmas(4), [1, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(PATHS["edm"].habitual_sigmas(3), [0, 0.5, 1])
+    assert PATHS["vp_linear"].habitual_sigmas(4) is None
+    assert PATHS["edm"].is_sigma_ramp(np.array([0, 0.5, 1])) and not PATHS["flow"].is_sigma_ramp(np.array([0, 1]))
+
+
+class Trigonometric(Path):
+    """``alpha = cos t``, ``sigma = sin t`` (TrigFlow): a fourth family is one class."""
+
+    family = "trigonometric"
+    noisiest, cleanest = math.pi / 2 - 0.01, 0.002
+    grid_range = (noisiest, cleanest, 0.0)
+
+    def log_snr(self, t):
+        return -np.log(np.tan(np.asarray(t, float)))
+
+    def time(self, log_snr):
+        return np.arctan(np.exp(-np.asarray(log_snr, float)))
+
+    def alpha_sigma_of(self, log_snr):
+        return np.cos(self.time(log_snr)), np.sin(self.time(log_snr))
+
+    def d_log_snr(self, t):
+        return -2 / np.sin(2 * np.asarray(t, float))
+
+    def d_log_alpha(self, t):
+        return -np.tan(np.asarray(t, float))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_fourth_family_has_every_grid(grid):
+    """From its noisiest time down, strictly, without a line anywhere else."""
+    path = Trigonometric()
+    times = make_grid(path, grid, 7)
+    assert times[0] == path.noisiest and np.all(np.diff(times) < 0) and times[-1] >= path.cleanest
+    alpha, sigma = path.alpha_sigma(times)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-12)
+
+
+def test_a_fourth_family_is_sampled_by_the_measured_defaults():
+    """Data N(0, 1): x_0 = x_T cos-sin exactly, and the defaults' table reproduces it (data_std = 1 is exact there)."""
+    path = Trigonometric()
+    default = measured_defaults(path, 6)
+    nodes = nodes_from_times(path, make_grid(path, default.grid, 6, rho=default.rho))
+    table = build_multistep(path, nodes, data_std=default.data_std, clock=default.clock, final="exact")
+    assert model_coefficients(path, "v_prediction", 0.6, 0.8) == prediction_coefficients("v_prediction", 0.6, 0.8)
+    state = 1.0
+    for row in table.rows:  # F of N(0, 1) data is 0
+        state *= row.a
+    assert state == pytest.approx(1.0, rel=1e-12)
