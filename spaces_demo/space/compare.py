@@ -167,7 +167,7 @@ def program(request: Request, sampler: str, budget: int) -> str:
     else:
         options = "".join(f", {k}={v!r}" for k, v in changes(scheduler, config).items())
         construct = f"{name}.from_config(pipe.scheduler.config{options})"
-    load = f'DiffusionPipeline.from_pretrained("{model.source}", torch_dtype=torch.float16).to("cuda")'
+    load = f'DiffusionPipeline.from_pretrained("{model.source}", dtype=torch.float16).to("cuda")'
     if model.embedded:
         load = f'DDPMPipeline.from_pretrained(Path(diffusers_sde.assets.__file__).parent / "{model.source}")'
     if model.prompted or not model.embedded:

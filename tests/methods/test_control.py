@@ -360,7 +360,7 @@ def test_network_batches_do_not_matter(tmp_path):
 def test_half_precision(tmp_path):
     """Particles of a bfloat16 network, steered by gradient, are finite, their weights in float64."""
     DDPMPipeline(unet=tiny_unet(classes=5), scheduler=ReverseSDEScheduler()).save_pretrained(tmp_path)
-    pipe = load("steering", tmp_path, torch_dtype=torch.bfloat16)
+    pipe = load("steering", tmp_path, dtype=torch.bfloat16)
     out = pipe(
         lambda x: x.mean((1, 2, 3)), class_labels=[1, 2], num_particles=3, num_inference_steps=4, use_gradient=True
     )

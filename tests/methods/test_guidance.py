@@ -386,7 +386,7 @@ def test_half_precision(dtype, tmp_path):
     DDPMPipeline(unet=tiny_unet(classes=5), scheduler=ReverseSDEScheduler()).save_pretrained(tmp_path)
     classifier, results = NoisyClassifierModel(sample_size=8, num_classes=4, block_out_channels=(8, 16)), []
     for kind in (torch.float32, dtype):
-        pipe = load("guided_generation", tmp_path, torch_dtype=kind)
+        pipe = load("guided_generation", tmp_path, dtype=kind)
         images = pipe(
             [0, 3],
             num_inference_steps=4,

@@ -163,10 +163,10 @@ def test_save_and_load(tmp_path):
 
 
 def test_half_precision_load(tmp_path):
-    """Loading with a torch_dtype rounds nothing in the oracle and gives the pipeline that dtype."""
+    """Loading with a dtype rounds nothing in the oracle and gives the pipeline that dtype."""
     model = GaussianMixtureModel(**TWO)
     model.save_pretrained(tmp_path)
-    half = GaussianMixtureModel.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    half = GaussianMixtureModel.from_pretrained(tmp_path, dtype=torch.float16)
     x = randn(3, 1, 1, 2)
     assert half.dtype == torch.float16
     assert torch.equal(half(x, 321).sample, model(x, 321).sample)

@@ -14,9 +14,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from contract_helpers import gaussian
+from five_schedulers import FIVE, build, build_from
 from tiny_pipelines import PIPELINES, generator, stock
 
-from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde import DPMSolverScheduler, FlowMapScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 
 CLASSES = [ProbabilityFlowScheduler, ReverseSDEScheduler, DPMSolverScheduler]
 # Pipelines with a deterministic stock solver to compare with (None: the one they have).
@@ -299,3 +301,89 @@ def test_saved_pipeline_loads_in_a_fresh_process(tmp_path):
     for name, want in expected.items():
         assert found[name]["config"] == json.loads(json.dumps(want["config"]))
         assert np.isclose(found[name]["mean"], want["mean"], atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", FIVE, ids=lambda cls: cls.__name__)
+def test_views_of_a_panorama_have_histories_of_their_own(cls):
+    """One view at a time, each with a saved copy of `scheduler.__dict__`, or both views in one batch: one picture."""
+    pictures = []
+    for views in (1, 2):
+        pipe, kwargs, _ = PIPELINES["panorama"]()
+        pipe.scheduler = build_from(cls, pipe.scheduler.config, (3,))
+        latents = torch.randn(1, 4, 64, 72, generator=generator())
+        changes = {"latents": latents, "generator": None, "num_inference_steps": 3, "view_batch_size": views}
+        pictures.append(pipe(**kwargs | changes)[0])
+    torch.testing.assert_close(*pictures, atol=2e-4, rtol=2e-4)
+
+
+def test_both_networks_of_wan_2_2_are_used_on_their_side_of_the_boundary():
+    """The first network at timesteps from 875 on, the second below: all evaluations of the run, in that order."""
+    pipe, kwargs, _ = swapped("wan_2_2", ProbabilityFlowScheduler)
+    seen = []
+    for network in (pipe.transformer, pipe.transformer_2):
+        network.register_forward_pre_hook(lambda m, _, kw: seen.append((m, float(kw["timestep"][0]))), with_kwargs=True)
+    pipe(**kwargs | {"num_inference_steps": 8, "guidance_scale": 1.0, "guidance_scale_2": 1.0})
+    assert [time for _, time in seen] == pipe.scheduler.timesteps.tolist()
+    above = [time >= 875 for _, time in seen]
+    assert [network is pipe.transformer for network, _ in seen] == above
+    assert any(above) and not all(above)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in FIVE if cls not in (ReverseSDEScheduler, FlowMapScheduler)])
+def test_frames_are_dropped_as_chronoedit_drops_them(cls):
+    """After two steps it keeps the first and last frame of its latents, of `model_outputs` and of `last_sample`. What
+    is left goes on as if nothing had happened to the others."""
+    process = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "shift": 2.0}
+    results = []
+    for drop in (False, True):
+        scheduler = build(cls, process, (8,))
+        scheduler.set_timesteps(8)
+        model = gaussian(scheduler)
+        x = torch.randn(1, 4, 5, 2, 2, generator=generator(), dtype=torch.float64)
+        for i, t in enumerate(scheduler.timesteps):
+            if drop and i == 2:
+                x = x[:, :, [0, -1]]
+                for j in range(len(scheduler.model_outputs)):
+                    if scheduler.model_outputs[j] is not None and x.shape[-3] != scheduler.model_outputs[j].shape[-3]:
+                        scheduler.model_outputs[j] = scheduler.model_outputs[j][:, :, [0, -1]]
+                if scheduler.last_sample is not None:
+                    scheduler.last_sample = scheduler.last_sample[:, :, [0, -1]]
+            x = scheduler.step(model(x, t), t, x, return_dict=False)[0]
+        results.append(x)
+    whole, left = results
+    torch.testing.assert_close(left, whole[:, :, [0, -1]], atol=1e-9, rtol=1e-9)
+
+
+def test_karras_and_flow_sigmas_together():
+    """Cosmos-Predict2.5: the levels are s / (1 + s) of a Karras ramp of s, as stock lays them out."""
+    stock_scheduler = PIPELINES["cosmos2_5"]()[0].scheduler
+    ours = ProbabilityFlowScheduler.from_config(stock_scheduler.config)
+    for scheduler in (stock_scheduler, ours):
+        scheduler.set_timesteps(8)
+    ramp = np.linspace(200 ** (1 / 7), 0.01 ** (1 / 7), 8) ** 7
+    np.testing.assert_allclose(ours.levels.sigma[:-1], ramp / (1 + ramp), rtol=1e-6)
+    np.testing.assert_allclose(ours.levels.sigma, stock_scheduler.sigmas, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours.timesteps, 1000 * ramp / (1 + ramp), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["flow_prediction", "sample", "epsilon"])
+def test_flow_sigmas_with_every_prediction_type(kind):
+    """A flow config may say that its network predicts data or noise (SkyReels): the run then ends where the ODE of the
+    exact network of that type does, or the config is refused by its prediction type."""
+    config = stock("UniPCMultistepScheduler", prediction_type=kind, use_flow_sigmas=True, flow_shift=3.0).config
+    try:
+        scheduler = ProbabilityFlowScheduler.from_config(config)
+    except ValueError as error:
+        assert kind == "epsilon" and "prediction_type" in str(error)
+        return
+    scheduler.set_timesteps(100)
+    start = x = torch.randn(1, 4, 8, 8, generator=generator(), dtype=torch.float64)
+    std, mean = 0.5, 0.3
+    for t in scheduler.timesteps:
+        sigma = float(t) / 1000
+        alpha = 1 - sigma
+        data = mean + std**2 * alpha / (std**2 * alpha**2 + sigma**2) * (x - alpha * mean)
+        noise = (x - alpha * data) / sigma
+        output = {"flow_prediction": noise - data, "sample": data, "epsilon": noise}[kind]
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+    torch.testing.assert_close(x, mean + std * start, atol=5e-3, rtol=0)
