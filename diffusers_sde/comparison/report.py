@@ -127,6 +127,7 @@ def draw_grid(comparison: Comparison, path: Path, shown: int = 4) -> None:
 
 
 def row_label(name: str) -> str:
+    """A sampler's name, and below it where it comes from."""
     return f"{name}\n({SAMPLERS[name].label})"
 
 

@@ -435,9 +435,11 @@ def test_a_comparison_that_is_left_computes_nothing_more(mixture_folder):
     problem, solved = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=1, seed=0), []
     watched = dataclasses.replace(problem, solve=lambda *a: (solved.append(a), problem.solve(*a))[1])
     states = engine.compare(watched, ["ddim"], [2, 3])
-    next(states), next(states)
+    next(states)
+    assert solved == []
+    next(states)
     states.close()
-    assert len(solved) == 1
+    assert [steps for _, steps, _ in solved] == [1, 2]  # one evaluation that warms up, and the first cell
 
 
 def test_a_known_reference_is_not_solved_again(mixture_folder):
