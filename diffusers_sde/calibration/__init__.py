@@ -41,13 +41,11 @@ Stochastic samplers have no error of a sample; for these (``stochastic=True``) t
 are chosen so that the samples' distribution is closest to the teacher's, in energy distance
 (:mod:`~diffusers_sde.calibration.stochastic`).
 
-Knows the order of the work, what it costs, and what is reported.  Knows no solver and no pipeline.
+Knows the order of the work and what is reported.  Knows no solver and no pipeline's call.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path as Folder
@@ -55,22 +53,20 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from diffusers_sde.calibration.arguments import check_denoiser, check_whole, check_work_dir, checked_counts
 from diffusers_sde.calibration.choose import deterministic_entries, format_errors
-from diffusers_sde.calibration.plan import NODES, Plan
-from diffusers_sde.calibration.processes import is_main, wait
-from diffusers_sde.calibration.sources import (
-    DenoiserSource,
-    PipelineSource,
-    Source,
-    class_conditional_source,
-    is_class_conditional,
-)
+from diffusers_sde.calibration.job import NODES, Job, shared_batches
+from diffusers_sde.calibration.pipeline_source import PipelineSource
+from diffusers_sde.calibration.sources import DenoiserSource, Source, class_conditional_source, is_class_conditional
 from diffusers_sde.calibration.stochastic import stochastic_entries
-from diffusers_sde.calibration.teacher import Store
+from diffusers_sde.calibration.stock import fitting_samplers
+from diffusers_sde.calibration.store import open_store
+from diffusers_sde.calibration.workers import is_main
 from diffusers_sde.configs import SHARED
 from diffusers_sde.paths import path_from_config
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
-from diffusers_sde.schedulers.calibrated import data_scale, process_of
+from diffusers_sde.schedulers.calibrated import process_of
+from diffusers_sde.schedulers.calibration_format import FORMAT_VERSION, written_calibration
 
 
 def calibrate(
@@ -86,6 +82,7 @@ def calibrate(
     budget: int | None = None,
     num_held_out: int | None = None,
     batch_size: int | None = None,
+    compare_with_stock: bool = False,
     device: Any = None,
     work_dir: str | Folder | None = None,
     progress: bool = True,
@@ -111,53 +108,65 @@ def calibrate(
         num_held_out: samples for the held-out error; default: half of num_samples, at least one batch.
         batch_size: samples of one evaluation, always full batches; default 8 for a pipeline, for a callable
             num_samples up to 64.  Device memory depends on it and not on num_samples.
+        compare_with_stock: also run diffusers' own samplers on the held-out noise; those that cannot run on this
+            process are named in a warning.
         work_dir: keep the teacher's states and finished tables there instead of in memory; calling again with the same
             arguments resumes an interrupted run.
         progress: print what will be done, a progress bar and the measured errors.
 
-    The result's ``errors[n]`` holds training and held-out error (mean over samples of the root mean square distance to
-    the converged solution), that of the exact solver and that of the best stock scheduler on the same held-out noise.
-    Under ``accelerate launch`` the samples are shared out and every process returns the same scheduler.
+    Returns:
+        The scheduler, whose ``errors[n]`` holds training and held-out error (mean over samples of the root mean square
+        distance to the converged solution, in units of a sample), that of the exact solver on the same held-out noise
+        (``exact``), and with ``compare_with_stock`` that of the best stock scheduler (``stock``, ``stock_name``).
+        Under ``accelerate launch`` the samples are shared out and every process returns the same scheduler.
 
-    Raises ``ValueError`` for thresholding (no table is linear then; clip_sample is switched off with a warning), for a
-    model that draws noise of its own, for a work_dir of another run, and where no number of steps gained anything.
+    Raises:
+        ValueError: for arguments that make no sense and for thresholding (no table is linear then; clip_sample is
+            switched off with a warning), before the network is evaluated; for a model that draws noise of its own, for
+            a work_dir of another run, and where no number of steps gained anything.
     """
-    counts = sorted({num_inference_steps} if isinstance(num_inference_steps, int) else set(num_inference_steps))
-    if not counts or counts[0] < 1 or counts[-1] > NODES // 2:
-        raise ValueError(f"num_inference_steps must be numbers from 1 to {NODES // 2}, not {counts}.")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
+    counts = checked_counts(num_inference_steps)
+    check_whole(0, seed=seed, budget=budget)
+    check_whole(1, num_samples=num_samples, num_held_out=num_held_out, batch_size=batch_size)
+    check_work_dir(work_dir)
     source: Source
     if isinstance(model, DiffusionPipeline):
-        if scheduler is not None or sample_shape is not None:
-            raise ValueError("A pipeline has its own scheduler and shapes: leave out scheduler and sample_shape.")
+        if scheduler is not None or sample_shape is not None or device is not None:
+            raise ValueError(
+                "A pipeline has its own scheduler, shapes and device: leave out scheduler, sample_shape and device."
+            )
         config = _usable(model.scheduler.config)
         make = class_conditional_source if is_class_conditional(model) else PipelineSource
         source = make(model, pipeline_kwargs, batch_size or min(num_samples, 8), seed)
     else:
-        if not callable(model) or scheduler is None or sample_shape is None:
-            raise ValueError("Pass a pipeline, or a callable denoiser with scheduler= and sample_shape=(C, H, W).")
+        check_denoiser(model, scheduler, sample_shape)
         if pipeline_kwargs:
             raise ValueError(f"A bare denoiser takes no {next(iter(pipeline_kwargs))}: bind it to the denoiser.")
         config = _usable(scheduler.config)
         size, kind = batch_size or min(num_samples, 64), config.variance_type
-        source = DenoiserSource(model, tuple(sample_shape), size, seed, device=device or "cpu", variance_type=kind)
-    held_out = num_held_out or num_samples // 2
-    identity = [process_of(config), seed, source.batch_size, NODES, stochastic, str(sample_shape), str(pipeline_kwargs)]
-    store = _opened(work_dir, identity)
-    plan = Plan(
+        source = DenoiserSource(model, tuple(sample_shape or ()), size, seed, device or "cpu", kind)
+    path = path_from_config(config)
+    whole = round(abs(path.noisiest - path.cleanest)) + 1
+    if config.round_timesteps and counts[-1] > whole:
+        raise ValueError(f"This network only knows {whole} whole timesteps: calibrate at most so many steps.")
+    batches = shared_batches(source.batch_size, num_samples, num_held_out or max(num_samples // 2, 1))
+    if stochastic and min(batches.num_samples, batches.num_held_out) < 2:
+        raise ValueError("stochastic=True compares distributions: pass at least 2 num_samples and 2 num_held_out.")
+    stock = _stock_samplers(config, stochastic) if compare_with_stock else []
+    run = [process_of(config), seed, source.batch_size, NODES, stochastic, str(sample_shape), str(pipeline_kwargs)]
+    job = Job(
         config,
         source,
-        store,
+        open_store(work_dir, [FORMAT_VERSION, *run]),
         counts,
+        batches,
         refine=refine and not stochastic,
         budget=budget,
-        num_samples=num_samples,
-        num_held_out=held_out,
+        stock=stock,
     )
-    with plan.announce(progress):
-        entries = stochastic_entries(plan) if stochastic else deterministic_entries(plan)
-    out = _assemble(config, entries, stochastic)
+    with job.announce(progress):
+        entries = stochastic_entries(job) if stochastic else deterministic_entries(job)
+    out = _assembled(config, entries, stochastic)
     if progress and is_main():
         print(format_errors(out.errors))
     return out
@@ -177,23 +186,16 @@ def _usable(config: Mapping[str, Any]) -> Any:
     return ours
 
 
-def _opened(work_dir: str | Folder | None, identity: Sequence[Any]) -> Store:
-    """The store in ``work_dir``, which must be new or of a run with the same identity."""
-    if work_dir is None:
-        return Store()
-    folder = Folder(work_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    mine = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    mark = folder / "run.txt"
-    if not mark.exists() and is_main():
-        mark.write_text(mine)
-    wait()
-    if mark.read_text() != mine:
-        raise ValueError(f"{folder} holds a calibration of another process, seed or input: pass another work_dir.")
-    return Store(folder)
+def _stock_samplers(config: Mapping[str, Any], stochastic: bool) -> list[str]:
+    """The stock samplers to compare with; a warning names the others and why."""
+    fitting, reasons = fitting_samplers(config, stochastic)
+    if reasons:
+        named = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        warnings.warn(f"Left out of the comparison with stock samplers: {named}.", stacklevel=3)
+    return fitting
 
 
-def _assemble(
+def _assembled(
     config: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]], stochastic: bool
 ) -> CalibratedScheduler:
     """The scheduler of these tables; raises where none of them is better than the exact solver."""
@@ -202,11 +204,6 @@ def _assemble(
             "No calibrated table is better than the exact solver on held-out noise: use more samples, or keep "
             "ProbabilityFlowScheduler."
         )
-    calibration = {
-        "process": process_of(config),
-        "data_std": data_scale(path_from_config(config)),
-        "stochastic": stochastic,
-        "tables": {str(n): entry for n, entry in entries.items()},
-    }
+    calibration = written_calibration(process_of(config), path_from_config(config).data_scale, stochastic, entries)
     shared = {k: v for k, v in config.items() if k in SHARED}
     return CalibratedScheduler(**shared, calibration=calibration)
