@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
     from diffusers_sde.analytic import GaussianMixtureModel
-    from diffusers_sde.calibration import calibrate
+    from diffusers_sde.calibration.calibrate import calibrate
     from diffusers_sde.hub import write_component_modules
     from diffusers_sde.models.classifier import NoisyClassifierModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
@@ -50,7 +50,7 @@ __all__ = [
 # ModelMixin and SchedulerMixin are here because diffusers looks for a component's base class in its library.
 _MODULES = {
     "GaussianMixtureModel": "diffusers_sde.analytic",
-    "calibrate": "diffusers_sde.calibration",
+    "calibrate": "diffusers_sde.calibration.calibrate",
     "write_component_modules": "diffusers_sde.hub",
     "NoisyClassifierModel": "diffusers_sde.models.classifier",
     "FlowMapUNet2DModel": "diffusers_sde.models.flow_map_unet",

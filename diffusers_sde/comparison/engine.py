@@ -179,7 +179,7 @@ def reference_steps_for(budgets: Sequence[int]) -> int:
 # -- which samplers, and where --
 
 
-def fitting_samplers(problem: Problem) -> list[str]:
+def available_samplers(problem: Problem) -> list[str]:
     """The names of all samplers that can be had for this model."""
     return [name for name in SAMPLERS if _fits(name, problem)]
 
