@@ -17,20 +17,16 @@ FORMAT_VERSION = 1  # counts up with every change of the keys below or of their 
 
 
 def check_format(calibration: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless a calibration is written in the one format that is read here: a newer one may mean
-    anything, and an older one, or one without a ``format_version``, has to be made again."""
-    version = calibration.get("format_version")
-    if version == FORMAT_VERSION:
-        return
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    """Raise ``ValueError`` unless a calibration is written in a format that is read here.
+
+    One without a ``format_version`` is of the first format, from before it was counted.
+    """
+    version = calibration.get("format_version", 1)
+    if version != FORMAT_VERSION:
         raise ValueError(
             f"This calibration is written in format {version} and this version of diffusers_sde reads format "
-            f"{FORMAT_VERSION}: update diffusers_sde."
+            f"{FORMAT_VERSION}: update diffusers_sde, or make the calibration again with diffusers_sde.calibrate."
         )
-    raise ValueError(
-        f"This calibration is written in {'no known format' if version is None else f'format {version}'} and this "
-        f"version of diffusers_sde reads format {FORMAT_VERSION}: make it again with diffusers_sde.calibrate."
-    )
 
 
 def written_calibration(

@@ -104,24 +104,25 @@ def test_pipelines_that_pass_their_habitual_sigmas_get_the_learned_grid():
 # -- the format --
 
 
-def test_a_calibration_in_a_newer_format_is_refused(learned, tmp_path):
+def test_a_calibration_in_another_format_is_refused(learned, tmp_path):
     """Whatever else a newer file holds: what to do is said in one sentence, by every way of loading it."""
-    newer = {"format_version": FORMAT_VERSION + 1, "grids": [[1.0, 0.5]]}
-    with pytest.raises(ValueError, match=r"format 2 .* reads format 1: update diffusers_sde\.$"):
-        CalibratedScheduler(**VP, calibration=newer)
-    learned.save_pretrained(tmp_path)
-    file = tmp_path / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"calibration": newer}))
-    with pytest.raises(ValueError, match=r"update diffusers_sde\.$"):
-        CalibratedScheduler.from_pretrained(tmp_path)
+    for version in (FORMAT_VERSION + 1, 0):
+        other = {"format_version": version, "grids": [[1.0, 0.5]]}
+        words = f"format {version} .* reads format 1: update diffusers_sde, or make the calibration again"
+        with pytest.raises(ValueError, match=words):
+            CalibratedScheduler(**VP, calibration=other)
+        learned.save_pretrained(tmp_path)
+        file = tmp_path / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"calibration": other}))
+        with pytest.raises(ValueError, match=words):
+            CalibratedScheduler.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("version, words", [(None, "no known format"), (0, "format 0")])
-def test_a_calibration_in_an_older_format_or_in_none_has_to_be_made_again(learned, version, words):
-    old = {k: v for k, v in learned.config.calibration.items() if k != "format_version"}
-    old |= {} if version is None else {"format_version": version}
-    with pytest.raises(ValueError, match=rf"{words} .* make it again with diffusers_sde\.calibrate\.$"):
-        CalibratedScheduler(**VP, calibration=old)
+def test_a_calibration_without_a_version_is_of_the_first_format(learned):
+    first = {k: v for k, v in learned.config.calibration.items() if k != "format_version"}
+    noise, denoiser = randn(2, *SHAPE), denoiser_of(VP)
+    without = final(CalibratedScheduler(**VP, calibration=first), 6, noise, denoiser)
+    assert torch.equal(without, final(learned, 6, noise, denoiser))
 
 
 def test_the_shipped_calibration_is_in_the_present_format():
