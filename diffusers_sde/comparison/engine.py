@@ -205,12 +205,13 @@ def check_samplers(names: Sequence[str], budgets: Sequence[int], problem: Proble
         UsageError: names the first of them and the remedy.
     """
     for name in names:
-        scheduler, n = make_scheduler(name, problem.config), budgets[0]
-        if not any(offered(name, n, problem) for n in budgets):
+        scheduler, numbers = make_scheduler(name, problem.config), [n for n in budgets if offered(name, n, problem)]
+        if not numbers:
             known = ", ".join(map(str, _learned_steps(name, problem)))
             raise UsageError(f"Sampler {name} was learned for {known} evaluations: choose one of these numbers.")
+        n = numbers[0]
         try:
-            for n in budgets if problem.own_loop else ():
+            for n in numbers if problem.own_loop else ():
                 lay_out(scheduler, SAMPLERS[name].steps(n))
                 if not sample(lambda x, t: torch.zeros_like(x), scheduler, torch.ones(1, 1, 1, 1)).isfinite().all():
                     raise ValueError("its coefficients are not finite")
