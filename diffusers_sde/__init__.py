@@ -16,11 +16,11 @@ from diffusers_sde.registration import register
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
-    from diffusers_sde.analytic import GaussianMixtureModel
-    from diffusers_sde.calibration.calibrate import calibrate
+    from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.hub import write_component_modules
     from diffusers_sde.models.classifier import NoisyClassifierModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
+    from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
     from diffusers_sde.schedulers import (
         CalibratedScheduler,
         DPMSolverScheduler,
@@ -49,8 +49,8 @@ __all__ = [
 
 # ModelMixin and SchedulerMixin are here because diffusers looks for a component's base class in its library.
 _MODULES = {
-    "GaussianMixtureModel": "diffusers_sde.analytic",
-    "calibrate": "diffusers_sde.calibration.calibrate",
+    "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
+    "calibrate": "diffusers_sde.calibration.run",
     "write_component_modules": "diffusers_sde.hub",
     "NoisyClassifierModel": "diffusers_sde.models.classifier",
     "FlowMapUNet2DModel": "diffusers_sde.models.flow_map_unet",

@@ -170,6 +170,16 @@ def ays(path: Path, n: int) -> Array:
     return _times_of_noise(path, np.exp(low + (high - low) * unit))
 
 
+def distilled(path: Path, n: int, original: int) -> Array:
+    """``n`` of the ``original`` equal steps ``t_j = j floor(T/original) - 1`` that a distilled network was trained on,
+    the noisiest first (Luo et al. 2023, arXiv:2310.04378, section 4.3; diffusers' LCMScheduler)."""
+    if path.num_train_timesteps is None or not n <= original <= path.num_train_timesteps:
+        raise ValueError(f"original_inference_steps={original} must lie between {n} and the number of training times.")
+    stride = path.num_train_timesteps // original
+    chosen = np.floor(np.linspace(0, original, n, endpoint=False))
+    return (original - chosen) * stride - 1
+
+
 def _times_of_noise(path: Path, levels: Array) -> Array:
     """The times at noise levels that begin with the highest; the ends are exact up to rounding: made exact here."""
     low, high = sorted((path.cleanest, path.noisiest))

@@ -19,7 +19,7 @@ import numpy as np
 
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import convert
+from diffusers_sde.prediction import DATA, convert
 from diffusers_sde.weights import (
     CLOCKS,
     Point,
@@ -285,7 +285,7 @@ def _explicit(
     if tau and method.stiffness(start, end, tau) > MAX_STIFFNESS:  # integrate D instead, which is bounded
         data = replace(method, data_std=0.0)
         a, c = linear_coefficients(start, end, 0.0, tau)
-        k_x, k_f = convert((0.0, -1.0), (1.0, 0.0), start.alpha, start.sigma)
+        k_x, k_f = convert((0.0, -1.0), DATA, start.alpha, start.sigma)
         weight = data.weights(start, end, basis[:1], tau)
         return a + float(weight[0]) * k_x, c, weight * k_f
     for count in range(len(basis), 1, -1):
@@ -314,7 +314,7 @@ def _implicit(method: Method, nodes: list[Point], start: Point, tau: float) -> n
 def _denoise(method: Method, start: Point, end: Point) -> tuple[float, float, np.ndarray]:
     """The row that returns ``end.alpha D``, without noise."""
     own = evaluation_coefficients(method.data_std, start.alpha, start.sigma)
-    k_x, k_f = convert(own, (1.0, 0.0), start.alpha, start.sigma)
+    k_x, k_f = convert(own, DATA, start.alpha, start.sigma)
     return end.alpha * k_x, 0.0, np.array([end.alpha * k_f])
 
 

@@ -68,7 +68,7 @@ from diffusers_sde.methods.pipeline_io import (
     null_label,
     pictures,
 )
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import from_model
 from diffusers_sde.schedulers.base import HALF, TableScheduler
 
 
@@ -141,8 +141,7 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             nonlocal average
             t = scheduler.timesteps[row]
             alpha, sigma = (float(v) for v in path.alpha_sigma_of(log_snrs[row]))
-            said = model_coefficients(path, kind, alpha, sigma)
-            k_x, k_m = convert(said, (1.0, 0.0), alpha, sigma)  # D = k_x x + k_m m
+            k_x, k_m = from_model(path, kind, alpha, sigma)  # D = k_x x + k_m m
             level = sigma / alpha if alpha else float("inf")
             scale = 1.0 if labels is None else interval_scale(guidance_scale, level, guidance_interval)
             if cfg_plus_plus:

@@ -64,11 +64,11 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import FlowMapScheduler, ReverseSDEScheduler
-from diffusers_sde.methods.fields import DATA, network_field
+from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.images import decode, from_state
 from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, sample_shape
 from diffusers_sde.methods.posterior import Measurement, check_method, check_observation, conditional_mean
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import to_model
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.weights import Point
 
@@ -158,8 +158,7 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
                 iterations=solver_iterations,
                 max_noise=max_noise,
             )
-            said = model_coefficients(field.path, field.prediction_type, point.alpha, point.sigma)
-            k_x, k_d = convert(DATA, said, point.alpha, point.sigma)
+            k_x, k_d = to_model(field.path, field.prediction_type, point.alpha, point.sigma)
             x = scheduler.step(k_x * x + k_d * mean, t, x, generator=generator, return_dict=False)[0]
             if method == "dps":
                 x = x - dps_scale * gradient

@@ -29,7 +29,7 @@ from diffusers_sde.benchmarks.common import (
     sliced_wasserstein,
 )
 from diffusers_sde.benchmarks.competition import stock_odes
-from diffusers_sde.calibration.calibrate import calibrate
+from diffusers_sde.calibration.run import calibrate
 from diffusers_sde.calibration.stock import fitting_samplers
 from diffusers_sde.named_samplers import CALIBRATED, make_scheduler
 from diffusers_sde.sampler_names import SAMPLERS

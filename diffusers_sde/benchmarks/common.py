@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusers_sde.analytic import GaussianMixtureModel
+from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 from diffusers_sde.sampling import Denoiser, rmse, sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
 

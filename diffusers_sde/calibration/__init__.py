@@ -40,4 +40,7 @@ What it does not do: make the network better.  The target is the model's own con
 Stochastic samplers have no error of a sample; for these (``stochastic=True``) the grid and the noise level of each step
 are chosen so that the samples' distribution is closest to the teacher's, in energy distance
 (:mod:`~diffusers_sde.calibration.stochastic`).
+
+The function is :func:`diffusers_sde.calibration.run.calibrate`; nothing is imported here, so that the command's help
+and refusals do not wait for torch.
 """

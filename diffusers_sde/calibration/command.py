@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     # here and not above: help and wrong arguments answer without them
     from diffusers_sde.assets import DEFAULT_MODEL
     from diffusers_sde.calibration.arguments import check_whole, check_work_dir, checked_counts
-    from diffusers_sde.calibration.calibrate import calibrate
+    from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.calibration.workers import is_main, leave_together
     from diffusers_sde.comparison.problems import default_device, load_pipeline
 

@@ -43,10 +43,11 @@ class _QuestionScheduler(ProbabilityFlowScheduler):
         sigmas: Any = None,
         mu: Any = None,
         timesteps: Any = None,
+        original_inference_steps: Any = None,
     ) -> None:
         given = next((v for v in (sigmas, timesteps) if v is not None), ())
         times = np.full((num_inference_steps or len(given)) + 1, self.path.noisiest)
-        self._lay_out(Nodes(times, *self.path.alpha_sigma(times)), device)
+        self._put(self._new_run(Nodes(times, *self.path.alpha_sigma(times)), device))
         self._position, self._call.mu = 0, mu
 
     def set_begin_index(self, begin_index: int = 0) -> None:

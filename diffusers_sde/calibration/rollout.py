@@ -16,7 +16,7 @@ import torch
 from diffusers_sde.calibration.sources import Batch
 from diffusers_sde.grids import distinct_integers, make_grid
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import from_model
 from diffusers_sde.tables import Row, Table
 from diffusers_sde.weights import evaluation_coefficients
 
@@ -47,15 +47,14 @@ class Evaluator:
 
     def evaluate(self, batch: Batch, row: Row, x: torch.Tensor) -> torch.Tensor:
         """``F`` of a row at the state ``x``: the network sees ``row.time``, the algebra uses the row's level."""
-        said = model_coefficients(self.path, self.prediction_type, row.alpha, row.sigma)
         own = evaluation_coefficients(self.data_std, row.alpha, row.sigma)
-        k_x, k_m = convert(said, own, row.alpha, row.sigma)
+        k_x, k_m = from_model(self.path, self.prediction_type, row.alpha, row.sigma, own)
         # as a scheduler hands it out
         time = torch.tensor(row.time, dtype=torch.int64 if self.integer_times else torch.float32)
         scale = self.path.input_scale(row.sigma)
-        said_here = batch.evaluate(x if scale == 1.0 else x * scale, time)
+        output = batch.evaluate(x if scale == 1.0 else x * scale, time)
         self.tick()
-        return torch.mul(said_here.to(x.dtype), k_m).add_(x, alpha=k_x)
+        return torch.mul(output.to(x.dtype), k_m).add_(x, alpha=k_x)
 
     def times(self, grid: str, n: int, *, rho: float, mu: float | None) -> np.ndarray:
         """The ``n`` times of a grid (:func:`diffusers_sde.grids.make_grid`), distinct whole numbers for a network that

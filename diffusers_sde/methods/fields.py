@@ -15,12 +15,10 @@ import torch
 
 from diffusers_sde.configs import canonical_config
 from diffusers_sde.paths import Path, path_from_config
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import DATA, from_model
 from diffusers_sde.sampling import Denoiser, network_denoiser
 from diffusers_sde.schedulers.data_prediction import split_variance
 from diffusers_sde.weights import Point
-
-DATA = (1.0, 0.0)  # the parameterisation A x_0 + B eps that is x_0 itself
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class Field:
 
         Raises ``ValueError`` where the network's prediction says nothing about the target (epsilon at alpha = 0).
         """
-        said = model_coefficients(self.path, self.prediction_type, point.alpha, point.sigma)
-        return convert(said, target, point.alpha, point.sigma)
+        return from_model(self.path, self.prediction_type, point.alpha, point.sigma, target)
 
     def output(self, x: torch.Tensor, point: Point) -> torch.Tensor:
         """The network's output m at the state x (N, C, H, W), in x's dtype."""

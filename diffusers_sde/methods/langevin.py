@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import NOISE, from_model
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -167,7 +167,7 @@ def sample(
         x = scheduler.step(predict(x, row), t, x, generator=generator, return_dict=False)[0]
         if row + 1 < rows:
             alpha, sigma = levels[row + 1]
-            e_x, e_m = convert(model_coefficients(path, kind, alpha, sigma), (0.0, 1.0), alpha, sigma)
+            e_x, e_m = from_model(path, kind, alpha, sigma, NOISE)
             for _ in range(corrector_steps):
                 eps = e_x * x + e_m * predict(x, row + 1)
                 x = corrector_step(x, eps, sigma, corrector_snr, normals()).to(dtype)

@@ -13,7 +13,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_sde.analytic import GaussianMixtureModel
+from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffusers_sde.configs import canonical_config, scheduler_init
 from diffusers_sde.defaults import standard_table
@@ -82,10 +81,10 @@ class CalibratedScheduler(TableScheduler):
                 "from_pretrained, or pass another's config.calibration."
             )
         self._setup()
-        self._check()
 
     def _check(self) -> None:
         """Raise ``ValueError`` unless the calibration holds for the current config."""
+        super()._check()
         config, tables = self.config, self.config.calibration["tables"]
         self.check_process(config)
         if config.thresholding or config.clip_sample:
@@ -128,40 +127,26 @@ class CalibratedScheduler(TableScheduler):
 
     # -- layout --
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Sequence[float] | torch.Tensor | None = None,
-        mu: float | None = None,
-        timesteps: Sequence[float] | torch.Tensor | None = None,
-    ) -> None:
-        """Lay out the learned grid for ``num_inference_steps`` evaluations, else one interpolated from it.
+    def _asks_for_a_grid(self, path: Path, sigmas: Any) -> bool:
+        values = np.asarray(sigmas.cpu() if hasattr(sigmas, "cpu") else sigmas, np.float64)
+        habit = path.habitual_sigmas(len(values))
+        return habit is None or not np.allclose(values, habit, atol=1e-6)
 
-        ``sigmas`` that are the plain ramp which pipelines pass by habit count as a number of steps; any other list, and
-        ``timesteps``, is a grid for the exact solver.  Raises ``ValueError`` where the config's process has changed.
-        """
-        self.check_process(self.config)
-        if sigmas is not None and timesteps is None and _is_habit(self.path, sigmas):
-            num_inference_steps, sigmas = num_inference_steps or len(sigmas), None
-        if sigmas is not None or timesteps is not None or num_inference_steps is None:
-            super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-            warnings.warn("This grid was not calibrated: the exact solver runs on it.", stacklevel=2)
-            return
-        n = int(num_inference_steps)
-        if n < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, not {n}.")
+    def _user_nodes(self, path: Path, timesteps: Any, sigmas: Any, mu: float | None) -> Nodes:
+        warnings.warn("This grid was not calibrated: the exact solver runs on it.", stacklevel=3)
+        return super()._user_nodes(path, timesteps, sigmas, mu)
+
+    def _own_nodes(self, path: Path, n: int, mu: float | None) -> tuple[Nodes, tuple[int, float | None] | None]:
         entry = self._entry(n)
         if entry is not None:
-            self._lay_out(entry_nodes(entry), device)
-            return
+            return entry_nodes(entry), (n, mu)
         known = sorted(int(k) for k in self.config.calibration["tables"])
         warnings.warn(
             f"{n} steps were not calibrated (only {', '.join(map(str, known))}): the exact solver runs on the "
             "interpolated grid.",
-            stacklevel=2,
+            stacklevel=3,
         )
-        self._lay_out(self._interpolated(n, min(known, key=lambda k: (abs(math.log(k / n)), k))), device)
+        return self._interpolated(n, min(known, key=lambda k: (abs(math.log(k / n)), k))), (n, mu)
 
     def _interpolated(self, n: int, known: int) -> Nodes:
         """The levels of the grid for ``known`` steps at ``n`` equal parts of its index, in the network's time."""
@@ -193,11 +178,3 @@ class CalibratedScheduler(TableScheduler):
 
 def _same(nodes: Nodes, learned: Nodes) -> bool:
     return bool(np.array_equal(nodes.alpha, learned.alpha) and np.array_equal(nodes.sigma, learned.sigma))
-
-
-def _is_habit(path: Path, sigmas: Any) -> bool:
-    """Whether these sigmas are what pipelines pass whatever the user wants: the uniform ramp of flow matching pipelines
-    (1 to 1/n) or of EDM pipelines (0 to 1)."""
-    values = np.asarray(sigmas.cpu() if hasattr(sigmas, "cpu") else sigmas, np.float64)
-    habit = path.habitual_sigmas(len(values))
-    return habit is not None and bool(np.allclose(values, habit, atol=1e-6))

@@ -53,9 +53,9 @@ class FlowMapScheduler(TableScheduler):
     def target_timestep(self, timestep: Any) -> torch.Tensor:
         """The time that the step at ``timestep`` jumps to, a 0-dimensional float32 tensor on the device of
         ``timesteps``: what a mean flow network is told."""
-        run = self._run
-        target = gamma_targets(self.path, self._nodes(run), self.gamma).time[self._index(run, timestep)]
-        return torch.full((), float(target), dtype=torch.float32, device=run.timesteps.device)
+        run, row = self._located(timestep, None)
+        target = gamma_targets(self.path, self._nodes(run.layout), self.gamma).time[row]
+        return torch.full((), float(target), dtype=torch.float32, device=self.timesteps.device)
 
     @property
     def stochastic(self) -> bool:
@@ -64,10 +64,11 @@ class FlowMapScheduler(TableScheduler):
     def _taus(self, nodes: Nodes) -> list[float]:
         return [float(self.stochastic)] * (len(nodes) - 1)
 
-    def _default_grid(self, path: Path, n: int, mu: float | None) -> np.ndarray:
+    def _default_grid(self, path: Path, n: int, mu: float | None, start: float = 1.0) -> np.ndarray:
+        whole = round(n / start)
         if isinstance(path, VarianceExploding):  # the last node of its grids is where the last jump ends
-            return karras(path, n + 1)[:n]
-        return make_grid(path, "trailing", n, mu=mu)
+            return karras(path, whole + 1)[whole - n : whole]
+        return make_grid(path, "trailing", whole, mu=mu)[whole - n :]
 
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
         return build_flow_map(path, nodes, self.gamma)

@@ -10,18 +10,20 @@ host and, in :func:`regression_loss`, tensors; knows nothing of networks, data s
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import torch
 from scipy.special import expit, ndtri
 
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import DATA, convert, model_coefficients
+from diffusers_sde.training.settings import ErrorMeasure, LossWeighting, TimeSampling
 
 Array = np.ndarray
-TIME_SAMPLINGS = ("uniform", "logit_normal", "lognormal", "mode", "stratified")
-LOSS_WEIGHTINGS = ("none", "min_snr", "soft_min_snr", "edm", "sigma_sqrt", "cosmap", "likelihood")
-LOSSES = ("l2", "huber")
+TIME_SAMPLINGS: tuple[str, ...] = get_args(TimeSampling)
+LOSS_WEIGHTINGS: tuple[str, ...] = get_args(LossWeighting)
+LOSSES: tuple[str, ...] = get_args(ErrorMeasure)
 
 
 def check_objective(path: Path, prediction_type: str, loss_weighting: str, loss: str) -> None:
@@ -136,7 +138,7 @@ def loss_weights(
     else:
         raise ValueError(f"loss_weighting {weighting!r} is unknown: use one of {', '.join(LOSS_WEIGHTINGS)}.")
     targets = zip(*prediction_targets(path, prediction_type, alpha, sigma), strict=True)
-    k = [convert(pair, (1.0, 0.0), float(a), float(s))[1] for pair, a, s in zip(targets, alpha, sigma, strict=True)]
+    k = [convert(pair, DATA, float(a), float(s))[1] for pair, a, s in zip(targets, alpha, sigma, strict=True)]
     return on_x0 * np.square(k)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from diffusers_sde.analytic import GaussianMixtureModel
+from diffusers_sde import GaussianMixtureModel
 from diffusers_sde.calibration.dynamic_program import best_grids, step_costs
 from diffusers_sde.calibration.fit import fit_tables, ridge_correction, subgrid, table_error
 from diffusers_sde.calibration.rollout import Evaluator

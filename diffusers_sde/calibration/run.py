@@ -1,4 +1,4 @@
-"""Calibration of one model, from arguments to a scheduler; the theory is in :mod:`diffusers_sde.calibration`.
+"""One calibration from its arguments to its scheduler; the page of theory is :mod:`diffusers_sde.calibration`.
 
 Knows the order of the work and what is reported.  Knows no solver and no pipeline's call.
 """
