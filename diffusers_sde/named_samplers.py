@@ -13,23 +13,15 @@ from typing import Any
 import diffusers
 
 import diffusers_sde
-from diffusers_sde.configs import SHARED, canonical_config
+from diffusers_sde.configs import FLOW, SHARED, path_from_config, process_keys
 from diffusers_sde.errors import UsageError
-from diffusers_sde.paths import path_from_config
 from diffusers_sde.sampler_names import SAMPLERS, Sampler
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
+from diffusers_sde.stock_configs import canonical_config
 
 # No sampler may clip: each would then solve an equation of its own.
 UNLIMITED = {"clip_sample": False, "thresholding": False}
 CALIBRATED = "calibrated"  # the folder beside a model that holds its CalibratedScheduler, and its key in a config
-
-PROCESS_KEYS = {
-    "variance preserving": "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr "
-    "snr_shift_scale prediction_type",
-    "flow matching": "num_train_timesteps shift use_dynamic_shifting base_shift max_shift base_image_seq_len "
-    "max_image_seq_len time_shift_type shift_terminal invert_sigmas",
-    "EDM": "num_train_timesteps prediction_type sigma_data sigma_min sigma_max sigma_schedule",
-}
 
 
 def family_of(config: Mapping[str, Any]) -> str:
@@ -73,10 +65,10 @@ def reference_scheduler(config: Mapping[str, Any]) -> ProbabilityFlowScheduler:
     return _for_process(ProbabilityFlowScheduler, config, solver_order=2, corrector=True, **grid)
 
 
-def _process_keys(config: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """The keys of ``config`` that say what its process is, and ``more``; what its solver was set to stays behind."""
+def _process(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``config`` that say what its process is; what its solver was set to stays behind."""
     source = canonical_config(config)
-    return {k: source[k] for k in (*PROCESS_KEYS[family_of(config)].split(), *more) if k in source}
+    return {k: source[k] for k in process_keys(family_of(config)) if k in source}
 
 
 def _learned(config: Mapping[str, Any]) -> CalibratedScheduler:
@@ -96,22 +88,24 @@ def _of_this_package(sampler: Sampler, config: Mapping[str, Any]) -> Any:
 
 
 def _for_process(cls: Any, config: Mapping[str, Any], **options: Any) -> Any:
-    known = inspect.signature(cls).parameters
-    keys = _process_keys(config, "prediction_type", "use_flow_sigmas", "noise_conditioning", "variance_type")
-    return cls(**{**{k: v for k, v in keys.items() if k in known}, **UNLIMITED, **options})
+    variance = canonical_config(config).get("variance_type") or SHARED["variance_type"].default
+    return cls(**{**_process(config), "variance_type": variance, **UNLIMITED, **options})
 
 
 def _of_diffusers(sampler: Sampler, config: Mapping[str, Any]) -> Any:
     """Raises :class:`UsageError` where diffusers has no class for the family or that cannot express the process."""
-    family, keys = family_of(config), _process_keys(config)
+    family, process = family_of(config), _process(config)
     if family not in sampler.classes:
         raise UsageError(f"diffusers has no {family} form of it")
     cls = getattr(diffusers, sampler.classes[family])
     known = inspect.signature(cls.__init__).parameters
-    if "use_flow_sigmas" in known and family == "flow matching":
-        keys |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": keys.pop("shift")}
-    lost = [k for k, v in keys.items() if k not in known and v != getattr(SHARED.get(k), "default", v)]
+    if family == FLOW:
+        if "use_flow_sigmas" in known:
+            process["flow_shift"] = process.pop("shift")
+        elif process["prediction_type"] == "flow_prediction":  # such a class knows no other
+            del process["use_flow_sigmas"], process["prediction_type"]
+    lost = [k for k, v in process.items() if k in SHARED and k not in known and v != SHARED[k].default]
     if lost:
         raise UsageError(f"{cls.__name__} ignores {' and '.join(lost)}")
-    wanted = {**keys, "timestep_spacing": "trailing", **UNLIMITED, **sampler.options}
+    wanted = {**process, "timestep_spacing": "trailing", **UNLIMITED, **sampler.options}
     return cls(**{k: v for k, v in wanted.items() if k in known})

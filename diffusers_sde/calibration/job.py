@@ -19,9 +19,9 @@ from diffusers_sde.calibration.sources import HELD_OUT, Source
 from diffusers_sde.calibration.store import Store
 from diffusers_sde.calibration.teacher import Teacher
 from diffusers_sde.calibration.workers import is_main, share
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, nodes_from_times
-from diffusers_sde.paths import path_from_config
 
 NODES = 2 * MOST_STEPS  # of the teacher
 POWERS = (1.25, 1.5, 2.0)  # exponents of the power grids that compete with the dynamic program's

@@ -19,8 +19,8 @@ import torch
 from diffusers_sde.calibration.arguments import check_names
 from diffusers_sde.calibration.sources import Batch, sample_generators
 from diffusers_sde.grids import Nodes
+from diffusers_sde.prediction import split_variance
 from diffusers_sde.schedulers import ProbabilityFlowScheduler, SchedulerOutput
-from diffusers_sde.schedulers.data_prediction import split_variance
 
 CHUNK = 1000  # evaluations of one call of a pipeline
 
@@ -44,6 +44,7 @@ class _QuestionScheduler(ProbabilityFlowScheduler):
         mu: Any = None,
         timesteps: Any = None,
         original_inference_steps: Any = None,
+        strength: Any = None,
     ) -> None:
         given = next((v for v in (sigmas, timesteps) if v is not None), ())
         times = np.full((num_inference_steps or len(given)) + 1, self.path.noisiest)

@@ -21,8 +21,7 @@ from diffusers_sde.calibration.stochastic import stochastic_entries
 from diffusers_sde.calibration.stock import fitting_samplers
 from diffusers_sde.calibration.store import open_store
 from diffusers_sde.calibration.workers import is_main
-from diffusers_sde.configs import SHARED
-from diffusers_sde.paths import path_from_config
+from diffusers_sde.configs import SHARED, path_from_config
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 from diffusers_sde.schedulers.calibrated import process_of
 from diffusers_sde.schedulers.calibration_format import FORMAT_VERSION, written_calibration

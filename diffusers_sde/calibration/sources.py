@@ -15,8 +15,8 @@ import torch
 
 from diffusers_sde.calibration.arguments import check_names
 from diffusers_sde.noise import seeds_from_int
+from diffusers_sde.prediction import split_variance
 from diffusers_sde.sampling import Denoiser, network_denoiser
-from diffusers_sde.schedulers.data_prediction import split_variance
 
 HELD_OUT = 1 << 20  # held-out samples are numbered from here: never a training sample's noise
 

@@ -20,11 +20,11 @@ from diffusers.utils import BaseOutput
 from diffusers_sde import noise
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import model_coefficients
+from diffusers_sde.prediction import model_coefficients, split_variance
 from diffusers_sde.schedulers import traced
 from diffusers_sde.schedulers.compiled import Compiled, CompiledRow, Normals, compiled_rows
 from diffusers_sde.schedulers.conversion import Conversion
-from diffusers_sde.schedulers.data_prediction import limited, split_variance
+from diffusers_sde.schedulers.data_prediction import limited
 from diffusers_sde.schedulers.layout import RunLayout
 from diffusers_sde.schedulers.per_token import per_token_step
 from diffusers_sde.schedulers.runs import (

@@ -13,40 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from diffusers_sde.configs import canonical_config, scheduler_init
+from diffusers_sde.configs import family_of, process_keys, process_value, scheduler_init
 from diffusers_sde.defaults import standard_table
 from diffusers_sde.grids import Nodes, distinct_integers
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.schedulers.calibration_format import check_format, entry_nodes, entry_table
+from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.tables import Table
-
-_VP_KEYS = (
-    "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale",
-)  # fmt: skip
-_FLOW_KEYS = ("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal", "invert_sigmas")
-_EDM_KEYS = ("sigma_data", "sigma_min", "sigma_max", "noise_conditioning")
 
 
 def process_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What must agree for a learned table to apply: the keys of the forward process and the prediction type."""
-    c = canonical_config(config)
-    keys: tuple[str, ...] = (
-        _FLOW_KEYS if c.get("use_flow_sigmas") else _EDM_KEYS if c.get("sigma_data") is not None else _VP_KEYS
-    )
-    if keys is _VP_KEYS and c.get("trained_betas") is not None:
-        keys = _VP_KEYS[3:]
-    out: dict[str, Any] = {k: c.get(k) for k in ("num_train_timesteps", "prediction_type", "use_flow_sigmas", *keys)}
-    out["use_flow_sigmas"] = bool(out["use_flow_sigmas"])
-    for key in ("rescale_betas_zero_snr", "use_dynamic_shifting", "invert_sigmas"):
-        if key in out:
-            out[key] = bool(out[key])
-    standard = {"snr_shift_scale": 1.0, "shift": 1.0, "time_shift_type": "exponential", "noise_conditioning": "log"}
-    standard |= {"sigma_min": 0.002, "sigma_max": 80.0}
-    out |= {k: v for k, v in standard.items() if k in out and out[k] is None}
-    if out.get("trained_betas") is not None:
-        out["trained_betas"] = [float(b) for b in out["trained_betas"]]
-    return out
+    """What must agree for a learned table to apply: the path, and what the network says of it."""
+    values = canonical_config(config)
+    keys = process_keys(family_of(values), path=True)
+    if values.get("trained_betas") is not None:
+        keys = tuple(k for k in keys if k not in ("beta_start", "beta_end", "beta_schedule"))
+    return {key: process_value(values, key) for key in keys}
 
 
 class CalibratedScheduler(TableScheduler):
@@ -62,7 +45,7 @@ class CalibratedScheduler(TableScheduler):
             for each number of steps nodes, rows (None: the exact solver was better), tau (stochastic calibrations) and
             measured errors.
         noise_seed: seed of the Brownian path of a stochastic calibration; None: a hash of the latents.
-        kwargs: process and data options, see :func:`diffusers_sde.configs.shared_parameters`.
+        kwargs: process and data options, see :data:`diffusers_sde.configs.TABLE`.
 
     Raises:
         ValueError: without a calibration, for one in a newer or older format, for a process other than the calibrated

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, distilled, distinct_integers, make_grid, nodes_from_times, nodes_from_user
-from diffusers_sde.paths import Path, path_from_config
+from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.noising import Noising
 from diffusers_sde.schedulers.runs import LOCK, Layout, Run, Runs, kept_rows, new_run
 
@@ -146,13 +147,15 @@ class RunLayout(Noising):
         mu: float | None = None,
         timesteps: Sequence[float] | torch.Tensor | None = None,
         original_inference_steps: int | None = None,
+        strength: float | None = None,
     ) -> None:
         """Lay out a run of ``num_inference_steps`` model evaluations on the config's grid, or on the user's
         ``timesteps`` and/or ``sigmas`` (see :func:`diffusers_sde.grids.nodes_from_user`).
 
         Args: ``device`` of the timesteps; ``mu`` the dynamic shift of flow models, ignored by models without one;
         ``original_inference_steps`` the number of equal steps that a distilled network was trained on: the run keeps to
-        those (:func:`diffusers_sde.grids.distilled`).  Raises ``ValueError`` for no, wrong or contradictory arguments
+        those (:func:`diffusers_sde.grids.distilled`); ``strength`` the fraction of time below which all steps are spent
+        (latent consistency's image-to-image).  Raises ``ValueError`` for no, wrong or contradictory arguments
         and for a config that no run could use.
         """
         self._check()
@@ -168,7 +171,10 @@ class RunLayout(Noising):
         elif n is None:
             raise ValueError("Pass num_inference_steps, timesteps or sigmas to set_timesteps.")
         elif original_inference_steps is not None:
-            nodes = self._rounded_nodes(path, distilled(path, n, _count(original_inference_steps) or 1))
+            times = distilled(path, n, _count(original_inference_steps) or 1, strength or 1.0)
+            nodes = self._rounded_nodes(path, times)
+        elif strength not in (None, 1):
+            nodes = self._rounded_nodes(path, self._default_grid(path, n, mu, start=strength))
         else:
             nodes, choice = self._own_nodes(path, n, mu)
         self._put(self._new_run(nodes, device, choice))
