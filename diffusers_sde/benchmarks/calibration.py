@@ -21,17 +21,18 @@ from tqdm.auto import tqdm
 from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
 from diffusers_sde.benchmarks.common import (
     PROCESSES,
+    mean_error,
     network_start,
     oracle,
     print_table,
     reference_solution,
-    rmse,
     sliced_wasserstein,
 )
 from diffusers_sde.benchmarks.competition import stock_odes
 from diffusers_sde.calibration.run import calibrate
 from diffusers_sde.calibration.stock import fitting_samplers
-from diffusers_sde.named_samplers import CALIBRATED, SAMPLERS, make_scheduler
+from diffusers_sde.named_samplers import CALIBRATED, make_scheduler
+from diffusers_sde.sampler_names import SAMPLERS
 from diffusers_sde.sampling import Denoiser, lay_out, network_denoiser, sample
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 
@@ -114,13 +115,13 @@ def errors(case: Case, scheduler: CalibratedScheduler) -> None:
         best = (float("inf"), "")
         for name, stock in competition(case.config, n):
             try:
-                best = min(best, (rmse(sample(case.denoiser, stock, case.noise), reference), name))
+                best = min(best, (mean_error(sample(case.denoiser, stock, case.noise), reference), name))
             except Exception as error:  # a stock scheduler may crash on its own grid in any way
                 failed.append(f"{name} at {n} ({type(error).__name__})")
         found = []
         for own in (exact, scheduler):
             own.set_timesteps(n)
-            found.append(rmse(sample(case.denoiser, own, case.noise), reference))
+            found.append(mean_error(sample(case.denoiser, own, case.noise), reference))
         cells = (
             *(f"{v:.4f}" for v in (best[0], *found)),
             *(f"{found[1] / v:.2f}" for v in (found[0], best[0])),

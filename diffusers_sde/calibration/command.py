@@ -15,10 +15,11 @@ from diffusers_sde.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
     parser.add_argument(
         "--model",
-        default="embedded",
-        help="Hub id, folder or embedded name of a pipeline; 'embedded' is the default one.",
+        default=None,
+        help="Embedded model, folder or hub id of a pipeline. Default: the fashion_mnist that ships with the package.",
     )
     parser.add_argument("--steps", nargs="+", type=int, default=[4, 5, 6, 8, 10], help="Numbers of evaluations.")
     parser.add_argument("--num_samples", type=int, default=64, help="Training samples, rounded up to whole batches.")
@@ -42,13 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The subcommand: calibrate, write, print; returns the exit status."""
     # here and not above: help and wrong arguments answer without them
-    import torch
-
     from diffusers_sde.assets import DEFAULT_MODEL
     from diffusers_sde.calibration.arguments import check_whole, check_work_dir, checked_counts
     from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.calibration.workers import is_main, leave_together
-    from diffusers_sde.comparison.problems import load_pipeline
+    from diffusers_sde.comparison.problems import default_device, load_pipeline
 
     inputs: dict[str, Any] = {}
     for name in ("guidance_scale", "prompt", "class_labels"):
@@ -64,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
         check_whole(0, seed=args.seed, budget=args.budget)
         check_whole(1, num_samples=args.num_samples, num_held_out=args.num_held_out, batch_size=args.batch_size)
         check_work_dir(args.work_dir)
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        pipe = load_pipeline(str(DEFAULT_MODEL) if args.model == "embedded" else args.model).to(device)
+        pipe = load_pipeline(args.model or str(DEFAULT_MODEL)).to(args.device or default_device())
         scheduler = calibrate(
             pipe,
             num_inference_steps=args.steps,

@@ -14,7 +14,8 @@ import torch
 
 from diffusers_sde.calibration.fit import TaughtSamples
 from diffusers_sde.errors import UsageError
-from diffusers_sde.named_samplers import SAMPLERS, make_scheduler
+from diffusers_sde.named_samplers import make_scheduler
+from diffusers_sde.sampler_names import SAMPLERS
 from diffusers_sde.sampling import lay_out, sample
 
 

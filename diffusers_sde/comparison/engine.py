@@ -145,6 +145,7 @@ def compare(
     def solved(n: int) -> torch.Tensor:
         return problem.solve(reference_scheduler(problem.config), n, tick)
 
+    problem.solve(reference_scheduler(problem.config), 1, lambda: None)  # a first call would make the first cell slow
     solve_reference = solve_reference or solved
     for name, n in jobs:
         result, done = solve_cell(problem, name, n, tick), state.done + SAMPLERS[name].evaluations(n)
@@ -178,7 +179,7 @@ def reference_steps_for(budgets: Sequence[int]) -> int:
 # -- which samplers, and where --
 
 
-def fitting_samplers(problem: Problem) -> list[str]:
+def available_samplers(problem: Problem) -> list[str]:
     """The names of all samplers that can be had for this model."""
     return [name for name in SAMPLERS if _fits(name, problem)]
 
@@ -204,12 +205,13 @@ def check_samplers(names: Sequence[str], budgets: Sequence[int], problem: Proble
         UsageError: names the first of them and the remedy.
     """
     for name in names:
-        scheduler, n = make_scheduler(name, problem.config), budgets[0]
-        if not any(offered(name, n, problem) for n in budgets):
+        scheduler, numbers = make_scheduler(name, problem.config), [n for n in budgets if offered(name, n, problem)]
+        if not numbers:
             known = ", ".join(map(str, _learned_steps(name, problem)))
             raise UsageError(f"Sampler {name} was learned for {known} evaluations: choose one of these numbers.")
+        n = numbers[0]
         try:
-            for n in budgets if problem.own_loop else ():
+            for n in numbers if problem.own_loop else ():
                 lay_out(scheduler, SAMPLERS[name].steps(n))
                 if not sample(lambda x, t: torch.zeros_like(x), scheduler, torch.ones(1, 1, 1, 1)).isfinite().all():
                     raise ValueError("its coefficients are not finite")

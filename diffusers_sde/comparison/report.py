@@ -106,7 +106,7 @@ def draw_grid(comparison: Comparison, path: Path, shown: int = 4) -> None:
             result = None if name is None else comparison.cell(name, n)
             if name is not None and result is None:
                 reason = comparison.absence(name, n)
-                ax.text(0.5, 0.5, reason, transform=ax.transAxes, ha="center", va="center", color="#888888")
+                ax.text(0.5, 0.5, reason, transform=ax.transAxes, ha="center", va="center", color="#888888", fontsize=9)
                 continue
             images = reference if result is None else result.images
             ax.imshow(montage(images[keep], gap), interpolation="nearest" if width <= 64 else "antialiased")
@@ -127,6 +127,7 @@ def draw_grid(comparison: Comparison, path: Path, shown: int = 4) -> None:
 
 
 def row_label(name: str) -> str:
+    """A sampler's name, and below it where it comes from."""
     return f"{name}\n({SAMPLERS[name].label})"
 
 

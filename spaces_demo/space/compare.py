@@ -18,9 +18,9 @@ import torch
 
 from diffusers_sde.comparison.engine import (
     Comparison,
+    available_samplers,
     compare,
     default_samplers,
-    fitting_samplers,
     reference_steps_for,
 )
 from diffusers_sde.comparison.problems import Problem, spread_labels
@@ -86,7 +86,7 @@ def choices(key: str) -> tuple[list[str], list[str]]:
         names = [name for name, sampler in SAMPLERS.items() if not sampler.learned]
         return names, [name for name in DEFAULT_SAMPLERS["variance preserving"] if name in names][:PRESELECTED]
     problem = models.problem(key)
-    return fitting_samplers(problem), default_samplers(problem, Request().budgets, PRESELECTED)
+    return available_samplers(problem), default_samplers(problem, Request().budgets, PRESELECTED)
 
 
 # references of recent requests: other samplers and budgets on the same noise need no new one
