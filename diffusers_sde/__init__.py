@@ -2,25 +2,33 @@
 
 import diffusers_sde
 pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+
+Each name is imported when it is first used, so that the command line answers before torch and diffusers are imported.
 """
 
-# ModelMixin and SchedulerMixin are here because diffusers looks for a component's base class in its module.
-from diffusers import ModelMixin, SchedulerMixin
-from diffusers.pipelines import pipeline_loading_utils as _loading
+from __future__ import annotations
 
-from diffusers_sde.calibration import calibrate
-from diffusers_sde.hub import write_component_modules
-from diffusers_sde.models.classifier import NoisyClassifierModel
-from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
-from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
-from diffusers_sde.schedulers import (
-    CalibratedScheduler,
-    DPMSolverScheduler,
-    FlowMapScheduler,
-    ProbabilityFlowScheduler,
-    ReverseSDEScheduler,
-    TableScheduler,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from diffusers_sde.registration import register
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin, SchedulerMixin
+
+    from diffusers_sde.calibration.run import calibrate
+    from diffusers_sde.hub import write_component_modules
+    from diffusers_sde.models.classifier import NoisyClassifierModel
+    from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
+    from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
+    from diffusers_sde.schedulers import (
+        CalibratedScheduler,
+        DPMSolverScheduler,
+        FlowMapScheduler,
+        ProbabilityFlowScheduler,
+        ReverseSDEScheduler,
+        TableScheduler,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,7 +47,28 @@ __all__ = [
     "write_component_modules",
 ]
 
-# `model_index.json` stores a component's module; diffusers finds base class and save method through this table.
-_loading.LOADABLE_CLASSES.setdefault(
-    "diffusers_sde", {base: ["save_pretrained", "from_pretrained"] for base in ("ModelMixin", "SchedulerMixin")}
-)
+# ModelMixin and SchedulerMixin are here because diffusers looks for a component's base class in its library.
+_MODULES = {
+    "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
+    "calibrate": "diffusers_sde.calibration.run",
+    "write_component_modules": "diffusers_sde.hub",
+    "NoisyClassifierModel": "diffusers_sde.models.classifier",
+    "FlowMapUNet2DModel": "diffusers_sde.models.flow_map_unet",
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES.get(name, "diffusers_sde.schedulers")), name)
+    globals()[name] = value  # from now on it is found without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register()

@@ -1,11 +1,13 @@
 """What the network says: every parameterisation is ``A x_0 + B eps``, so each converts to every other.
 
-Knows the coefficients ``(A, B)`` of ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction`` and ``score``, and
-the 2x2 linear algebra between them (Lai et al., arXiv:2510.21890, chapter 6).  Floats and arrays only; knows nothing of
-tensors, grids or solvers.
+Knows the coefficients ``(A, B)`` of ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction`` and ``score``, the
+2x2 linear algebra between them (Lai et al., arXiv:2510.21890, chapter 6), and which half of an output with learned
+variances is the prediction.  Coefficients are floats; knows nothing of grids or solvers.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from diffusers_sde.paths import Path
 
@@ -101,3 +103,28 @@ def from_model(
 def to_model(path: Path, prediction_type: str, alpha: float, sigma: float, source: Coefficients = DATA) -> Coefficients:
     """The inverse of :func:`from_model`: ``(k_x, k_d)`` with ``m = k_x x + k_d (A x_0 + B eps)``."""
     return convert(source, model_coefficients(path, prediction_type, alpha, sigma), alpha, sigma)
+
+
+def split_variance(model_output: Any, sample: Any, variance_type: str) -> Any:
+    """The prediction of a network that also says its variances: the first half of its channels (Nichol & Dhariwal 2021,
+    arXiv:2102.09672, section 3.1).
+
+    Args:
+        model_output: tensor or array (N, 2C, ...), what the network returned.
+        sample: the state (N, C, ...), for its shape.
+        variance_type: the config's; ``learned`` and ``learned_range`` have variances.
+
+    Returns:
+        The first C channels, a view.
+
+    Raises:
+        ValueError: for outputs of any other shape, or of this one without learned variances.
+    """
+    shape, expected = tuple(model_output.shape), tuple(sample.shape)
+    doubled = len(expected) > 1 and shape == (expected[0], 2 * expected[1], *expected[2:])
+    if doubled and variance_type in ("learned", "learned_range"):
+        return model_output[:, : expected[1]]
+    raise ValueError(
+        f"The model output has shape {shape}, the sample {expected}: they must agree"
+        + (" (for learned variances set variance_type='learned_range')." if doubled else ".")
+    )

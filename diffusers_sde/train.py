@@ -2,10 +2,12 @@
 
 import sys
 
-from diffusers_sde.training.processes import start_missing
+from diffusers_sde.training.arguments import read_settings
+from diffusers_sde.training.launching import start_missing
 
 if __name__ == "__main__":
+    settings = read_settings()  # before the import below, which takes seconds
     start_missing()
-    from diffusers_sde.training.command import main
+    from diffusers_sde.training.command import run
 
-    sys.exit(main())
+    sys.exit(run(settings, sys.argv[1:]))

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.flow_maps import exact_flow_map
 from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
-from diffusers_sde.paths import path_from_config
 from diffusers_sde.prediction import to_model
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler, ReverseSDEScheduler

@@ -161,24 +161,24 @@ def our_step(folder: str) -> Step:
     """``optimizer_step`` of the training script with its own data, noise, average and checks."""
     from accelerate import Accelerator
 
-    from diffusers_sde.training.arguments import parse_args
+    from diffusers_sde.training.arguments import read_settings
     from diffusers_sde.training.loop import StopRequest, optimizer_step
     from diffusers_sde.training.losses import make_loss
-    from diffusers_sde.training.plan import build_task, make_plan
+    from diffusers_sde.training.plan import build_task, training_length
     from diffusers_sde.training.session import prepare
 
     spent: list[float] = []
     output = tempfile.mkdtemp()
     words = f"--train_data_dir {folder} --output_dir {output} --resolution {RESOLUTION} --train_batch_size {BATCH}"
-    args = parse_args(
+    settings = read_settings(
         [*words.split(), *f"--use_ema --max_train_steps 10000 --learning_rate {RATE} --report_to none".split()]
     )
     accelerator = Accelerator(cpu=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        task, images, classes = build_task(args)
-    plan = make_plan(args, images, 1)
-    session, stream = prepare(args, accelerator, task, images, classes, plan, None)
-    loss_of = make_loss(args, task, None, plan.global_batch)
+        task, images, classes = build_task(settings)
+    length = training_length(settings, images, 1)
+    session, stream = prepare(settings, accelerator, task, images, classes, length, None)
+    loss_of = make_loss(settings, task, None, length.global_batch)
     for owner, method in ((task.network, "forward"), (accelerator, "backward"), (session.optimizer, "step")):
         setattr(owner, method, _timed(getattr(owner, method), spent))
     accelerator.clip_grad_norm_ = _timed(accelerator.clip_grad_norm_, spent)

@@ -16,7 +16,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusers_sde.analytic import GaussianMixture
-from diffusers_sde.paths import Path, path_from_config
+from diffusers_sde.configs import path_from_config
+from diffusers_sde.paths import Path
 from diffusers_sde.prediction import model_coefficients, to_model
 
 _DDPM = {
@@ -43,7 +44,7 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
         covariances: (K, d, d), (K, d) for diagonal or (K,) for isotropic ones; symmetric, positive semidefinite.
         in_channels, sample_size: shape of one sample, (in_channels, *sample_size) of product d (an int sample_size is
             square); default one channel of size (1, d).
-        process: config of the forward process as in :func:`diffusers_sde.paths.path_from_config`; default DDPM's.
+        process: config of the forward process as in :func:`diffusers_sde.configs.path_from_config`; default DDPM's.
 
     Raises:
         ValueError: for shapes that do not fit.

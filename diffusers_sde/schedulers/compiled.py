@@ -6,8 +6,9 @@ no config.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import from_model
@@ -39,11 +40,18 @@ class CompiledRow:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A table ready to execute from grid index ``begin`` on; ``limits``: x_0 is clipped or thresholded."""
+    """A table ready to execute from grid index ``begin`` on; ``limits``: x_0 is clipped or thresholded; ``settings``:
+    the config values that it was made for."""
 
     begin: int
     rows: list[CompiledRow]
     limits: bool
+    settings: Mapping[str, Any]
+
+    @property
+    def memoryless(self) -> bool:
+        """Whether each row can be taken by itself: none reads earlier evaluations or draws noise."""
+        return not any(row.keep or (row.noise and row.c) for row in self.rows)
 
 
 def compiled_rows(table: Table, path: Path, kind: str, normals: Sequence[Normals]) -> list[CompiledRow]:

@@ -12,21 +12,19 @@ from typing import Any
 CURVE = ("step", "loss", "learning_rate")
 
 
-class LossCurve:
-    """``loss.csv``: the step, the mean loss since the row before, the learning rate.  Rows of steps that a resumed
-    training makes again are dropped."""
+def start_curve(file: Path, resumed_step: int) -> None:
+    """Begin ``loss.csv``, or cut it to the steps that a resumed training does not make again."""
+    rows = [row for row in read_curve(file) if row[0] <= resumed_step] if file.exists() else []
+    with open(file, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(CURVE)
+        writer.writerows(rows)
 
-    def __init__(self, file: Path, resumed_step: int):
-        self.file = file
-        rows = [row for row in read_curve(file) if row[0] <= resumed_step] if file.exists() else []
-        with open(file, "w", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(CURVE)
-            writer.writerows(rows)
 
-    def append(self, step: int, loss: float, rate: float) -> None:
-        with open(self.file, "a", newline="") as stream:
-            csv.writer(stream).writerow((step, f"{loss:.8g}", f"{rate:.6g}"))
+def extend_curve(file: Path, step: int, loss: float, rate: float) -> None:
+    """Append a row: the step, the mean loss since the row before, the learning rate."""
+    with open(file, "a", newline="") as stream:
+        csv.writer(stream).writerow((step, f"{loss:.8g}", f"{rate:.6g}"))
 
 
 def read_curve(file: Path) -> list[tuple[int, float, float]]:
@@ -164,7 +162,7 @@ def write_card(
         title=title,
         what=what,
         facts="\n".join(f"* **{key}**: {value}" for key, value in facts.items()),
-        samples=shown("Samples", "samples.png"),
+        samples=shown("TrainingData", "samples.png"),
         loss=shown("Loss", "loss.png"),
         command=command,
         snippet=_SNIPPETS[kind].format(base_model=base_model, **values),

@@ -22,8 +22,9 @@ from diffusers_sde.training.samples import (
     DataError,
     Framing,
     Images,
-    Samples,
+    TrainingData,
     batches,
+    read_images,
     sample_seed,
     to_mode,
 )
@@ -32,7 +33,7 @@ __all__ = [
     "DataError",
     "Images",
     "LatentImages",
-    "Samples",
+    "TrainingData",
     "batches",
     "cache_latents",
     "load_images",
@@ -60,7 +61,7 @@ def load_images(
     cache_in_memory: bool = True,
     config_name: str | None = None,
     split: str = "train",
-) -> Samples:
+) -> TrainingData:
     """The images of a folder, or of a data set of the Hub.
 
     Of a folder, two or more sub-folders are classes, in the order of their sorted names, and ``metadata.jsonl`` gives
@@ -82,7 +83,7 @@ def load_images(
     paths = find_images(folder) if folder.is_dir() else []
     if paths:
         names, labels = class_folders(paths)
-        return Images(
+        return read_images(
             Files(folder, paths),
             framing,
             name=str(source),
@@ -105,7 +106,7 @@ def load_images(
     columns = hub_data.read_columns(dataset, str(source), image_column, caption_column, label_column)
     if streaming:
         return hub_data.ImageStream(dataset, framing, columns)
-    return hub_data.read_images(dataset, framing, columns, cache_bytes)
+    return hub_data.read_rows(dataset, framing, columns, cache_bytes)
 
 
 # -- folders --

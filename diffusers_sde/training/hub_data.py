@@ -28,9 +28,10 @@ from diffusers_sde.training.samples import (
     Framing,
     Images,
     Item,
-    Samples,
+    TrainingData,
     annotation,
     epoch_order,
+    read_images,
     sample_seed,
 )
 
@@ -130,10 +131,10 @@ def number_labels(dataset: Any, columns: Columns) -> tuple[list[str] | None, np.
     return [str(n) for n in names], labels
 
 
-def read_images(dataset: Any, framing: Framing, columns: Columns, cache_bytes: int) -> Images:
+def read_rows(dataset: Any, framing: Framing, columns: Columns, cache_bytes: int) -> Images:
     """The rows of a ``datasets.Dataset``; labels without a ``ClassLabel`` are numbered in sorted order."""
     names, labels = number_labels(dataset, columns)
-    return Images(
+    return read_images(
         Rows(dataset.cast_column(columns.image, datasets.Image(decode=False)), columns.image),
         framing,
         name=columns.name,
@@ -158,7 +159,7 @@ def shuffled(rows: Iterable[Any], size: int, draw: random.Random) -> Iterator[An
     yield from buffer
 
 
-class ImageStream(Samples):
+class ImageStream(TrainingData):
     """The images of a ``datasets.IterableDataset``, epoch after epoch: files in the order of (seed, epoch), their rows
     shuffled in a buffer.  (The shuffling of ``datasets`` depends on whether a worker reads.)
 

@@ -20,7 +20,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from diffusers_sde.training.samples import DataError, Images, Item, Samples
+from diffusers_sde.training.samples import DataError, Images, Item, TrainingData
 
 SHARD = 1024  # images in a file
 
@@ -36,7 +36,7 @@ def latent_fingerprint(images: Images, vae: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-class LatentImages(Samples):
+class LatentImages(TrainingData):
     """Cached latents; items are those of ``images`` with ``latents`` (float32, (c, h, w)) instead of pixels.
 
     An item samples ``z = mean + std eps`` with eps from its seed and returns ``(z - shift_factor) scaling_factor``, the
@@ -75,7 +75,7 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.safetensors"
 
 
-def encode(vae: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+def encoder_output(vae: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the encoder says: ``parameters`` (mean and log-variance) or, of deterministic ones, ``latents``."""
     out = vae.encode(pixels.to(vae.device, vae.dtype))
     if hasattr(out, "latent_dist"):
@@ -84,7 +84,7 @@ def encode(vae: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def cache_latents(
-    images: Samples,
+    images: TrainingData,
     vae: Any,
     *,
     directory: str | Path,
@@ -128,7 +128,7 @@ def write_shard(images: Images, vae: Any, folder: Path, shard: int, batch_size: 
         chunk = [images.readable(i) for i in range(first, min(first + batch_size, indices.stop))]
         numbers += [number for number, _ in chunk]
         pixels = [images.framing.tensor(pixels, seed=number) for number, pixels in chunk]
-        encoded.append(encode(vae, torch.stack(pixels)))
+        encoded.append(encoder_output(vae, torch.stack(pixels)))
     tensors = {key: torch.cat([e[key] for e in encoded]).contiguous() for key in encoded[0]}
     target = shard_path(folder, shard)
     partial = target.with_suffix(f".{os.getpid()}.partial")

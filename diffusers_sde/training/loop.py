@@ -1,4 +1,4 @@
-"""The loop: optimizer steps until the plan, the sitting or the patience of the system ends.
+"""The loop: optimizer steps until the training, the sitting or the patience of the system ends.
 
 Knows a :class:`Session`, its stream of batches and a loss.  Knows neither models nor data.
 """
@@ -49,37 +49,38 @@ class StopRequest:
 
 
 def run_steps(session: Session, stream: Iterator[dict[str, Any]], loss_of: Loss) -> int:
-    """Optimizer steps until the end of the plan, the end of the sitting, or a request to stop; returns the status."""
-    args, accelerator, progress = session.args, session.accelerator, session.progress
+    """Optimizer steps until the end of the training or of the sitting, or a request to stop; returns the status."""
+    settings, accelerator, progress = session.settings, session.accelerator, session.progress
     main = accelerator.is_main_process
-    curve = card.LossCurve(session.output / "loss.csv", progress.step) if main else None
-    if args.report_to != "none":
-        known = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | bool)}
-        accelerator.init_trackers("diffusers_sde", config=known)
-    last = session.plan.steps
-    if args.stop_after_steps is not None:
-        last = min(last, progress.step + args.stop_after_steps)
+    curve = session.output / "loss.csv"
+    if main:
+        card.start_curve(curve, progress.step)
+    if settings.report_to != "none":
+        accelerator.init_trackers("diffusers_sde", config=settings.public())
+    last = session.length.steps
+    if settings.stop_after_steps is not None:
+        last = min(last, progress.step + settings.stop_after_steps)
     losses: list[float] = []
     saved = progress.step
-    bar = tqdm(initial=progress.step, total=session.plan.steps, unit="step", disable=not main or None)
+    bar = tqdm(initial=progress.step, total=session.length.steps, unit="step", disable=not main or None)
     with StopRequest() as stop, bar:
         while progress.step < last:
             rate = session.lr_scheduler.get_last_lr()[0]
             loss, stopping = optimizer_step(session, stream, loss_of, stop)
             losses.append(loss)
             bar.update()
-            keep = progress.step % args.checkpointing_steps == 0 or stopping or progress.step == last
-            if keep or progress.step % args.logging_steps == 0:
+            keep = progress.step % settings.checkpointing_steps == 0 or stopping or progress.step == last
+            if keep or progress.step % settings.logging_steps == 0:
                 mean = sum(losses) / len(losses)
                 accelerator.log({"loss": mean, "learning_rate": rate}, step=progress.step)
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-                if curve is not None:
-                    curve.append(progress.step, mean, rate)
+                if main:
+                    card.extend_curve(curve, progress.step, mean, rate)
                 losses.clear()
             if keep:
                 session.save_checkpoint()
                 saved = progress.step
-            if args.validation_steps and progress.step % args.validation_steps == 0 and progress.step < last:
+            if settings.validation_steps and progress.step % settings.validation_steps == 0 and progress.step < last:
                 validate(session, f"step-{progress.step:06d}")
             if stopping:
                 if main:
@@ -95,18 +96,18 @@ def optimizer_step(
 
     Raises :class:`NotFinite` before the weights are touched if the loss is not finite anywhere.
     """
-    args, accelerator, progress = session.args, session.accelerator, session.progress
+    settings, accelerator, progress = session.settings, session.accelerator, session.progress
     total, stopping = 0.0, False
-    for k in range(session.plan.accumulate):
+    for k in range(session.length.accumulate):
         batch = next(stream)
         torch.manual_seed(
-            seed_of(args.seed, progress.step * session.plan.accumulate + k, accelerator.process_index, _DROPOUT)
+            seed_of(settings.seed, progress.step * session.length.accumulate + k, accelerator.process_index, _DROPOUT)
         )
         with accelerator.accumulate(session.network):
             with accelerator.autocast():
                 loss = loss_of(session.network, batch)
-            said = torch.stack([loss.detach().float(), torch.full_like(loss.detach(), float(stop.requested)).float()])
-            mean, asked = accelerator.reduce(said, reduction="mean").tolist()
+            own = torch.stack([loss.detach().float(), torch.full_like(loss.detach(), float(stop.requested)).float()])
+            mean, requests = accelerator.reduce(own, reduction="mean").tolist()
             if not math.isfinite(mean):
                 good = checkpoints(session.output)
                 where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
@@ -114,10 +115,10 @@ def optimizer_step(
                     f"The loss is {mean} at step {progress.step + 1}; {where}. Resume from it with a smaller "
                     "--learning_rate, another --loss_weighting or without --mixed_precision fp16."
                 )
-            total, stopping = total + mean / session.plan.accumulate, stopping or asked > 0
+            total, stopping = total + mean / session.length.accumulate, stopping or requests > 0
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(session.network.parameters(), args.max_grad_norm)
+                accelerator.clip_grad_norm_(session.network.parameters(), settings.max_grad_norm)
             session.optimizer.step()
             session.optimizer.zero_grad(set_to_none=True)
     session.lr_scheduler.step()

@@ -1,13 +1,12 @@
 """The loss of a batch for each ``--objective``: denoising, flow maps (consistency, mean flow), noisy classification.
 
 Knows how a batch becomes noised states, targets and weights (:mod:`.objectives`, :mod:`diffusers_sde.flow_maps`), each
-sample from its own generator (:mod:`.randomness`), and how the network is asked.  Knows nothing of optimizers,
+sample from its own generator (:mod:`.randomness`), and how the network is called.  Knows nothing of optimizers,
 checkpoints or processes.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from diffusers_sde.training.networks import Task, call_network
 from diffusers_sde.training.objectives import draw_times, loss_weights, prediction_targets, regression_loss
 from diffusers_sde.training.randomness import generator_of
 from diffusers_sde.training.samples import SAMPLE_STREAM
+from diffusers_sde.training.settings import Settings
 
 Loss = Callable[[Any, dict[str, Any]], torch.Tensor]
 _NOISE = 1  # the stream of a sample's random numbers that its noise, times and dropped condition come from
@@ -39,20 +39,22 @@ class Drawn:
     captions: list[str | None] | None
 
 
-def draw(args: argparse.Namespace, task: Task, batch: dict[str, Any], global_batch: int) -> Drawn:
+def draw(settings: Settings, task: Task, batch: dict[str, Any], global_batch: int) -> Drawn:
     """Noise, times and dropped conditions of a batch, every sample from the generator of its position."""
     device = task.network.device
-    generators = [generator_of(args.seed, int(p), _NOISE) for p in batch["positions"]]
+    generators = [generator_of(settings.seed, int(p), _NOISE) for p in batch["positions"]]
     numbers = torch.stack([torch.rand(4, generator=g, dtype=torch.float64) for g in generators]).numpy()
-    u, dropped = numbers[:, 0], numbers[:, 1] < args.label_dropout
-    if args.time_sampling == "stratified":  # one number in each of the global batch's equal intervals
+    u, dropped = numbers[:, 0], numbers[:, 1] < settings.label_dropout
+    if settings.time_sampling == "stratified":  # one number in each of the global batch's equal intervals
         u = (batch["positions"].numpy() % global_batch + u) / global_batch
     if "latents" in batch:
         x0 = batch["latents"].to(device)
     else:
         x0 = batch["pixel_values"].to(device)
         if task.vae is not None:
-            x0 = encode(task.vae, x0, [generator_of(args.seed, int(p), SAMPLE_STREAM) for p in batch["positions"]])
+            x0 = draw_latents(
+                task.vae, x0, [generator_of(settings.seed, int(p), SAMPLE_STREAM) for p in batch["positions"]]
+            )
     eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(device)
 
     def kept(values: Any) -> list[Any] | None:
@@ -64,7 +66,7 @@ def draw(args: argparse.Namespace, task: Task, batch: dict[str, Any], global_bat
 
 
 @torch.no_grad()
-def encode(vae: Any, pixels: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+def draw_latents(vae: Any, pixels: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
     """Latents sampled from the encoder's distribution, ``(z - shift_factor) scaling_factor``."""
     posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
     noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in generators])
@@ -83,32 +85,32 @@ def noised(d: Drawn, path: Path, times: np.ndarray) -> tuple[torch.Tensor, torch
     return alpha * d.x0 + sigma * d.eps, sigma
 
 
-def make_loss(args: argparse.Namespace, task: Task, teacher: Task | None, global_batch: int) -> Loss:
+def make_loss(settings: Settings, task: Task, teacher: Task | None, global_batch: int) -> Loss:
     """The loss of the objective: ``loss(network, batch)`` is its mean over the batch."""
-    if args.objective == "classifier":
-        return _classifier_loss(args, task, global_batch)
-    if args.objective == "denoising":
-        return _denoising_loss(args, task, global_batch)
-    return _flow_map_loss(args, task, teacher, global_batch)
+    if settings.objective == "classifier":
+        return _classifier_loss(settings, task, global_batch)
+    if settings.objective == "denoising":
+        return _denoising_loss(settings, task, global_batch)
+    return _flow_map_loss(settings, task, teacher, global_batch)
 
 
-def _denoising_loss(args: argparse.Namespace, task: Task, global_batch: int) -> Loss:
+def _denoising_loss(settings: Settings, task: Task, global_batch: int) -> Loss:
     """``E w(t) |m_theta(x_t, t, c) - (A x_0 + B eps)|^2``, the axes of :mod:`.objectives`."""
     path, kind = task.path, task.prediction_type
 
     def loss(network: Any, batch: dict[str, Any]) -> torch.Tensor:
-        d = draw(args, task, batch, global_batch)
-        times, density = draw_times(path, args.time_sampling, d.u, mean=args.time_mean, std=args.time_std)
+        d = draw(settings, task, batch, global_batch)
+        times, density = draw_times(path, settings.time_sampling, d.u, mean=settings.time_mean, std=settings.time_std)
         a, b = (at_times(v, d.x0) for v in prediction_targets(path, kind, *path.alpha_sigma(times)))
         x, sigma = noised(d, path, times)
         condition = task.condition(d.labels, d.captions)
         prediction = call_network(task, network, x, at_times(times, x).flatten(), sigma, condition)
-        return _weighted(args, path, kind, times, density, prediction, a * d.x0 + b * d.eps)
+        return _weighted(settings, path, kind, times, density, prediction, a * d.x0 + b * d.eps)
 
     return loss
 
 
-def _flow_map_loss(args: argparse.Namespace, task: Task, teacher: Task | None, global_batch: int) -> Loss:
+def _flow_map_loss(settings: Settings, task: Task, teacher: Task | None, global_batch: int) -> Loss:
     """``E |m_theta(x_t, t, s) - average_prediction(x_t, X(x_u, u, s))|^2`` with x_u one step of the ODE (1 /
     ``distillation_steps`` of the time range) after x_t: the teacher's, with its guidance, or, without a teacher, the
     state of the same data and noise (Song et al. 2023, arXiv:2303.01469, algorithms 2 and 3).
@@ -116,8 +118,8 @@ def _flow_map_loss(args: argparse.Namespace, task: Task, teacher: Task | None, g
     Consistency networks always jump to the cleanest time; mean flow networks to s uniform below u, or in half of the
     samples to u itself (Geng et al. 2025, arXiv:2505.13447, whose identity is the limit of small steps).
     """
-    path, kind, told = task.path, task.prediction_type, args.objective == "mean_flow"
-    clean, noisy, h = path.cleanest, path.noisiest, 1 / args.distillation_steps
+    path, kind, told = task.path, task.prediction_type, settings.objective == "mean_flow"
+    clean, noisy, h = path.cleanest, path.noisiest, 1 / settings.distillation_steps
 
     def ask(who: Task, network: Any, x: torch.Tensor, t: np.ndarray, condition: dict[str, Any]) -> torch.Tensor:
         sigma = at_times(path.alpha_sigma(t)[1], x)
@@ -126,15 +128,15 @@ def _flow_map_loss(args: argparse.Namespace, task: Task, teacher: Task | None, g
     def taught(x: torch.Tensor, t: np.ndarray, u: np.ndarray, d: Drawn) -> torch.Tensor:
         assert teacher is not None
         m = ask(teacher, teacher.network, x, t, teacher.condition(d.labels, d.captions))
-        if args.guidance_scale != 1.0:
+        if settings.guidance_scale != 1.0:
             none = [None] * len(x)
             null = ask(teacher, teacher.network, x, t, teacher.condition(none if d.labels else None, none))
-            m = torch.lerp(null, m, args.guidance_scale)
+            m = torch.lerp(null, m, settings.guidance_scale)
         return jump(path, teacher.prediction_type, x, m, t, u)
 
     def loss(network: Any, batch: dict[str, Any]) -> torch.Tensor:
-        d = draw(args, task, batch, global_batch)
-        times, density = draw_times(path, args.time_sampling, d.u, mean=args.time_mean, std=args.time_std)
+        d = draw(settings, task, batch, global_batch)
+        times, density = draw_times(path, settings.time_sampling, d.u, mean=settings.time_mean, std=settings.time_std)
         place = np.maximum((times - clean) / (noisy - clean), h)  # 0 at clean data, 1 at pure noise
         to = np.where(d.v[:, 0] < 0.5, place - h, d.v[:, 1] * (place - h)) if told else np.zeros_like(place)
         t, u, s = (clean + w * (noisy - clean) for w in (place, place - h, to))
@@ -146,18 +148,18 @@ def _flow_map_loss(args: argparse.Namespace, task: Task, teacher: Task | None, g
             x_u = noised(d, path, u)[0] if teacher is None else taught(x, t, u, d)
             x_s = jump(path, kind, x_u, ask(task, network, x_u, u, condition), u, s)
             target = average_prediction(path, kind, x, x_s, t, s)
-        return _weighted(args, path, kind, t, density, ask(task, network, x, t, condition), target)
+        return _weighted(settings, path, kind, t, density, ask(task, network, x, t, condition), target)
 
     return loss
 
 
-def _classifier_loss(args: argparse.Namespace, task: Task, global_batch: int) -> Loss:
+def _classifier_loss(settings: Settings, task: Task, global_batch: int) -> Loss:
     """Cross entropy of ``p(label | x_t, t)`` (Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.1)."""
     path = task.path
 
     def loss(network: Any, batch: dict[str, Any]) -> torch.Tensor:
-        d = draw(args, task, batch, global_batch)
-        times, _ = draw_times(path, args.time_sampling, d.u, mean=args.time_mean, std=args.time_std)
+        d = draw(settings, task, batch, global_batch)
+        times, _ = draw_times(path, settings.time_sampling, d.u, mean=settings.time_mean, std=settings.time_std)
         x, sigma = noised(d, path, times)
         logits = network(x * path.input_scale(sigma), at_times(times, x).flatten())
         return torch.nn.functional.cross_entropy(logits.float(), batch["class_labels"].to(x.device))
@@ -166,7 +168,7 @@ def _classifier_loss(args: argparse.Namespace, task: Task, global_batch: int) ->
 
 
 def _weighted(
-    args: argparse.Namespace,
+    settings: Settings,
     path: Path,
     kind: str,
     times: np.ndarray,
@@ -176,7 +178,7 @@ def _weighted(
 ) -> torch.Tensor:
     alpha, sigma = path.alpha_sigma(times)
     weights = loss_weights(
-        args.loss_weighting, path, kind, alpha, sigma, snr_gamma=args.snr_gamma, log_snr_density=density
+        settings.loss_weighting, path, kind, alpha, sigma, snr_gamma=settings.snr_gamma, log_snr_density=density
     )
     w = at_times(weights, prediction).flatten()
-    return regression_loss(prediction, target, w, args.loss, args.huber_c).mean()
+    return regression_loss(prediction, target, w, settings.loss, settings.huber_c).mean()

@@ -20,15 +20,14 @@ from typing import Any
 import diffusers
 import torch
 
-from diffusers_sde.configs import canonical_config
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.models.classifier import NoisyClassifierModel
 from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
-from diffusers_sde.paths import Path, path_from_config
+from diffusers_sde.paths import Path
 from diffusers_sde.schedulers import FlowMapScheduler, ProbabilityFlowScheduler
+from diffusers_sde.stock_configs import canonical_config
 
-PATHS = ("from_model", "vp", "cosine", "ve", "edm", "flow")
-
-_PROCESSES: dict[str, dict[str, Any]] = {
+_FORWARD_PROCESSES: dict[str, dict[str, Any]] = {
     "vp": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "ve": {"sigma_data": 1.0, "sigma_min": 0.01, "sigma_max": 50.0, "sigma_schedule": "exponential"},
@@ -44,7 +43,7 @@ def process_scheduler(path: str, prediction_type: str) -> Any:
     ``vp`` linear betas 1e-4 to 0.02, ``cosine`` Nichol & Dhariwal's, ``ve`` sigma 0.01 to 50 at unit data scale,
     ``edm`` Karras et al.'s sigma 0.002 to 80 and sigma_data 0.5, ``flow`` rectified flow without shift.
     """
-    process = _PROCESSES[path]
+    process = _FORWARD_PROCESSES[path]
     if path in ("vp", "cosine") and prediction_type in ("epsilon", "sample", "v_prediction"):
         return diffusers.DDPMScheduler(**process, prediction_type=prediction_type, clip_sample=False)
     if path == "flow" and prediction_type == "flow_prediction":

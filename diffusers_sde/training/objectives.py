@@ -10,6 +10,7 @@ host and, in :func:`regression_loss`, tensors; knows nothing of networks, data s
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from scipy.special import expit, ndtri
 
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import DATA, convert, model_coefficients
+from diffusers_sde.training.settings import ErrorMeasure, LossWeighting, TimeSampling
 
 Array = np.ndarray
-TIME_SAMPLINGS = ("uniform", "logit_normal", "lognormal", "mode", "stratified")
-LOSS_WEIGHTINGS = ("none", "min_snr", "soft_min_snr", "edm", "sigma_sqrt", "cosmap", "likelihood")
-LOSSES = ("l2", "huber")
+TIME_SAMPLINGS: tuple[str, ...] = get_args(TimeSampling)
+LOSS_WEIGHTINGS: tuple[str, ...] = get_args(LossWeighting)
+LOSSES: tuple[str, ...] = get_args(ErrorMeasure)
 
 
 def check_objective(path: Path, prediction_type: str, loss_weighting: str, loss: str) -> None:

@@ -6,7 +6,6 @@ not fit.  Knows nothing of processes but their number, and nothing of optimizers
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,71 +18,76 @@ from PIL import Image
 from diffusers_sde.comparison.problems import load_pipeline
 from diffusers_sde.errors import UsageError
 from diffusers_sde.training import networks
-from diffusers_sde.training.data import Samples, find_images, load_images
+from diffusers_sde.training.data import TrainingData, find_images, load_images
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.objectives import check_objective
 from diffusers_sde.training.randomness import seed_of
+from diffusers_sde.training.settings import Settings
 
 
-def build_task(args: argparse.Namespace) -> tuple[Task, Samples, int]:
+def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
     """The network with its pipeline, the data, and the number of classes (0: none)."""
     pipe = None
-    if args.pretrained_model_name_or_path:
-        pipe = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
-    resolution = args.resolution or (native_resolution(pipe) if pipe else 64)
+    if settings.pretrained_model_name_or_path:
+        pipe = load_pipeline(
+            settings.pretrained_model_name_or_path, revision=settings.revision, variant=settings.variant
+        )
+    resolution = settings.resolution or (native_resolution(pipe) if pipe else 64)
     images = load_images(
-        args.train_data_dir or args.dataset_name,
+        settings.data_source,
         resolution=resolution,
-        channels=image_channels(pipe, args.model_config) or own_channels(args.train_data_dir),
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        caption_column=args.caption_column,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        streaming=args.streaming,
+        channels=image_channels(pipe, settings.model_config) or own_channels(settings.train_data_dir),
+        center_crop=settings.center_crop,
+        random_flip=settings.random_flip,
+        caption_column=settings.caption_column,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        streaming=settings.streaming,
     )
     classes = len(images.class_names or ())
-    torch.manual_seed(seed_of(args.seed))  # of the weights of new networks
-    if args.objective == "classifier":
-        scheduler = pipe.scheduler if pipe else networks.process_scheduler(fresh_path(args), fresh_kind(args))
+    torch.manual_seed(seed_of(settings.seed))  # of the weights of new networks
+    if settings.objective == "classifier":
+        scheduler = pipe.scheduler if pipe else networks.process_scheduler(fresh_path(settings), fresh_kind(settings))
         task = networks.classifier_task(scheduler, resolution, images.framing.channels, classes)
         return task, images, classes
     if pipe is not None:
         task = networks.pipeline_task(pipe, classes, images.captions)
-        if args.prediction_type not in (None, task.prediction_type):
+        if settings.prediction_type not in (None, task.prediction_type):
             raise UsageError(
                 f"The pretrained network predicts {task.prediction_type}: leave out --prediction_type "
-                f"{args.prediction_type}."
+                f"{settings.prediction_type}."
             )
     else:
         network = (
-            networks.network_from_config(args.model_config, classes)
-            if args.model_config
+            networks.network_from_config(settings.model_config, classes)
+            if settings.model_config
             else networks.default_network(resolution, images.framing.channels, classes)
         )
-        task = networks.fresh_task(network, networks.process_scheduler(fresh_path(args), fresh_kind(args)), classes)
-    check_objective(task.path, task.prediction_type, args.loss_weighting, args.loss)
-    if args.cache_latents and task.vae is None:
+        task = networks.fresh_task(
+            network, networks.process_scheduler(fresh_path(settings), fresh_kind(settings)), classes
+        )
+    check_objective(task.path, task.prediction_type, settings.loss_weighting, settings.loss)
+    if settings.cache_latents and task.vae is None:
         raise UsageError("--cache_latents is for latent models, this one has no vae: leave it out.")
-    if args.objective in ("consistency", "mean_flow"):
-        task = networks.flow_map_task(task, args.objective)
-    if args.rank is not None:
-        networks.add_lora(task, args.rank)
-    if args.gradient_checkpointing:
+    if settings.objective in ("consistency", "mean_flow"):
+        task = networks.flow_map_task(task, settings.objective)
+    if settings.rank is not None:
+        networks.add_lora(task, settings.rank)
+    if settings.gradient_checkpointing:
         if not getattr(task.network, "_supports_gradient_checkpointing", False):
             raise UsageError(f"{type(task.network).__name__} has no gradient checkpointing: leave it out.")
         task.network.enable_gradient_checkpointing()
     return task, images, classes
 
 
-def build_teacher(args: argparse.Namespace, task: Task, classes: int, captions: bool) -> Task | None:
+def build_teacher(settings: Settings, task: Task, classes: int, captions: bool) -> Task | None:
     """The frozen network that a flow map is distilled from.
 
     Raises ``ValueError`` for one of another process or shape: its trajectories would not be the student's.
     """
-    if not args.teacher_model_name_or_path:
+    if not settings.teacher_model_name_or_path:
         return None
-    teacher = networks.pipeline_task(load_pipeline(args.teacher_model_name_or_path), classes, captions)
+    teacher = networks.pipeline_task(load_pipeline(settings.teacher_model_name_or_path), classes, captions)
     teacher.network.requires_grad_(False).eval()
     mine, its = (p.log_snr(np.linspace(p.noisiest, p.cleanest, 9)) for p in (task.path, teacher.path))
     if type(task.path) is not type(teacher.path) or not np.allclose(mine, its):
@@ -94,14 +98,14 @@ def build_teacher(args: argparse.Namespace, task: Task, classes: int, captions: 
     return teacher
 
 
-def fresh_path(args: argparse.Namespace) -> str:
+def fresh_path(settings: Settings) -> str:
     """The ``--path`` of a new network."""
-    return "vp" if args.path == "from_model" else args.path
+    return "vp" if settings.path == "from_model" else settings.path
 
 
-def fresh_kind(args: argparse.Namespace) -> str:
+def fresh_kind(settings: Settings) -> str:
     """The ``--prediction_type`` of a new network."""
-    return args.prediction_type or ("flow_prediction" if fresh_path(args) == "flow" else "epsilon")
+    return settings.prediction_type or ("flow_prediction" if fresh_path(settings) == "flow" else "epsilon")
 
 
 def native_resolution(pipe: Any) -> int:
@@ -121,8 +125,8 @@ def image_channels(pipe: Any, model_config: str | None) -> int | None:
         network = vae if vae is not None else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
         return int(network.config.in_channels) if network is not None else None
     if model_config:
-        said = networks.read_model_config(model_config).get("in_channels")
-        return int(said or networks.network_from_config(model_config, 0).config.in_channels)
+        channels = networks.read_model_config(model_config).get("in_channels")
+        return int(channels or networks.network_from_config(model_config, 0).config.in_channels)
     return None
 
 
@@ -136,7 +140,7 @@ def own_channels(folder: str | None) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Length:
     """How long the training is: ``steps`` optimizer steps of ``global_batch`` images (all processes together, without
     accumulation), ``accumulate`` of them each."""
 
@@ -150,35 +154,35 @@ class Plan:
         return None if self.images is None else self.steps * self.global_batch * self.accumulate / self.images
 
 
-def make_plan(args: argparse.Namespace, images: Samples, processes: int) -> Plan:
+def training_length(settings: Settings, images: TrainingData, processes: int) -> Length:
     """``max_train_steps``, or the number of optimizer steps in ``num_train_epochs`` passes over the data."""
-    global_batch, accumulate = args.train_batch_size * processes, args.gradient_accumulation_steps
-    count = None if args.streaming else len(images)
-    steps = args.max_train_steps
+    global_batch, accumulate = settings.train_batch_size * processes, settings.gradient_accumulation_steps
+    count = None if settings.streaming else len(images)
+    steps = settings.max_train_steps
     if steps is None:
         assert count is not None  # a stream has max_train_steps
-        steps = math.ceil(args.num_train_epochs * count / (global_batch * accumulate))
-    return Plan(steps, global_batch, accumulate, count)
+        steps = math.ceil(settings.num_train_epochs * count / (global_batch * accumulate))
+    return Length(steps, global_batch, accumulate, count)
 
 
-def describe(args: argparse.Namespace, task: Task, images: Samples, classes: int, plan: Plan, processes: int) -> str:
+def describe(settings: Settings, task: Task, images: TrainingData, classes: int, length: Length, processes: int) -> str:
     """The resolved plan, a line each."""
     trainable = sum(p.numel() for p in task.network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in task.network.parameters())
-    epochs = "" if plan.epochs is None else f" ({plan.epochs:.1f} epochs)"
+    epochs = "" if length.epochs is None else f" ({length.epochs:.1f} epochs)"
     # weights and their average, gradients, two moments
-    floats = total + trainable * (3 + args.use_ema)
+    floats = total + trainable * (3 + settings.use_ema)
     lines = {
         "network": f"{type(task.network).__name__}, {trainable:,} of {total:,} parameters trained",
         "pipeline": f"{type(task.pipe).__name__} with {type(task.scheduler).__name__}",
         "process": f"{type(task.path).__name__}, prediction_type {task.prediction_type}",
-        "objective": f"{args.objective}, weighting {args.loss_weighting}, times {args.time_sampling}, loss {args.loss}",
-        "data": f"{plan.images if plan.images is not None else 'a stream of'} images, {classes or 'no'} classes, "
+        "objective": settings.axes,
+        "data": f"{length.images if length.images is not None else 'a stream of'} images, {classes or 'no'} classes, "
         f"{'with' if images.captions else 'no'} captions, {getattr(images, 'skipped', 0)} unreadable ones skipped",
-        "length": f"{plan.steps} optimizer steps of {plan.global_batch} x {plan.accumulate} images{epochs}",
+        "length": f"{length.steps} optimizer steps of {length.global_batch} x {length.accumulate} images{epochs}",
         "processes": f"{processes}",
         "memory": f"about {floats * 4 / 2**20:.0f} MB for weights, average, gradients and moments, per process",
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}, {args.lr_warmup_steps} steps of warm-up",
-        "output": f"{args.output_dir}, a checkpoint every {args.checkpointing_steps} steps",
+        "learning rate": f"{settings.learning_rate:g}, {settings.lr_scheduler}, {settings.lr_warmup_steps} to warm up",
+        "output": f"{settings.output_dir}, a checkpoint every {settings.checkpointing_steps} steps",
     }
     return "\n".join(f"{key + ':':15}{value}" for key, value in lines.items())

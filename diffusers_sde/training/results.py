@@ -22,7 +22,7 @@ from diffusers_sde.training.validation import sample_sheet
 def validate(session: Session, name: str) -> Any:
     """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker."""
     with session.averaged():
-        sheet = sample_sheet(session.args, session.task, session.classes, session.accelerator)
+        sheet = sample_sheet(session.settings, session.task, session.classes, session.accelerator)
     if sheet is not None and session.accelerator.is_main_process:
         folder = session.output / "samples"
         folder.mkdir(exist_ok=True)
@@ -38,17 +38,17 @@ def validate(session: Session, name: str) -> Any:
 
 def finish(session: Session, command: str) -> None:
     """Write the model, its card, curve and samples, all of them complete, and upload them if asked to."""
-    args, accelerator, task = session.args, session.accelerator, session.task
+    settings, accelerator, task = session.settings, session.accelerator, session.task
     start = time.perf_counter()
     sheet = validate(session, f"step-{session.progress.step:06d}")
     with session.averaged():
         state = accelerator.get_state_dict(session.network)
         if not accelerator.is_main_process:
             return
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.save_precision]
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.save_precision]
 
         def write(folder: Path) -> None:
-            networks.save_weights(task, state, folder, lora=args.rank is not None, dtype=dtype)
+            networks.save_weights(task, state, folder, lora=settings.rank is not None, dtype=dtype)
             rows = card.read_curve(session.output / "loss.csv")
             if rows:
                 card.draw_curve(rows, folder / "loss.png")
@@ -58,39 +58,41 @@ def finish(session: Session, command: str) -> None:
 
         publish_into(session.output, write)
     print(f"Saved to {session.output} ({time.perf_counter() - start:.0f} s).", flush=True)
-    if args.push_to_hub:
+    if settings.push_to_hub:
         upload(session)
 
 
 def card_content(session: Session, command: str, rows: list[tuple[int, float, float]]) -> dict[str, Any]:
     """The arguments of :func:`card.write_card`."""
-    args, task, plan = session.args, session.task, session.plan
+    settings, task, length = session.settings, session.task, session.length
     conditional = bool(task.vae is None and task.network.config.get("num_class_embeds"))
-    if args.rank is not None:
+    if settings.rank is not None:
         kind = "lora"
     elif task.vae is not None:
         kind = "pipeline"
-    elif args.objective == "denoising":
+    elif settings.objective == "denoising":
         kind = "class" if conditional else "unconditional"
     else:
-        kind = "classifier" if args.objective == "classifier" else "flow_map"
-    late = [loss for step, loss, _ in rows if step > 0.9 * plan.steps]
+        kind = "classifier" if settings.objective == "classifier" else "flow_map"
+    late = [loss for step, loss, _ in rows if step > 0.9 * length.steps]
     total = sum(p.numel() for p in task.network.parameters())
     facts = {
         "Network": f"{type(task.network).__name__}, {total:,} parameters"
-        + (f", LoRA of rank {args.rank}" if args.rank is not None else f", saved as {args.save_precision}"),
+        + (f", LoRA of rank {settings.rank}" if settings.rank is not None else f", saved as {settings.save_precision}"),
         "Process": f"{type(task.path).__name__}, {task.prediction_type}",
-        "Objective": f"{args.objective}, weighting {args.loss_weighting}, times {args.time_sampling}, loss {args.loss}",
-        "Length": f"{plan.steps} steps of {plan.global_batch * plan.accumulate} images"
-        + ("" if plan.epochs is None else f", {plan.epochs:.3g} epochs"),
-        "Weights": f"average with a power-function profile, width {args.ema_sigma_rel}" if args.use_ema else "the last",
+        "Objective": settings.axes,
+        "Length": f"{length.steps} steps of {length.global_batch * length.accumulate} images"
+        + ("" if length.epochs is None else f", {length.epochs:.3g} epochs"),
+        "Weights": f"average with a power-function profile, width {settings.ema_sigma_rel}"
+        if settings.use_ema
+        else "the last",
         "Loss": f"{sum(late) / max(len(late), 1):.4f} (mean of the last tenth; the curve is in `loss.csv`)",
     }
-    name = args.hub_model_id or session.output.resolve().name
+    name = settings.hub_model_id or session.output.resolve().name
     condition = 'prompt="..."' if not session.classes else "class_labels=[0, 1, 2]"
     return {
         "title": name,
-        "what": f"Trained with `diffusers_sde.train` on {args.train_data_dir or args.dataset_name}"
+        "what": f"Trained with `diffusers_sde.train` on {settings.data_source}"
         + (f" ({session.classes} classes)." if session.classes else "."),
         "facts": facts,
         "command": f"accelerate launch -m diffusers_sde.train {command}",
@@ -101,9 +103,9 @@ def card_content(session: Session, command: str, rows: list[tuple[int, float, fl
             "size": task.network.config.sample_size,
             "condition": condition,
             "labels": ", torch.tensor([0, 1, 2])" if conditional else "",
-            "target": ", target_timestep=scheduler.target_timestep(t)" if args.objective == "mean_flow" else "",
+            "target": ", target_timestep=scheduler.target_timestep(t)" if settings.objective == "mean_flow" else "",
         },
-        "base_model": args.pretrained_model_name_or_path,
+        "base_model": settings.pretrained_model_name_or_path,
     }
 
 
@@ -111,11 +113,11 @@ def upload(session: Session) -> None:
     """Create the repository and upload everything but checkpoints, logs and caches."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=session.args.hub_token)
-    name = session.args.hub_model_id or session.output.resolve().name
+    api = HfApi(token=session.settings.hub_token)
+    name = session.settings.hub_model_id or session.output.resolve().name
     repository = api.create_repo(name, exist_ok=True).repo_id
     api.upload_folder(
         repo_id=repository,
         folder_path=session.output,
-        ignore_patterns=["checkpoint-*/**", ".*/**", f"{session.args.logging_dir}/**", "latents/**"],
+        ignore_patterns=["checkpoint-*/**", ".*/**", f"{session.settings.logging_dir}/**", "latents/**"],
     )

@@ -112,7 +112,7 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
-class Samples(torch.utils.data.Dataset):
+class TrainingData(torch.utils.data.Dataset):
     """What can be trained on: numbered items, each a function of its number and a seed.
 
     ``class_names`` is None without labels; ``captions`` says whether items have a caption; ``skipped`` counts the
@@ -152,14 +152,60 @@ class Pictures(Protocol):
     def fingerprint(self) -> str: ...
 
 
-class Images(Samples):
-    """The readable images of a source with their labels and captions.
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """What reading every image once has found: ``kept``, the numbers of the readable ones (N,), and, if they all fit
+    into memory, their uint8 pixels one behind the other with ``shapes`` (N, 3) and ``offsets`` (N + 1,)."""
+
+    kept: np.ndarray
+    pixels: torch.Tensor | None = None
+    shapes: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+
+    def decoded(self, index: int) -> torch.Tensor | None:
+        """uint8 ``(C, h, w)`` of the readable image of this number; None where pixels are not kept."""
+        if self.pixels is None or self.shapes is None or self.offsets is None:
+            return None
+        return self.pixels[self.offsets[index] : self.offsets[index + 1]].view(*self.shapes[index].tolist())
+
+
+def scan_pictures(pictures: Pictures, framing: Framing, name: str, cache_bytes: int) -> Scan:
+    """Read every image: decoded as long as ``cache_bytes`` may hold them all, then only checked for a good header."""
+    kept: list[int] = []
+    chunks: list[np.ndarray] = []
+    size = 0
+    for i in tqdm(range(len(pictures)), desc=f"Reading {name}", unit=" images", disable=None, leave=False):
+        try:
+            with pictures[i] as image:
+                if size < cache_bytes:
+                    chunks.append(framing.pixels(image))
+                    size += chunks[-1].size
+                else:
+                    chunks.clear()
+                    image.verify()
+        except UNREADABLE:
+            continue
+        kept.append(i)
+    if not chunks:
+        return Scan(np.array(kept, np.int64))
+    # One flat buffer costs nothing to hand to workers, whatever the sizes of the images.
+    return Scan(
+        np.array(kept, np.int64),
+        torch.from_numpy(np.concatenate([c.reshape(-1) for c in chunks])),
+        np.array([c.shape for c in chunks]),
+        np.cumsum([0, *(c.size for c in chunks)]),
+    )
+
+
+class Images(TrainingData):
+    """The readable images of a source with their labels and captions, made by :func:`read_images`.
 
     Items are ``{"pixel_values": float32 (C, H, W) in [-1, 1], "class_labels": int, "caption": str}``, the last two
-    where there are such.  Decoded images stay in memory as uint8 if ``cache_bytes`` hold them all.
+    where there are such.
 
     Args:
         pictures: the images.
+        scan: which of them can be read, and their pixels if they are kept in memory.
         name: what messages call them.
         labels: ``(N,)`` numbers into ``class_names``.
         captions: N captions, each a string or several to choose from.
@@ -169,58 +215,27 @@ class Images(Samples):
         self,
         pictures: Pictures,
         framing: Framing,
+        scan: Scan,
         *,
         name: str,
         class_names: list[str] | None = None,
         labels: np.ndarray | None = None,
         captions: Sequence[Any] | None = None,
-        cache_bytes: int = MAX_CACHED_BYTES,
     ) -> None:
-        self.pictures, self.framing, self.name = pictures, framing, name
+        self.pictures, self.framing, self.scan, self.name = pictures, framing, scan, name
         self.class_names, self.captions = class_names, captions is not None
-        self._pixels: torch.Tensor | None = None
-        self.kept = self._scan(cache_bytes)
-        self.skipped = len(pictures) - len(self.kept)
-        if not len(self.kept):
-            raise DataError(f"None of the {self.skipped} images of {name} can be read: pass other data.")
-        if self.skipped:
-            warnings.warn(f"{self.skipped} unreadable images of {name} are skipped.", stacklevel=3)
-        self._labels = None if labels is None else labels[self.kept]
-        self._captions = None if captions is None else [captions[i] for i in self.kept]
-
-    def _scan(self, cache_bytes: int) -> np.ndarray:
-        """Numbers of the readable images; decodes them as long as the cache may hold them all, then checks headers."""
-        kept: list[int] = []
-        chunks: list[np.ndarray] = []
-        size = 0
-        numbers = range(len(self.pictures))
-        for i in tqdm(numbers, desc=f"Reading {self.name}", unit=" images", disable=None, leave=False):
-            try:
-                with self.pictures[i] as image:
-                    if size < cache_bytes:
-                        chunks.append(self.framing.pixels(image))
-                        size += chunks[-1].size
-                    else:
-                        chunks.clear()
-                        image.verify()
-            except UNREADABLE:
-                continue
-            kept.append(i)
-        if chunks:
-            # One flat buffer costs nothing to hand to workers, whatever the sizes of the images.
-            self._pixels = torch.from_numpy(np.concatenate([c.reshape(-1) for c in chunks]))
-            self._shapes = np.array([c.shape for c in chunks])
-            self._offsets = np.cumsum([0, *(c.size for c in chunks)])
-        return np.array(kept, np.int64)
+        self.skipped = len(pictures) - len(scan.kept)
+        self._labels = None if labels is None else labels[scan.kept]
+        self._captions = None if captions is None else [captions[i] for i in scan.kept]
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.scan.kept)
 
     def decode(self, index: int) -> torch.Tensor:
         """uint8 ``(C, h, w)`` of the image of this number, from memory or from its source."""
-        if self._pixels is not None:
-            return self._pixels[self._offsets[index] : self._offsets[index + 1]].view(*self._shapes[index].tolist())
-        with self.pictures[int(self.kept[index])] as image:
+        if (pixels := self.scan.decoded(index)) is not None:
+            return pixels
+        with self.pictures[int(self.scan.kept[index])] as image:
             return torch.from_numpy(self.framing.pixels(image))
 
     def readable(self, index: int) -> tuple[int, torch.Tensor]:
@@ -251,13 +266,32 @@ class Images(Samples):
         return repr((self.pictures.fingerprint(), self.framing))
 
 
+def read_images(
+    pictures: Pictures, framing: Framing, *, name: str, cache_bytes: int = MAX_CACHED_BYTES, **annotations: Any
+) -> Images:
+    """The images of a source that can be read; decoded ones stay in memory if ``cache_bytes`` hold them all.
+
+    Args:
+        annotations: labels, class names and captions of :class:`Images`.
+
+    Raises:
+        DataError: if none can be read; warns of those that cannot.
+    """
+    images = Images(pictures, framing, scan_pictures(pictures, framing, name, cache_bytes), name=name, **annotations)
+    if not len(images):
+        raise DataError(f"None of the {images.skipped} images of {name} can be read: pass other data.")
+    if images.skipped:
+        warnings.warn(f"{images.skipped} unreadable images of {name} are skipped.", stacklevel=3)
+    return images
+
+
 # -- batches --
 
 
 class Batches(torch.utils.data.IterableDataset):
     """The endless batches of one process; worker w of W makes every W-th of them, and the loader interleaves them."""
 
-    def __init__(self, samples: Samples, batch_size: int, seed: int, rank: int, world_size: int, first_batch: int):
+    def __init__(self, samples: TrainingData, batch_size: int, seed: int, rank: int, world_size: int, first_batch: int):
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.rank, self.world_size, self.first_batch = rank, world_size, first_batch
 
@@ -266,8 +300,8 @@ class Batches(torch.utils.data.IterableDataset):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         numbers = itertools.count(self.first_batch + number, workers)
         starts = ((b * self.world_size + self.rank) * self.batch_size for b in numbers)
-        positions, asked = itertools.tee(p for start in starts for p in range(start, start + self.batch_size))
-        pairs = zip(positions, self.samples.items(asked, self.seed), strict=True)
+        positions, wanted = itertools.tee(p for start in starts for p in range(start, start + self.batch_size))
+        pairs = zip(positions, self.samples.items(wanted, self.seed), strict=True)
         while True:
             yield collate(list(itertools.islice(pairs, self.batch_size)))
 
@@ -286,7 +320,7 @@ def collate(pairs: Sequence[tuple[int, Item]]) -> Item:
 
 
 def batches(
-    images: Samples,
+    images: TrainingData,
     *,
     batch_size: int,
     seed: int,

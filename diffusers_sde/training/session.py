@@ -5,7 +5,6 @@ Knows how Accelerate wraps network and optimizer and what a checkpoint holds.  K
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from diffusers_sde.training.checkpoints import prune, publish
-from diffusers_sde.training.data import Samples, batches, cache_latents
+from diffusers_sde.training.data import TrainingData, batches, cache_latents
 from diffusers_sde.training.ema import PowerEMA
 from diffusers_sde.training.networks import Task, place
-from diffusers_sde.training.plan import Plan
+from diffusers_sde.training.plan import Length
+from diffusers_sde.training.settings import Settings
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Progress:
 class Session:
     """Everything that the loop and what it saves share."""
 
-    args: argparse.Namespace
+    settings: Settings
     accelerator: Accelerator
     task: Task
     network: Any  # as Accelerate prepared it
@@ -48,7 +48,7 @@ class Session:
     lr_scheduler: Any
     ema: PowerEMA | None
     progress: Progress
-    plan: Plan
+    length: Length
     classes: int
     output: Path
 
@@ -66,29 +66,29 @@ class Session:
             wait=self.accelerator.wait_for_everyone,
         )
         if main:
-            prune(self.output, self.args.checkpoints_total_limit)
+            prune(self.output, self.settings.checkpoints_total_limit)
 
 
 def prepare(
-    args: argparse.Namespace,
+    settings: Settings,
     accelerator: Accelerator,
     task: Task,
-    images: Samples,
+    images: TrainingData,
     classes: int,
-    plan: Plan,
+    length: Length,
     resumed: Path | None,
 ) -> tuple[Session, Iterator[dict[str, Any]]]:
     """Optimizer, schedule and averages around the network, as they were at the checkpoint; the stream of batches."""
-    output = Path(args.output_dir)
+    output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     place(task, accelerator.device)
-    if args.cache_latents:
+    if settings.cache_latents:
         with accelerator.main_process_first():
             images = cache_latents(
                 images,
                 task.vae,
                 directory=output / "latents",
-                batch_size=args.train_batch_size,
+                batch_size=settings.train_batch_size,
                 device=accelerator.device,
                 progress=accelerator.is_main_process,
             )
@@ -96,35 +96,35 @@ def prepare(
     trainable = [p for p in task.network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
         fused=True,
     )
     # by optimizer steps, whatever the accumulation and the number of processes: not prepared by Accelerate
     schedule = get_scheduler(
-        args.lr_scheduler,
+        settings.lr_scheduler,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=plan.steps,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=length.steps,
     )
     network, optimizer = accelerator.prepare(task.network, optimizer)
     progress = Progress()
-    ema = PowerEMA(network.parameters(), args.ema_sigma_rel) if args.use_ema else None
+    ema = PowerEMA(network.parameters(), settings.ema_sigma_rel) if settings.use_ema else None
     accelerator.register_for_checkpointing(schedule, progress, *([ema] if ema else []))
     if resumed is not None:
         accelerator.load_state(str(resumed))
         if accelerator.is_main_process:
             print(f"Resumed from {resumed.name}.", flush=True)
-    session = Session(args, accelerator, task, network, optimizer, schedule, ema, progress, plan, classes, output)
+    session = Session(settings, accelerator, task, network, optimizer, schedule, ema, progress, length, classes, output)
     stream = batches(
         images,
-        batch_size=args.train_batch_size,
-        seed=args.seed,
+        batch_size=settings.train_batch_size,
+        seed=settings.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        first_batch=progress.step * plan.accumulate,
-        num_workers=args.dataloader_num_workers,
+        first_batch=progress.step * length.accumulate,
+        num_workers=settings.dataloader_num_workers,
     )
     return session, stream

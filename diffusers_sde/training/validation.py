@@ -5,7 +5,6 @@ Knows how to sample the network of a task.  Knows nothing of losses or checkpoin
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import math
 from typing import Any
@@ -19,26 +18,27 @@ from diffusers_sde.sampling import flow_map_denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import FlowMapScheduler, ProbabilityFlowScheduler
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.randomness import generator_of
+from diffusers_sde.training.settings import Settings
 
 _VALIDATION = 3  # the stream of the sheets' noise
 
 
-def sample_sheet(args: argparse.Namespace, task: Task, classes: int, accelerator: Any) -> Image.Image | None:
+def sample_sheet(settings: Settings, task: Task, classes: int, accelerator: Any) -> Image.Image | None:
     """``num_validation_images`` images from the task's network as one sheet (on every process), None for 0 of them.
 
     Process r of W makes images r, r + W, ...; image i starts from the noise of (seed, i), so that sheets of one
     training and of any number of processes show the same samples.
     """
-    n, world, rank = args.num_validation_images, accelerator.num_processes, accelerator.process_index
+    n, world, rank = settings.num_validation_images, accelerator.num_processes, accelerator.process_index
     if not n or task.name == "classifier":
         return None
     mine = [min(i, n - 1) for i in range(rank, math.ceil(n / world) * world, world)]
-    generators = [generator_of(args.seed, i, _VALIDATION) for i in mine]
+    generators = [generator_of(settings.seed, i, _VALIDATION) for i in mine]
     training = task.network.training
     task.network.eval()
     try:
         with torch.no_grad(), accelerator.autocast():
-            images = _samples(args, task, classes, mine, generators)
+            images = _sampled_images(settings, task, classes, mine, generators)
     finally:
         task.network.train(training)
     images = accelerator.gather(images.to(accelerator.device).contiguous())
@@ -46,11 +46,15 @@ def sample_sheet(args: argparse.Namespace, task: Task, classes: int, accelerator
     return contact_sheet(images[np.argsort(order)][:n].float().cpu())
 
 
-def _samples(
-    args: argparse.Namespace, task: Task, classes: int, numbers: list[int], generators: list[torch.Generator]
+def _sampled_images(
+    settings: Settings, task: Task, classes: int, numbers: list[int], generators: list[torch.Generator]
 ) -> torch.Tensor:
     """Images (N, C, H, W) in [-1, 1]."""
-    n, scale, steps = args.num_validation_images, args.validation_guidance_scale, args.validation_inference_steps
+    n, scale, steps = (
+        settings.num_validation_images,
+        settings.validation_guidance_scale,
+        settings.validation_inference_steps,
+    )
     pipe = task.pipe
     cls = FlowMapScheduler if isinstance(task.scheduler, FlowMapScheduler) else ProbabilityFlowScheduler
     scheduler = cls.from_config(task.scheduler.config)
@@ -69,7 +73,7 @@ def _samples(
         return sample(denoiser, scheduler, noise).clamp(-1, 1)
     inputs: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "np"}
     if labels is None:
-        prompts = args.validation_prompts or [""]
+        prompts = settings.validation_prompts or [""]
         inputs["prompt"] = [prompts[i % len(prompts)] for i in numbers]
     else:
         inputs["class_labels"] = labels

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from diffusers_sde.errors import UsageError
-from diffusers_sde.named_samplers import SAMPLERS
+from diffusers_sde.sampler_names import SAMPLERS
 
 MAX_NFE, MAX_BUDGETS, MAX_SAMPLERS, MAX_IMAGES, MAX_PROMPT, MAX_SEED = 100, 5, 6, 8, 300, 2**31 - 1
 

@@ -24,7 +24,7 @@ from PIL import Image
 from diffusers_sde.training import hub_data
 from diffusers_sde.training import latents as latents_module
 from diffusers_sde.training.data import DataError, batches, cache_latents, load_images, sample_seed
-from diffusers_sde.training.samples import Framing, Samples, to_mode
+from diffusers_sde.training.samples import Framing, TrainingData, to_mode
 
 RGB = {"resolution": 8, "channels": 3}
 
@@ -58,7 +58,7 @@ def value(item) -> int:
     return round((float(item["pixel_values"][0, 0, 0]) + 1) * 127.5)
 
 
-def first(n: int, images: Samples, **kwargs) -> list[dict]:
+def first(n: int, images: TrainingData, **kwargs) -> list[dict]:
     return list(itertools.islice(batches(images, **{"batch_size": 4, "seed": 0, **kwargs}), n))
 
 
@@ -87,7 +87,7 @@ def cropped(wide):
 # -- the order --
 
 
-class Numbers(Samples):
+class Numbers(TrainingData):
     """Items that are nothing but their number and seed."""
 
     def __init__(self, length: int) -> None:
@@ -530,7 +530,9 @@ def test_cached_latents_come_in_the_order_of_the_images_with_any_workers(tmp_pat
 def test_latents_are_encoded_once_and_anew_when_anything_changes(tmp_path, numbered, monkeypatch):
     directory, images, vae = tmp_path / "latents", load_images(numbered, **RGB), tiny_vae()
     encoded = []
-    monkeypatch.setattr(latents_module, "encode", lambda v, x, f=latents_module.encode: encoded.append(1) or f(v, x))
+    monkeypatch.setattr(
+        latents_module, "encoder_output", lambda v, x, f=latents_module.encoder_output: encoded.append(1) or f(v, x)
+    )
 
     def encodes(images, vae):
         encoded.clear()
@@ -551,7 +553,7 @@ def test_latents_are_encoded_once_and_anew_when_anything_changes(tmp_path, numbe
 def test_interrupted_encoding_goes_on_where_it_was(tmp_path, numbered, monkeypatch):
     monkeypatch.setattr(latents_module, "SHARD", 3)
     directory, images, vae = tmp_path / "latents", load_images(numbered, **RGB), tiny_vae()
-    calls, encode = [], latents_module.encode
+    calls, encode = [], latents_module.encoder_output
 
     def failing(vae, pixels):
         calls.append(len(pixels))
@@ -559,7 +561,7 @@ def test_interrupted_encoding_goes_on_where_it_was(tmp_path, numbered, monkeypat
             raise KeyboardInterrupt
         return encode(vae, pixels)
 
-    monkeypatch.setattr(latents_module, "encode", failing)
+    monkeypatch.setattr(latents_module, "encoder_output", failing)
     with pytest.raises(KeyboardInterrupt):
         cache_latents(images, vae, directory=directory, progress=False)
     assert [p.name for p in directory.rglob("*") if p.is_file()] == ["00000.safetensors"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -20,8 +21,8 @@ from training_helpers import common, launch, losses, make_images, tiny_config, t
 
 import diffusers_sde
 from diffusers_sde.assets import load_default_model
-from diffusers_sde.training import command, processes
-from diffusers_sde.training.arguments import build_parser, find_problem
+from diffusers_sde.training import command, launching
+from diffusers_sde.training.arguments import read_settings
 from diffusers_sde.training.checkpoints import checkpoints, publish
 from diffusers_sde.training.data import load_images
 
@@ -173,7 +174,7 @@ def test_processes_that_the_launcher_did_not_start_are_noticed(
 ) -> None:
     """Accelerate 1.15 starts one process for ``--cpu --num_processes 2`` and sets MASTER_PORT."""
     known = {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500", **environment}
-    assert processes.asked_for(known, launcher.split()) == expected
+    assert launching.requested_processes(known, launcher.split()) == expected
 
 
 def test_the_learning_rate_follows_optimizer_steps_under_accumulation(data: Path, config: Path, tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_the_result_is_a_stock_pipeline_with_card_curve_and_samples(data: Path, 
         ("vp", "epsilon", DDPMScheduler),
         ("cosine", "v_prediction", DDPMScheduler),
         ("flow", "flow_prediction", FlowMatchEulerDiscreteScheduler),
-        ("edm", "epsilon", diffusers_sde.schedulers.base.diffusers.EDMEulerScheduler),
+        ("edm", "epsilon", diffusers.EDMEulerScheduler),
         ("ve", "score", diffusers_sde.ProbabilityFlowScheduler),
         ("vp", "flow_prediction", diffusers_sde.ProbabilityFlowScheduler),
     ],
@@ -310,11 +311,14 @@ def test_the_result_is_uploaded_without_checkpoints_and_logs(
             seen.update(repo_id=repo_id, kept=sorted(kept))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    arguments = common(data, tmp_path / "out", config, 2, push_to_hub=True, hub_token="t", num_validation_images=2)
+    arguments = common(
+        data, tmp_path / "out", config, 2, push_to_hub=True, hub_token="hf_secret", num_validation_images=2
+    )
     assert train_here([*arguments, "--report_to", "tensorboard", "--validation_inference_steps", "2"]) == 0
-    assert seen["repo_id"] == "me/out" and seen["token"] == "t"
+    assert seen["repo_id"] == "me/out" and seen["token"] == "hf_secret"
     assert {"README.md", "loss.csv", "loss.png", "model_index.json", "samples.png", WEIGHTS} <= set(seen["kept"])
     assert not any(name.startswith(("checkpoint", "logs", ".")) for name in seen["kept"])
+    assert not any("hf_secret" in (tmp_path / "out" / name).read_text(errors="ignore") for name in seen["kept"])
 
 
 # -- refusals --
@@ -366,10 +370,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(data: Path, config: Path, 
         ("--train_data_dir d --objective classifier --model_config c", "leave out --rank"),
     ],
 )
-def test_contradictory_arguments_get_one_sentence_with_the_remedy(arguments: str, remedy: str, tmp_path: Path) -> None:
-    args = build_parser().parse_args(["--output_dir", str(tmp_path / "out"), *arguments.split()])
-    problem = find_problem(args)
-    assert problem is not None and remedy in problem and "\n" not in problem
+def test_contradictory_arguments_get_one_sentence_with_the_remedy(
+    arguments: str, remedy: str, tmp_path: Path, capsys
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        read_settings(["--output_dir", str(tmp_path / "out"), *arguments.split()])
+    problem = capsys.readouterr().err
+    assert stop.value.code == 2 and remedy in problem and problem.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -397,4 +404,4 @@ def test_the_commands_of_the_readme_are_valid(tmp_path: Path, monkeypatch: pytes
     commands = re.findall(r"`(?:T|accelerate launch .*?-m diffusers_sde\.train) (--.*?)`", readme)
     assert len(commands) >= 6
     for line in commands:
-        assert find_problem(build_parser().parse_args(line.split())) is None, line
+        assert read_settings(line.split()).output_dir, line

@@ -15,7 +15,7 @@ _LAUNCHERS = ("accelerate-launch", "accelerate.commands.launch", "commands/launc
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def asked_for(environment: Mapping[str, str], launcher: Sequence[str]) -> int:
+def requested_processes(environment: Mapping[str, str], launcher: Sequence[str]) -> int:
     """How many processes the command line ``launcher`` of our parent asked for and did not start; 1 for none.
 
     Accelerate's launcher sets MASTER_PORT for more than one process; every real multi-process start, torchrun's or
@@ -37,7 +37,7 @@ def start_missing() -> None:
     """Replace this process by a launcher of all processes, if only one of them was started."""
     import psutil
 
-    processes = asked_for(os.environ, psutil.Process(os.getppid()).cmdline())
+    processes = requested_processes(os.environ, psutil.Process(os.getppid()).cmdline())
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(processes)]
         command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "diffusers_sde.train"]
