@@ -148,20 +148,35 @@ def build_multistep(
 ) -> Table:
     """Exponential Adams table: predictor of ``order`` 1-4, optionally corrected when the next evaluation arrives.
 
-    corrector: True redoes each step with the new evaluation and ``order`` old ones (UniC, order + 1); an integer is
-    the number of nodes of that redone step, the new one first (SA-Solver's corrector order).  No model evaluation.
-    tau: one noise level, or one per step.
-    final: what a step to sigma = 0 does.  ``denoise`` returns D, noise free; ``corrected`` moves D with the corrected
-    state as far as D of N(0, data_std^2) data would; ``exact`` is the limit of the formula (needs data_std > 0),
-    ``second_order`` its two-node version.
-
     The order of a row is lowered where the history is short or where extrapolation would amplify errors.
-    Raises ``ValueError`` for an order, clock, rule, tau or final that does not exist or does not fit.
+
+    Args:
+        path: the process; needed for the clock ``time`` only.
+        nodes: of the grid.
+        order: 1 to 4.
+        corrector: True redoes each step with the new evaluation and ``order`` old ones (UniC, order + 1); an integer is
+            the number of nodes of that redone step, the new one first (SA-Solver's corrector order).  No model
+            evaluation.
+        data_std, clock, rule: see :class:`Method`.
+        tau: one noise level, or one per step.
+        final: what a step to sigma = 0 does.  ``denoise`` returns D, noise free; ``corrected`` moves D with the
+            corrected state as far as D of N(0, data_std^2) data would; ``exact`` is the limit of the formula (needs
+            data_std > 0), ``second_order`` its two-node version.
+
+    Returns:
+        One row an evaluation.
+
+    Raises:
+        ValueError: for an order, clock, rule, tau or final that does not exist or does not fit.
     """
     taus = _check(nodes, order, data_std, clock, tau, rule, final)
     method = Method(path, float(data_std), clock, rule)
     points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
     rows: list[Row] = []
+    # A correction redoes the step before with the evaluation that has just arrived.  The state from which that step
+    # started is gone, but it is not needed: the corrected state is the current one plus the difference of the two
+    # sets of weights on evaluations that are kept.  So a row carries it in its own weights, ahead of its prediction,
+    # and a corrector costs neither an evaluation nor an operation.
     previous = np.zeros(0)  # weights that produced the current state, on F_{i-1}, F_{i-2}, ...
     for i, (start, end) in enumerate(itertools.pairwise(points)):
         if end.sigma == 0 and final in ("denoise", "corrected"):
@@ -208,7 +223,20 @@ def build_singlestep(
     stages at log-SNR midpoint / thirds.  These put their extra evaluations into the table as rows of their own.
 
     The anchor is not stored: the noise-free state of the stage before is an affine function of it, which makes
-    every row a row like any other (and Brownian increments add up).  Raises ``ValueError`` as build_multistep.
+    every row a row like any other (and Brownian increments add up).  A step is split at a stage from which it would
+    amplify errors, and where tau changes: the state there is its next anchor.
+
+    Args:
+        path: the process; needed for stages between grid nodes and for the clock ``time``.
+        nodes: of the grid.
+        method: one of ``SINGLESTEP_METHODS``.
+        data_std, clock, tau, rule, final: as in :func:`build_multistep`; tau per step of ``nodes``.
+
+    Returns:
+        One row an evaluation.
+
+    Raises:
+        ValueError: as :func:`build_multistep`, and where the path is needed and missing.
     """
     if method not in SINGLESTEP_METHODS:
         raise ValueError(f"method {method!r} is unknown: use one of {', '.join(SINGLESTEP_METHODS)}.")
