@@ -68,7 +68,7 @@ class Table:
 MAX_STEP_RATIO = 4.0  # a step to the one before it
 MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}  # sum |b| / |sum b|, by the number of evaluations
 MAX_STIFFNESS = 2.0  # of a stochastic step, see Method.stiffness
-MAX_FRESH = (5.0, 1.5)  # amplification times fresh noise, for data prediction and for an F that contains the noise
+MAX_FRESH = (6.2, 1.5)  # amplification times fresh noise, for data prediction and for an F that contains the noise
 MAX_CANCELLATION = 0.3  # of MAX_AMPLIFICATION: what errors of x_0 may grow to when noise predictions are subtracted
 
 

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_sde.analytic import GaussianMixture
-from diffusers_sde.benchmarks.common import PROCESSES, print_table, rmse
+from diffusers_sde.benchmarks.common import PROCESSES, mean_error, print_table
 from diffusers_sde.grids import GRIDS
 from diffusers_sde.prediction import to_model
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler, TableScheduler
@@ -96,7 +96,7 @@ def ode_errors(scheduler: TableScheduler, data: Data, noise: torch.Tensor, refer
     """The plain and the guided error, each over the root mean square of the right samples (guided: 1.0)."""
     start = torch.cat([noise, noise]) * scheduler.init_noise_sigma
     pairs = zip(run(scheduler, start, data).chunk(2), reference.chunk(2), strict=True)
-    return [rmse(mine, right) / float(right.square().mean().sqrt()) for mine, right in pairs]
+    return [mean_error(mine, right) / float(right.square().mean().sqrt()) for mine, right in pairs]
 
 
 def measure(seed: int, steps: tuple[int, ...] = (5, 10)) -> None:

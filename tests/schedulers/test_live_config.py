@@ -1,4 +1,4 @@
-"""The config is what it is now: whatever is changed on a scheduler counts from the next run, or from the next step, on."""
+"""The config is what it is now: what is changed on a scheduler counts from the next run, or the next step, on."""
 
 import pytest
 import torch
