@@ -36,8 +36,8 @@ from helpers import (
 from scipy.integrate import solve_ivp
 
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
-from diffusers_sde.grids import Nodes
 from diffusers_sde.configs import alphas_cumprod_from_config
+from diffusers_sde.grids import Nodes
 from diffusers_sde.tables import Point, Table, build_multistep, build_singlestep, lagrange_weights, tau_from_eta
 
 INF = math.inf
