@@ -385,9 +385,6 @@ def test_a_setting_of_the_solver_does_not_change_the_process(setting):
         config = PIPELINES[name]()[0].scheduler.config
         plain = ProbabilityFlowScheduler.from_config(config)
         changed = ProbabilityFlowScheduler.from_config(config, **setting)
-            ProbabilityFlowScheduler.from_config(config),
-            ProbabilityFlowScheduler.from_config(config, **setting),
-        )
         times = np.linspace(plain.path.noisiest, plain.path.cleanest, 7)
         np.testing.assert_array_equal(changed.path.alpha_sigma(times), plain.path.alpha_sigma(times))
         assert changed.config.prediction_type == plain.config.prediction_type
