@@ -164,7 +164,7 @@ def _wrap(value: int) -> int:
 
 def seeds_from_latents(sample: torch.Tensor) -> torch.Tensor:
     """One int64 seed per sample, a hash of its values (batch,): same latents, same seed; no synchronisation."""
-    bits = sample.detach().float().contiguous().view(torch.int32).flatten(1).long()
+    bits = sample.detach().float().contiguous().view(torch.int32).reshape(len(sample), -1).long()
     place = torch.arange(bits.shape[1], device=bits.device)
     return _mix(_mix(bits + place * _GOLDEN).sum(1))
 

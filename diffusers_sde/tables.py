@@ -169,7 +169,8 @@ def build_multistep(
     Raises:
         ValueError: for an order, clock, rule, tau or final that does not exist or does not fit.
     """
-    taus = _check(nodes, order, data_std, clock, tau, rule, final)
+    check_solver(order, data_std, clock, rule, final)
+    taus = _noise_levels(tau, len(nodes) - 1)
     method = Method(path, float(data_std), clock, rule)
     points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
     rows: list[Row] = []
@@ -241,7 +242,8 @@ def build_singlestep(
     if method not in SINGLESTEP_METHODS:
         raise ValueError(f"method {method!r} is unknown: use one of {', '.join(SINGLESTEP_METHODS)}.")
     order, fractions = SINGLESTEP_METHODS[method]
-    taus = _check(nodes, order, data_std, clock, tau, rule, final)
+    check_solver(order, data_std, clock, rule, final)
+    taus = _noise_levels(tau, len(nodes) - 1)
     if fractions is not None:
         nodes, taus = insert_stages(path, nodes, fractions, taus)
     weigh = Method(path, float(data_std), clock, rule)
@@ -327,11 +329,17 @@ def _groups(points: Sequence[Point], order: int) -> list[tuple[int, int]]:
     return list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
 
 
-def _check(
-    nodes: Nodes, order: int, data_std: float, clock: str, tau: float | Sequence[float], rule: str, final: str
-) -> list[float]:
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"solver_order must be 1, 2, 3 or 4, not {order}.")
+def check_solver(
+    order: int,
+    data_std: float = 0.0,
+    clock: str = "log_snr",
+    rule: str = "exact",
+    final: str = "denoise",
+    orders: Sequence[int] = (1, 2, 3, 4),
+) -> None:
+    """Raise ``ValueError`` for settings of :func:`build_multistep` that do not exist; ``orders``: those that do."""
+    if order not in orders:
+        raise ValueError(f"solver_order must be {', '.join(map(str, orders[:-1]))} or {orders[-1]}, not {order}.")
     if clock not in CLOCKS:
         raise ValueError(f"clock {clock!r} is unknown: use one of {', '.join(CLOCKS)}.")
     if rule not in ("exact", "midpoint"):
@@ -340,10 +348,21 @@ def _check(
         raise ValueError(f"final {final!r} is unknown: use one of {', '.join(FINALS)}.")
     if not data_std >= 0:
         raise ValueError(f"data_std must be 0 or more (inf for noise prediction), not {data_std}.")
-    steps = len(nodes) - 1
+
+
+def check_tau(tau: float | Sequence[float]) -> None:
+    """Raise ``ValueError`` unless the noise level, or each of several, lies between 0 and ``MAX_TAU``."""
+    for value in np.ravel(np.asarray(tau, np.float64)):
+        if not 0 <= value <= MAX_TAU:
+            raise ValueError(f"tau must be a number from 0 to {MAX_TAU:g}, or one for each step, not {value:g}.")
+
+
+def _noise_levels(tau: float | Sequence[float], steps: int) -> list[float]:
+    """One noise level for each step."""
+    check_tau(tau)
     taus = [float(tau)] * steps if np.ndim(tau) == 0 else [float(x) for x in tau]  # type: ignore[arg-type, union-attr]
-    if len(taus) < steps or not all(0 <= x <= MAX_TAU for x in taus):
-        raise ValueError(f"tau must be one number from 0 to {MAX_TAU:g}, or one for each of the {steps} steps.")
+    if len(taus) < steps:
+        raise ValueError(f"tau has {len(taus)} values for {steps} steps: pass one number, or one for each step.")
     return taus[:steps]
 
 

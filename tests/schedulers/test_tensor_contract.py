@@ -1,4 +1,4 @@
-"""The tensors that go in and out: sliced timesteps, changing batches, any shape, one time a sample, levels in training."""
+"""The tensors that go in and out: sliced timesteps, changing batches, any shape, one time a sample, training."""
 
 import diffusers
 import numpy as np
@@ -160,7 +160,7 @@ def ddpm_noised(x0, eps, t):
 @by_class
 @pytest.mark.parametrize("when", ["laid out", "begin index", "in mid-run", "finished"])
 def test_training_during_and_after_runs_uses_its_own_timesteps(cls, when):
-    """``add_noise``, ``scale_noise`` and ``get_velocity`` at times that training draws: DDPM's, whatever run there is."""
+    """``add_noise``, ``scale_noise`` and ``get_velocity`` at times that training draws are DDPM's, whatever runs."""
     scheduler = cls(**VP)
     scheduler.set_timesteps(6)
     if when != "laid out":
@@ -195,8 +195,8 @@ def test_rounded_timesteps_of_given_sigmas(cls):
 
 
 def test_alphas_cumprod_between_integers():
-    """Some pipelines index it with the timestep, which need not be an integer here: alpha^2 of the path; integers, slices
-    and arithmetic are those of a tensor."""
+    """Some pipelines index it with the timestep, which need not be an integer here: alpha^2 of the path; integers and
+    arithmetic are those of a tensor."""
     scheduler, theirs = ProbabilityFlowScheduler(**VP), diffusers.DDIMScheduler(**VP).alphas_cumprod
     table = scheduler.alphas_cumprod
     torch.testing.assert_close(table[torch.tensor([3, 871])], theirs[[3, 871]])
@@ -234,8 +234,8 @@ def test_original_inference_steps_below_the_number_of_steps():
 @pytest.mark.parametrize("cls", KEEPING, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("copies", [1, 2])
 def test_a_step_taken_twice_is_the_step(cls, copies):
-    """Cosmos looks at ``step(...)[1]`` of a doubled batch, puts the index back and steps: the run is the plain one, with
-    the same noise."""
+    """Cosmos looks at ``step(...)[1]`` of a doubled batch, puts the index back and steps: the run is the plain one,
+    with the same noise."""
     plain = loop(laid_out(cls, 12, **FLOW), randn(*SHAPE))
     scheduler, x = laid_out(cls, 12, **FLOW), randn(*SHAPE)
     model = gaussian(scheduler)
