@@ -73,10 +73,8 @@ class RunLayout(Noising):
         another dtype or on another device, lays out that part; any other numbers are a grid of the caller's own.
         """
         run = self._run
-        if run.timesteps is None:  # its holders have let go of it
-            run = self._put(run.asked_at(self._times(run.layout.nodes, None)))
-        assert run.timesteps is not None
-        return run.timesteps
+        held = run.tensor()
+        return self._times(run.layout.nodes, None) if held is None else held
 
     @timesteps.setter
     def timesteps(self, value: torch.Tensor) -> None:
@@ -259,8 +257,8 @@ class RunLayout(Noising):
         labels = self._labels(nodes)
         with torch.inference_mode():  # they may have been laid out under it
             layout.sigmas.copy_(torch.from_numpy(labels))
-            if run.timesteps is not None:
-                run.timesteps.copy_(self._times(nodes, None), non_blocking=True)
+            if (held := run.tensor()) is not None:
+                held.copy_(self._times(nodes, None), non_blocking=True)
         return run._replace(layout=Layout(nodes, layout.sigmas, labels, layout.choice, row, whole))
 
 

@@ -53,7 +53,7 @@ class Run(NamedTuple):
     """One sampling run at one moment.
 
     timesteps: what the network is asked at, None where only its holders keep it alive; storages: weak references to the
-    memory that its elements lie in, from ``offset`` on in steps of ``stride``.  key: the same as long as it is the same
+    memory that its elements of ``dtype`` lie in, from ``offset`` on in steps of ``stride``.  key: the same as long as it is the same
     run.  begin: the start that a pipeline has set, first: the row at which the loop began, next: the row to come.
     history: the evaluations that later rows read, newest first.  before: the run before its last step.  output: a weak
     reference to the last ``prev_sample``.  tiled: the last step was taken on copies of the batch; twice: some step was
@@ -63,6 +63,7 @@ class Run(NamedTuple):
     layout: Layout
     timesteps: torch.Tensor | None
     storages: tuple[weakref.ref, ...]
+    dtype: torch.dtype
     offset: int
     stride: int
     thread: int
@@ -89,6 +90,16 @@ class Run(NamedTuple):
         """Whether all rows have been run."""
         return self.next is not None and self.next >= len(self.layout)
 
+    def tensor(self) -> torch.Tensor | None:
+        """Its timesteps, as long as anybody keeps them alive."""
+        if self.timesteps is not None:
+            return self.timesteps
+        storage = next((held for reference in self.storages if (held := reference()) is not None), None)
+        if storage is None:
+            return None
+        own = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return own.set_(storage, self.offset, (len(self.layout),), (self.stride,))
+
     def owns(self, storage: Any) -> bool:
         """Whether ``storage`` is the memory of this run's timesteps."""
         return any(reference() is storage for reference in self.storages)
@@ -102,6 +113,7 @@ class Run(NamedTuple):
         return self._replace(
             timesteps=timesteps,
             storages=(weakref.ref(timesteps.untyped_storage()),),
+            dtype=timesteps.dtype,
             offset=timesteps.storage_offset(),
             stride=max(timesteps.stride(0), 1),
         )
@@ -109,7 +121,7 @@ class Run(NamedTuple):
     def anew(self, row: int | None = None) -> Run:
         """A new run on the same layout, which has not begun or is about to begin at ``row``."""
         return new_run(self.layout, self.timesteps, self.begin)._replace(
-            storages=self.storages, offset=self.offset, stride=self.stride, first=row, next=row
+            storages=self.storages, dtype=self.dtype, offset=self.offset, stride=self.stride, first=row, next=row
         )
 
     def put_back(self, row: int | None) -> Run:
@@ -146,7 +158,7 @@ class Run(NamedTuple):
 
 def new_run(layout: Layout, timesteps: torch.Tensor | None, begin: int | None = None) -> Run:
     """A run that has not begun."""
-    run = Run(layout, None, (), 0, 1, threading.get_ident(), _new_key(), begin)
+    run = Run(layout, None, (), torch.float32, 0, 1, threading.get_ident(), _new_key(), begin)
     return run if timesteps is None else run.asked_at(timesteps)
 
 

@@ -184,6 +184,28 @@ def test_a_copy_of_the_runs_timestep_means_the_run(cls):
     torch.testing.assert_close(found, 0.5 * x0 + 0.5 * eps)
 
 
+@by_process
+@pytest.mark.parametrize("when", ["laid out", "begin index", "laid anew", "in mid-run"])
+def test_levels_found_on_a_device_are_those_of_the_host(process, when):
+    """An accelerator's times are compared with the run's where they are, the levels are those that the host finds, for
+    times of the run, copies of them from before a grid was laid out anew, and others."""
+    scheduler = laid_out(ProbabilityFlowScheduler, 8, **process)
+    before, x = scheduler.timesteps.clone(), randn(*SHAPE)
+    if when != "laid out":
+        scheduler.set_begin_index(3)
+    if when == "laid anew":
+        scheduler.add_noise(x, x, scheduler.timesteps[3:4])
+        assert process is EDM or scheduler.timesteps[3] != before[3]  # its default grid takes equal steps of time
+    if when == "in mid-run":
+        loop(scheduler, x, start=3, stop=5)
+    others = torch.tensor([0.5, -0.2]) if process is EDM else torch.tensor([700.5, 12.25])
+    for times in (scheduler.timesteps[3:4].clone(), scheduler.timesteps[2:4].clone(), before[3:4].repeat(2), others):
+        found = scheduler._levels_on_device(scheduler._run, times)
+        expected = scheduler._alpha_sigma(times, x)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.expand(len(times)), b.flatten().expand(len(times)), atol=2e-6, rtol=1e-5)
+
+
 @by_class
 def test_rounded_timesteps_of_given_sigmas(cls):
     """With ``round_timesteps`` the level moves together with its label: the state is where the network is told."""
