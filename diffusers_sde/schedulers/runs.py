@@ -53,11 +53,11 @@ class Run(NamedTuple):
     """One sampling run at one moment.
 
     timesteps: what the network is asked at, None where only its holders keep it alive; storages: weak references to the
-    memory that its elements of ``dtype`` lie in, from ``offset`` on in steps of ``stride``.  key: the same as long as it is the same
-    run.  begin: the start that a pipeline has set, first: the row at which the loop began, next: the row to come.
-    history: the evaluations that later rows read, newest first.  before: the run before its last step.  output: a weak
-    reference to the last ``prev_sample``.  tiled: the last step was taken on copies of the batch; twice: some step was
-    taken twice; released: its evaluations were given back because nobody held its timesteps any more.
+    memory that its elements of ``dtype`` lie in, from ``offset`` on in steps of ``stride``.  key: the same as long as
+    it is the same run.  begin: the start that a pipeline has set, first: the row at which the loop began, next: the row
+    to come.  history: the evaluations that later rows read, newest first.  before: the run before its last step.
+    output: a weak reference to the last ``prev_sample``.  tiled: the last step was taken on copies of the batch; twice:
+    some step was taken twice; released: its evaluations were given back because nobody held its timesteps any more.
     """
 
     layout: Layout
