@@ -5,7 +5,7 @@ import math
 import diffusers
 import pytest
 import torch
-from contract_helpers import EDM, FLOW, SHAPE, VP, by_every, laid_out, randn
+from contract_helpers import EDM, FLOW, SHAPE, VP, by_class, by_every, laid_out, randn
 from tiny_pipelines import cosine_dpm_solver
 
 

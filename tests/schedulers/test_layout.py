@@ -13,6 +13,7 @@ from contract_helpers import (
     PUBLIC,
     SHAPE,
     VP,
+    by_class,
     by_every,
     by_process,
     laid_out,

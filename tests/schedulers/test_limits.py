@@ -7,6 +7,7 @@ from contract_helpers import (
     FIRST_ORDER,
     SHAPE,
     VP,
+    by_class,
     by_every,
     by_process,
     gaussian,

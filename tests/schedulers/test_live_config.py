@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract_helpers import EDM, FLOW, VP, by_every, laid_out, loop, point, randn
+from contract_helpers import EDM, FLOW, VP, by_class, by_every, laid_out, loop, point, randn
 
 from diffusers_sde import DPMSolverScheduler, FlowMapScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import diffusers
 import pytest
 import torch
-from contract_helpers import CLASSES, FLOW, VP, by_every, by_process, gaussian, laid_out, loop, randn, seeded
+from contract_helpers import CLASSES, FLOW, VP, by_class, by_every, by_process, gaussian, laid_out, loop, randn, seeded
 
 from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler
 

@@ -11,6 +11,7 @@ from contract_helpers import (
     CLASSES,
     SHAPE,
     VP,
+    by_class,
     by_every,
     by_process,
     in_fresh_process,

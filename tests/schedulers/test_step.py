@@ -11,6 +11,7 @@ from contract_helpers import (
     PUBLIC,
     SHAPE,
     VP,
+    by_class,
     by_every,
     by_process,
     gaussian,

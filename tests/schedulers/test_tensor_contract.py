@@ -8,6 +8,7 @@ from contract_helpers import (
     EDM,
     FLOW,
     VP,
+    by_class,
     by_every,
     by_process,
     gaussian,
