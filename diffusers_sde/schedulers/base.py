@@ -317,7 +317,7 @@ def _after(
     run: Run, i: int, row: CompiledRow, history: tuple[torch.Tensor, ...], seeds: Any, prev: torch.Tensor, tiled: bool
 ) -> Run:
     """The run after its row ``i``."""
-    before = run._replace(before=None) if i + 1 < len(run.layout) or run.twice else None
+    before = run.history if i + 1 < len(run.layout) or run.twice else None
     return run._replace(
         next=i + 1, history=history, seeds=seeds, before=before, output=weakref.ref(prev), tiled=tiled,
         thread=threading.get_ident(),

@@ -222,8 +222,11 @@ class RunLayout(Noising):
     def _put(self, run: Run) -> Run:
         """Make ``run`` the current one."""
         with LOCK:
-            self._runs = self._runs.with_current(run)
-            self._runs = self._runs.without_abandoned()  # now that the run before holds nothing any more
+            runs = self._runs.with_current(run)
+            if runs.others:  # the run before must hold nothing any more when it is asked who still does
+                self._runs = runs
+                runs = runs.without_abandoned()
+            self._runs = runs
         return run
 
     def _nodes(self, layout: Layout) -> Nodes:

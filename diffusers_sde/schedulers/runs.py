@@ -55,7 +55,7 @@ class Run(NamedTuple):
     timesteps: what the network is asked at, None where only its holders keep it alive; storages: weak references to the
     memory that its elements of ``dtype`` lie in, from ``offset`` on in steps of ``stride``.  key: the same as long as
     it is the same run.  begin: the start that a pipeline has set, first: the row at which the loop began, next: the row
-    to come.  history: the evaluations that later rows read, newest first.  before: the run before its last step.
+    to come.  history: the evaluations that later rows read, newest first; before: those that the last step read.
     output: a weak reference to the last ``prev_sample``.  tiled: the last step was taken on copies of the batch; twice:
     some step was taken twice; released: its evaluations were given back because nobody held its timesteps any more.
     """
@@ -74,7 +74,7 @@ class Run(NamedTuple):
     compiled: Compiled | None = None
     history: tuple[torch.Tensor, ...] = ()
     seeds: torch.Tensor | None = None
-    before: Run | None = None
+    before: tuple[torch.Tensor, ...] | None = None
     output: weakref.ref | None = None
     tiled: bool = False
     twice: bool = False
@@ -129,8 +129,8 @@ class Run(NamedTuple):
         begins there."""
         if row == self.next:
             return self
-        if self.before is not None and row == self.before.next:
-            return self.before._replace(seeds=self.seeds, twice=True)
+        if self.before is not None and self.next is not None and row == self.next - 1:
+            return self._replace(next=row, history=self.before, before=None, tiled=False, twice=True)
         return self.anew(row)
 
     def about_to(self, row: int) -> Run:
@@ -162,9 +162,12 @@ def new_run(layout: Layout, timesteps: torch.Tensor | None, begin: int | None = 
     return run if timesteps is None else run.asked_at(timesteps)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Runs:
-    """The runs of one scheduler: the one last laid out or stepped, and those that may still go on, latest first."""
+    """The runs of one scheduler: the one last laid out or stepped, and those that may still go on, latest first.
+
+    Never changed, though not declared so: that would cost as much as all else at each step.
+    """
 
     current: Run | None = None
     others: tuple[Run, ...] = ()
@@ -188,7 +191,9 @@ class Runs:
         Raises ``ValueError`` where several runs on the same timesteps stand there and the sample is the result of none.
         """
         if isinstance(timestep, torch.Tensor) and is_single(timestep):
-            storage = timestep.untyped_storage()
+            storage, current = timestep.untyped_storage(), self.current
+            if not self.others and current is not None and current.owns(storage):
+                return current, current.row(timestep)
             owners = [run for run in self if run.owns(storage)]
             if owners:
                 run = owners[0] if len(owners) == 1 else _last_returned(owners, sample)
@@ -229,11 +234,11 @@ class Runs:
         return Runs(own[0], tuple(own[1:])) if own else self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runs:
-        copies = [Run(*(copy.deepcopy(value, memo) for value in run)) for run in self]
+        copies = [Run._make(copy.deepcopy(value, memo) for value in run) for run in self]
         return _with_references(copies, old=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        bare = [run._replace(storages=(), output=None, before=None) for run in self if run.timesteps is not None]
+        bare = [run._replace(storages=(), output=None) for run in self if run.timesteps is not None]
         return _with_references, (bare,)
 
 
@@ -317,8 +322,7 @@ def _waiting(run: Run, later: Sequence[Run]) -> Run | None:
     may_return = latest_of_thread and any(thread.ident == run.thread for thread in threading.enumerate())
     if run.next is None and may_return:
         return run
-    before = None if run.before is None else run.before._replace(timesteps=None)
-    run = run._replace(timesteps=None, before=before)
+    run = run._replace(timesteps=None)
     if any(reference() is not None for reference in run.storages):
         return run
     return run._replace(history=(), before=None, seeds=None, compiled=None, released=True) if may_return else None
