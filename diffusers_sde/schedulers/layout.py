@@ -147,14 +147,19 @@ class RunLayout(Noising):
         original_inference_steps: int | None = None,
         strength: float | None = None,
     ) -> None:
-        """Lay out a run of ``num_inference_steps`` model evaluations on the config's grid, or on the user's
-        ``timesteps`` and/or ``sigmas`` (see :func:`diffusers_sde.grids.nodes_from_user`).
+        """Lay out a run: on the config's grid, or on the user's ``timesteps`` and/or ``sigmas``.
 
-        Args: ``device`` of the timesteps; ``mu`` the dynamic shift of flow models, ignored by models without one;
-        ``original_inference_steps`` the number of equal steps that a distilled network was trained on: the run keeps to
-        those (:func:`diffusers_sde.grids.distilled`); ``strength`` the fraction of time below which all steps are spent
-        (latent consistency's image-to-image).  Raises ``ValueError`` for no, wrong or contradictory arguments
-        and for a config that no run could use.
+        Args:
+            num_inference_steps: evaluations of the network.
+            device: of the timesteps.
+            sigmas, timesteps: (n,), see :func:`diffusers_sde.grids.nodes_from_user`.
+            mu: the dynamic shift of flow models, ignored by models without one.
+            original_inference_steps: the number of equal steps that a distilled network was trained on: the run keeps
+                to those (:func:`diffusers_sde.grids.distilled`).
+            strength: the fraction of time below which all steps are spent (latent consistency's image-to-image).
+
+        Raises:
+            ValueError: for no, wrong or contradictory arguments, and for a config that no run could use.
         """
         self._check()
         path, n = self.path, _count(num_inference_steps)

@@ -72,12 +72,17 @@ class Noising:
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Any) -> torch.Tensor:
         """``alpha x_0 + sigma eps``.
 
-        Args: ``original_samples`` and ``noise`` (N, ...); ``timesteps`` a number or one time per sample.  The level is
-        that of ``timesteps``; where these are the run's own (an element of ``scheduler.timesteps``, or all equal to
-        one), it is that of the row at which the run stands: ``step_index`` once stepping, else ``begin_index``.
+        The level is that of ``timesteps``; where these are the run's own (an element of ``scheduler.timesteps``, or all
+        equal to one), it is that of the row at which the run stands: ``step_index`` once stepping, else
+        ``begin_index``.  A run that is about to start inside a grid which was the scheduler's own choice starts at the
+        level of equal steps of time from then on, so that a strength means what it means elsewhere.
 
-        A run that is about to start inside a grid which was the scheduler's own choice starts at the level of equal
-        steps of time from then on, so that a strength means what it means elsewhere.
+        Args:
+            original_samples, noise: (N, ...).
+            timesteps: a number, or a tensor of one time per sample.
+
+        Returns:
+            (N, ...), in the dtype of ``original_samples``.
         """
         self._start_on_noised_data(timesteps)
         alpha, sigma = self._alpha_sigma(timesteps, original_samples)
