@@ -105,8 +105,12 @@ class Run(NamedTuple):
         return any(reference() is storage for reference in self.storages)
 
     def row(self, timestep: torch.Tensor) -> int:
-        """The row of an element of this run's timesteps."""
-        return (timestep.storage_offset() - self.offset) // self.stride
+        """The row of an element of the memory of this run's timesteps; raises ``ValueError`` for one that was left out
+        when a part of them was assigned."""
+        row = (timestep.storage_offset() - self.offset) // self.stride
+        if not 0 <= row < len(self.layout):
+            raise ValueError("This timestep was left out of scheduler.timesteps: take its elements as they are now.")
+        return row
 
     def asked_at(self, timesteps: torch.Tensor) -> Run:
         """The run whose network is asked at ``timesteps`` (n,)."""

@@ -53,6 +53,16 @@ def test_assigned_first_timesteps_end_at_the_next_level():
     torch.testing.assert_close(loop(scheduler, start, point(scheduler, x0)), end, atol=1e-4, rtol=1e-4)
 
 
+def test_timesteps_that_were_left_out_are_refused():
+    """An element of the old timesteps that is not among the assigned ones is no row of the run."""
+    scheduler, x = laid_out(ProbabilityFlowScheduler, 8, **VP), randn(*SHAPE)
+    before = scheduler.timesteps
+    scheduler.timesteps = before[3:]
+    with pytest.raises(ValueError, match="left out"):
+        scheduler.step(x, before[2], x)
+    assert scheduler.step(x, before[3], x).prev_sample.isfinite().all()
+
+
 @by_every
 def test_assigned_numbers_are_a_grid(cls):
     """Other numbers are the caller's own grid, as if passed to ``set_timesteps``."""
