@@ -284,7 +284,10 @@ def kept_rows(run: Run, timesteps: torch.Tensor) -> np.ndarray | None:
     part of them, in memory or in value, and no others; None where they are not."""
     n = len(run.layout)
     if timesteps.ndim == 1 and len(timesteps) and run.owns(timesteps.untyped_storage()):
-        rows = run.row(timesteps[:1]) + np.arange(len(timesteps)) * max(timesteps.stride(0), 1) // run.stride
+        places = timesteps.storage_offset() - run.offset + np.arange(len(timesteps)) * max(timesteps.stride(0), 1)
+        rows = places // run.stride
+        if rows[0] < 0 or rows[-1] >= n:
+            return None
     elif timesteps.shape == (n,) and timesteps.device.type == "meta":
         rows = np.arange(n)
     else:

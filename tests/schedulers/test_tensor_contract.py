@@ -61,6 +61,8 @@ def test_timesteps_that_were_left_out_are_refused():
     with pytest.raises(ValueError, match="left out"):
         scheduler.step(x, before[2], x)
     assert scheduler.step(x, before[3], x).prev_sample.isfinite().all()
+    scheduler.timesteps = before  # all of them again: a grid of these numbers
+    assert len(scheduler.sigmas) == 9 and loop(scheduler, x).isfinite().all()
 
 
 @by_every
