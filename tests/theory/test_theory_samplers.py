@@ -40,6 +40,9 @@ from diffusers_sde.configs import alphas_cumprod_from_config
 from diffusers_sde.grids import Nodes
 from diffusers_sde.tables import Point, Table, build_multistep, build_singlestep, lagrange_weights, tau_from_eta
 
+# diffusers warns that its noise prediction will go; what it does is compared as long as it is there
+pytestmark = pytest.mark.filterwarnings("ignore:.*algorithm_type:FutureWarning")
+
 INF = math.inf
 FLOAT32 = 3e-6  # stock schedulers keep their noise levels in float32
 BODY = slice(0, -1)  # all rows but the last
