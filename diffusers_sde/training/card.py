@@ -162,7 +162,7 @@ def write_card(
         title=title,
         what=what,
         facts="\n".join(f"* **{key}**: {value}" for key, value in facts.items()),
-        samples=shown("TrainingData", "samples.png"),
+        samples=shown("Samples", "samples.png"),
         loss=shown("Loss", "loss.png"),
         command=command,
         snippet=_SNIPPETS[kind].format(base_model=base_model, **values),
