@@ -37,14 +37,14 @@ TINY_VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2,
     "norm_num_groups": 4,
-    "latent_channels": 2,
+    "latent_channels": 4,
     "mid_block_add_attention": False,
 }
 TINY_TEXT_UNET = {
     "_class_name": "UNet2DConditionModel",
     "sample_size": 8,
-    "in_channels": 2,
-    "out_channels": 2,
+    "in_channels": 4,
+    "out_channels": 4,
     "block_out_channels": [8, 16],
     "layers_per_block": 1,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],

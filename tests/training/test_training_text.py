@@ -16,6 +16,7 @@ from tiny_pipelines import PIPELINES
 from training_helpers import CAPTIONS, TINY_TEXT_UNET, TINY_VAE, common, config_file, losses, make_captioned, train_here
 from transformers import CLIPTokenizer
 
+import diffusers_sde
 from diffusers_sde.training import text
 from diffusers_sde.training.arguments import read_settings
 from diffusers_sde.training.data import load_images
@@ -35,7 +36,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
-    diffusers.AutoencoderKL.from_config({**TINY_VAE, "scaling_factor": 0.7}).save_pretrained(folder)
+    vae = diffusers.AutoencoderKL.from_config({**TINY_VAE, "scaling_factor": 0.7})
+    with torch.no_grad():  # latents without noise
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = -30
+    vae.save_pretrained(folder)
     return folder
 
 
@@ -130,7 +135,7 @@ def test_the_default_network_is_small_and_fits_the_latents() -> None:
 
 @pytest.mark.parametrize(
     ("config", "remedy"),
-    [({"in_channels": 5}, "takes 5 channels, the latents have 2"), ({"_class_name": "UNet2DModel"}, "--model_config")],
+    [({"in_channels": 5}, "takes 5 channels, the latents have 4"), ({"_class_name": "UNet2DModel"}, "--model_config")],
 )
 def test_a_network_that_does_not_fit_is_refused(config: dict[str, object], remedy: str) -> None:
     cls = getattr(diffusers, config.get("_class_name", "UNet2DConditionModel"))
@@ -148,7 +153,7 @@ def test_the_joint_module_predicts_what_the_pipeline_would_feed_its_network() ->
     prompts = ["red apple", None, "grinning face with smiling eyes"]
     given = frozen.condition(None, prompts)
     joint = text.with_text_encoder(frozen)
-    x, t = torch.randn(3, 2, 8, 8), torch.tensor([10.0, 500.0, 900.0])
+    x, t = torch.randn(3, 4, 8, 8), torch.tensor([10.0, 500.0, 900.0])
     with torch.no_grad():
         expected = pipe.unet(x, t, **given, return_dict=False)[0]
         actual = joint.trained(x, timestep=t, **joint.condition(None, prompts), return_dict=False)[0]
@@ -159,7 +164,7 @@ def test_gradients_reach_every_weight_of_the_encoder_and_none_of_the_autoencoder
     joint = text.with_text_encoder(pipeline_task(fresh_pipeline(), 0, True))
     condition = joint.condition(None, SENTENCES)
     joint.trained(
-        torch.randn(4, 2, 8, 8), timestep=torch.full((4,), 500.0), **condition
+        torch.randn(4, 4, 8, 8), timestep=torch.full((4,), 500.0), **condition
     ).sample.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in joint.pipe.text_encoder.parameters())
     assert not any(p.requires_grad for p in joint.pipe.vae.parameters())
@@ -207,6 +212,24 @@ print(pipe.vae.config.scaling_factor, pipe.safety_checker, "diffusers_sde" in sy
         "StableDiffusionPipeline DDIMScheduler (1, 3, 16, 16) True",
         "0.7 None False",
     ]
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_the_result_also_changes_pictures_with_the_schedulers_of_this_package(trained: Path, name: str) -> None:
+    """Little strength, little change of the picture's latents, even by a network that has hardly learned."""
+    pipe = getattr(diffusers, name).from_pretrained(trained)
+    pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    masked = {"mask_image": torch.ones(1, 1, 16, 16), "height": 16, "width": 16} if "Inpaint" in name else {}
+    with torch.no_grad():
+        kept = pipe.vae.encode(2 * image - 1).latent_dist.mean * pipe.vae.config.scaling_factor
+
+    def changed(strength: float) -> float:
+        inputs = {"image": image, "strength": strength, "num_inference_steps": 20, "output_type": "latent", **masked}
+        made = pipe("a red bar", **inputs, generator=torch.Generator().manual_seed(1)).images
+        return float((made - kept).square().mean().sqrt())
+
+    assert changed(0.1) < 0.5 * changed(1.0)
 
 
 def test_network_and_text_encoder_are_trained_and_the_autoencoder_is_not(
