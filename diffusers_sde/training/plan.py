@@ -64,7 +64,8 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
             )
     elif vae is not None:
         network = new_network(settings, images, vae, 0)
-        pipe = text.new_pipeline(vae, network, new_scheduler(settings), all_captions(settings, images))
+        side = resolution / vae_factor(vae)
+        pipe = text.new_pipeline(vae, network, new_scheduler(settings), all_captions(settings, images), side)
         task = networks.pipeline_task(pipe, 0, images.captions)
     else:
         task = networks.fresh_task(new_network(settings, images, vae, classes), new_scheduler(settings), classes)

@@ -131,7 +131,16 @@ def load_autoencoder(source: str) -> diffusers.AutoencoderKL:
 
 def default_text_network(sample_size: int, channels: int) -> diffusers.UNet2DConditionModel:
     """A ``UNet2DConditionModel`` for small latents: widths 64, 96, 160, one layer a block, attention to the text below
-    the first level; 7.3 M parameters."""
+    the first level; 7.3 M parameters.
+
+    Raises:
+        UsageError: for a side that does not halve twice.
+    """
+    if sample_size % 4:
+        raise UsageError(
+            f"Latents of {sample_size}x{sample_size} do not fit the default network: pass a --resolution that makes "
+            "their side a multiple of 4, or --model_config."
+        )
     return diffusers.UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=channels,
@@ -146,9 +155,14 @@ def default_text_network(sample_size: int, channels: int) -> diffusers.UNet2DCon
     )
 
 
-def new_pipeline(vae: Any, network: Any, scheduler: Any, captions: Sequence[str]) -> diffusers.StableDiffusionPipeline:
+def new_pipeline(
+    vae: Any, network: Any, scheduler: Any, captions: Sequence[str], side: float
+) -> diffusers.StableDiffusionPipeline:
     """A ``StableDiffusionPipeline`` of an autoencoder and a new network, with a tokenizer and a new text encoder made
     for ``captions`` and for the width that the network attends to.
+
+    Args:
+        side: of the latents of the training images.
 
     Raises:
         UsageError: for a network that does not attend to text or does not fit the latents.
@@ -162,6 +176,11 @@ def new_pipeline(vae: Any, network: Any, scheduler: Any, captions: Sequence[str]
         raise UsageError(
             f"The network takes {network.config.in_channels} channels, the latents have {vae.config.latent_channels}: "
             "correct --model_config, or leave it out."
+        )
+    if network.config.sample_size != side:
+        raise UsageError(
+            f"The network makes latents of side {network.config.sample_size}, those of the training images have "
+            f"{side:g}: pass another --resolution, or correct --model_config."
         )
     tokenizer = make_tokenizer(captions)
     return diffusers.StableDiffusionPipeline(

@@ -13,7 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_pipelines import PIPELINES
-from training_helpers import CAPTIONS, TINY_TEXT_UNET, TINY_VAE, common, config_file, losses, make_captioned, train_here
+from training_helpers import (
+    CAPTIONS,
+    TINY,
+    TINY_TEXT_UNET,
+    TINY_VAE,
+    common,
+    config_file,
+    losses,
+    make_captioned,
+    train_here,
+)
 from transformers import CLIPTokenizer
 
 import diffusers_sde
@@ -62,7 +72,7 @@ def fresh_pipeline() -> diffusers.StableDiffusionPipeline:
     torch.manual_seed(0)
     network = diffusers.UNet2DConditionModel.from_config(TINY_TEXT_UNET)
     vae = diffusers.AutoencoderKL.from_config(TINY_VAE)
-    return text.new_pipeline(vae, network, process_scheduler("scaled_linear", "v_prediction"), SENTENCES)
+    return text.new_pipeline(vae, network, process_scheduler("scaled_linear", "v_prediction"), SENTENCES, 8)
 
 
 # -- tokenizer --
@@ -131,17 +141,25 @@ def test_the_default_network_is_small_and_fits_the_latents() -> None:
     assert 3e6 < sum(p.numel() for p in network.parameters()) < 8e6
     with torch.no_grad():
         assert network(torch.zeros(1, 4, 16, 16), 5, torch.zeros(1, 16, 128)).sample.shape == (1, 4, 16, 16)
+    with pytest.raises(ValueError, match="a multiple of 4"):
+        text.default_text_network(10, 4)
 
 
 @pytest.mark.parametrize(
-    ("config", "remedy"),
-    [({"in_channels": 5}, "takes 5 channels, the latents have 4"), ({"_class_name": "UNet2DModel"}, "--model_config")],
+    ("changes", "remedy"),
+    [
+        ({"in_channels": 5}, "takes 5 channels, the latents have 4"),
+        ({"sample_size": 16}, "makes latents of side 16, those of the training images have 8"),
+        (None, "needs a UNet2DConditionModel, not a UNet2DModel: correct --model_config"),
+    ],
 )
-def test_a_network_that_does_not_fit_is_refused(config: dict[str, object], remedy: str) -> None:
-    cls = getattr(diffusers, config.get("_class_name", "UNet2DConditionModel"))
-    network = cls() if cls is diffusers.UNet2DModel else cls.from_config({**TINY_TEXT_UNET, **config})
+def test_a_network_that_does_not_fit_is_refused(changes: dict[str, object] | None, remedy: str) -> None:
+    if changes is None:
+        network = diffusers.UNet2DModel.from_config(TINY)
+    else:
+        network = diffusers.UNet2DConditionModel.from_config({**TINY_TEXT_UNET, **changes})
     with pytest.raises(ValueError, match=remedy):
-        text.new_pipeline(diffusers.AutoencoderKL.from_config(TINY_VAE), network, None, SENTENCES)
+        text.new_pipeline(diffusers.AutoencoderKL.from_config(TINY_VAE), network, None, SENTENCES, 8)
 
 
 # -- the text encoder in training --
