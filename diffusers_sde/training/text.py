@@ -68,12 +68,12 @@ def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
         count(word, 1)
     heap = [(-number, pair) for pair, number in frequency.items()]
     heapq.heapify(heap)
-    merges = []
+    merges: dict[tuple[str, str], None] = {}  # in their order; a pair may come up again through other merges
     while heap:
         number, pair = heapq.heappop(heap)
         if frequency[pair] != -number or not number:
             continue  # outdated: the pair was pushed again when its number changed
-        merges.append(pair)
+        merges[pair] = None
         changed = set()
         for word in list(holders[pair]):
             changed |= count(word, -1)
@@ -81,7 +81,7 @@ def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
             changed |= count(word, 1)
         for other in changed - {pair}:
             heapq.heappush(heap, (-frequency[other], other))
-    return merges
+    return list(merges)
 
 
 def merged(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
