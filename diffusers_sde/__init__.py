@@ -3,27 +3,24 @@
 import diffusers_sde
 pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 
-Importing the package imports neither torch nor diffusers, so that its commands answer at once; a public name brings
-what it needs when it is first used.
+Each name is imported when it is first used, so that the command line answers before torch and diffusers are imported.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-from importlib import abc, util
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from diffusers_sde.registration import register
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
-    from diffusers_sde.analytic import GaussianMixtureModel
-    from diffusers_sde.calibration import calibrate
+    from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.hub import write_component_modules
     from diffusers_sde.models.classifier import NoisyClassifierModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
+    from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
     from diffusers_sde.schedulers import (
         CalibratedScheduler,
         DPMSolverScheduler,
@@ -50,15 +47,15 @@ __all__ = [
     "write_component_modules",
 ]
 
-# ModelMixin and SchedulerMixin are here because diffusers looks for a component's base class in its module.
+# ModelMixin and SchedulerMixin are here because diffusers looks for a component's base class in its library.
 _MODULES = {
-    "ModelMixin": "diffusers",
-    "SchedulerMixin": "diffusers",
-    "GaussianMixtureModel": "diffusers_sde.analytic",
-    "calibrate": "diffusers_sde.calibration",
+    "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
+    "calibrate": "diffusers_sde.calibration.run",
     "write_component_modules": "diffusers_sde.hub",
     "NoisyClassifierModel": "diffusers_sde.models.classifier",
     "FlowMapUNet2DModel": "diffusers_sde.models.flow_map_unet",
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
 }
 
 
@@ -66,7 +63,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES.get(name, "diffusers_sde.schedulers")), name)
-    globals()[name] = value
+    globals()[name] = value  # from now on it is found without this function
     return value
 
 
@@ -74,36 +71,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# `model_index.json` stores a component's module; diffusers finds base class and save method through a table of its
-# pipeline loader, which this package enters as soon as both are imported, in whatever order.
-_LOADER = "diffusers.pipelines.pipeline_loading_utils"
-
-
-def _register(loader: ModuleType) -> None:
-    bases = ("ModelMixin", "SchedulerMixin")
-    loader.LOADABLE_CLASSES.setdefault(__name__, {base: ["save_pretrained", "from_pretrained"] for base in bases})
-
-
-class _LoaderFinder(abc.MetaPathFinder):
-    """Waits for diffusers' pipeline loader, finds it as Python would have, and registers this package behind it."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != _LOADER:
-            return None
-        sys.meta_path.remove(self)
-        spec = util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                _register(module)
-
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if _LOADER in sys.modules:
-    _register(sys.modules[_LOADER])
-else:
-    sys.meta_path.insert(0, _LoaderFinder())
+register()

@@ -1,7 +1,8 @@
 """The command line: ``diffusers-sde compare``, ``bench``, ``calibrate`` and ``prepare``.
 
-Knows the names of the subcommands and the module that each one lives in, imported only when it is asked for.  Knows
-nothing of their arguments.
+Knows the names of the subcommands and the module that each one lives in, imported only when it is asked for; that
+imports torch and diffusers only when it runs, so that help and wrong arguments are answered at once.  Knows nothing of
+their arguments.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ MODULES = {
     "compare": "diffusers_sde.comparison.command",
     "bench": "diffusers_sde.benchmarks.command",
     "calibrate": "diffusers_sde.calibration.command",
-    "prepare": "diffusers_sde.training.prepare",
+    "prepare": "diffusers_sde.training.prepare_command",
 }
 
 
 def module_of(command: str) -> ModuleType:
-    """The module of a subcommand, imported now."""
+    """The module of a subcommand, imported now: its ``add_arguments(parser)`` declares, its ``run(args)`` does."""
     return importlib.import_module(MODULES[command])
 
 

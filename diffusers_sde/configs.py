@@ -1,7 +1,8 @@
-"""Configs: which process a scheduler config of diffusers describes, in this package's keys.
+"""The keys of a scheduler config: ONE table of their defaults, families and meanings, and the path that they describe.
 
-Knows the config keys and defaults of diffusers' schedulers and the parameters that all schedulers here share.
-Knows nothing of steps or tables.
+Knows diffusers' names for the parameters of a forward process, the further parameters that all schedulers here share,
+and how a config that was changed in place is read.  Knows nothing of diffusers' classes, of steps or of tables
+(:mod:`diffusers_sde.stock_configs` knows the classes).
 """
 
 from __future__ import annotations
@@ -9,185 +10,262 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import diffusers
+import numpy as np
+
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
+
+VP, FLOW, EDM = VariancePreserving.family, FlowMatching.family, VarianceExploding.family
+ANY, GRID, DATA = "any", "grid", "data prediction"
 
 
-def shared_parameters(
-    num_train_timesteps: int = 1000,
-    beta_start: float = 0.0001,
-    beta_end: float = 0.02,
-    beta_schedule: str = "linear",
-    trained_betas: Any = None,
-    rescale_betas_zero_snr: bool = False,
-    snr_shift_scale: float = 1.0,
-    prediction_type: str = "epsilon",
-    use_flow_sigmas: bool = False,
-    shift: float = 1.0,
-    use_dynamic_shifting: bool = False,
-    base_shift: float = 0.5,
-    max_shift: float = 1.15,
-    base_image_seq_len: int = 256,
-    max_image_seq_len: int = 4096,
-    time_shift_type: str = "exponential",
-    shift_terminal: float | None = None,
-    invert_sigmas: bool = False,
-    sigma_data: float | None = None,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    sigma_schedule: str | None = None,
-    noise_conditioning: str = "log",
-    grid: str | None = None,
-    rho: float | None = None,
-    steps_offset: int = 0,
-    final_sigmas_type: str = "zero",
-    round_timesteps: bool = False,
-    clip_sample: bool = False,
-    clip_sample_range: float = 1.0,
-    thresholding: bool = False,
-    dynamic_thresholding_ratio: float = 0.995,
-    sample_max_value: float = 1.0,
-    variance_type: str = "fixed_small",
-) -> None:
-    """The parameters that every scheduler here accepts after its own.
+@dataclass(frozen=True)
+class Key:
+    """One config key.  ``family`` is the process it belongs to, or what else it sets; ``path`` says whether the
+    path or what the network says of it depend on it; ``alias`` is another name that diffusers has for it."""
 
-    Process (as in diffusers): num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas,
-    rescale_betas_zero_snr, snr_shift_scale, prediction_type (epsilon, sample, v_prediction, flow_prediction, score);
-    use_flow_sigmas makes it flow matching, with shift, use_dynamic_shifting, base_shift, max_shift,
-    base_image_seq_len, max_image_seq_len, time_shift_type, shift_terminal, invert_sigmas; a sigma_data makes it
-    variance exploding (EDM), with sigma_min, sigma_max, sigma_schedule (karras, exponential) and noise_conditioning
-    (log, atan).
+    name: str
+    annotation: str
+    default: Any
+    family: str
+    meaning: str
+    path: bool = False
+    alias: str | None = None
 
-    From a stock config, ``use_karras_sigmas`` and its like and ``timestep_spacing="trailing"`` (few-step models need
-    it) are taken over as the grid; the spacings leading and linspace are habits of classes and count only when the
-    caller passes them to from_config.
 
-    Grid: grid (balanced, power, trailing, leading, linspace, log_snr, exponential, karras, beta, ays; None: an EDM
-    model's own sigma_schedule, else the measured default), rho (exponent of balanced, power and karras), steps_offset
-    (leading), final_sigmas_type (zero, sigma_min),
-    round_timesteps (networks that only know integer timesteps).
+# fmt: off
+TABLE = (
+    Key("num_train_timesteps", "int", 1000, ANY, "number T of training times", path=True),
+    Key("prediction_type", "str", "epsilon", ANY,
+        "what the network says: epsilon, sample, v_prediction, flow_prediction or score", path=True),
+    Key("use_flow_sigmas", "bool", False, ANY, "flow matching: alpha = 1 - sigma; with a sigma_data EDM, the network "
+        "not preconditioned (Cosmos 2)", path=True),
+    Key("beta_start", "float", 0.0001, VP, "first beta of the schedule", path=True),
+    Key("beta_end", "float", 0.02, VP, "last beta of the schedule", path=True),
+    Key("beta_schedule", "str", "linear", VP,
+        "linear, scaled_linear, squaredcos_cap_v2, sigmoid, exp or laplace", path=True),
+    Key("trained_betas", "Any", None, VP, "the betas themselves, in place of a schedule", path=True),
+    Key("rescale_betas_zero_snr", "bool", False, VP, "end the training times at pure noise", path=True),
+    Key("snr_shift_scale", "float", 1.0, VP, "divide the signal-to-noise ratio by this (CogVideoX)", path=True),
+    Key("shift", "float", 1.0, FLOW, "static time shift of the grid", path=True, alias="flow_shift"),
+    Key("use_dynamic_shifting", "bool", False, FLOW, "shift by the `mu` of set_timesteps instead", path=True),
+    Key("base_shift", "float", 0.5, FLOW, "mu at base_image_seq_len; pipelines compute with it"),
+    Key("max_shift", "float", 1.15, FLOW, "mu at max_image_seq_len; pipelines compute with it"),
+    Key("base_image_seq_len", "int", 256, FLOW, "see base_shift"),
+    Key("max_image_seq_len", "int", 4096, FLOW, "see max_shift"),
+    Key("time_shift_type", "str", "exponential", FLOW, "exponential (factor e^mu) or linear (factor mu)", path=True),
+    Key("shift_terminal", "float | None", None, FLOW, "stretch the shifted grid to end at this sigma", path=True),
+    Key("invert_sigmas", "bool", False, FLOW, "the network sees T (1 - sigma) and says x_0 - eps (Mochi)", path=True),
+    Key("sigma_data", "float | None", None, EDM, "data scale; a number means variance exploding", path=True),
+    Key("sigma_min", "float | None", None, EDM, "smallest training noise (None: 0.002); on flow matching the smallest "
+        "sigma/alpha of the karras, exponential and beta grids", path=True),
+    Key("sigma_max", "float | None", None, EDM, "largest training noise (None: 80); on flow matching the largest "
+        "sigma/alpha of those grids", path=True),
+    Key("noise_conditioning", "str", "log", EDM, "the network's time: log (log(sigma)/4) or atan (2 atan(sigma)/pi)",
+        path=True),
+    Key("sigma_schedule", "str | None", None, EDM, "the model's own grid: karras or exponential"),
+    Key("grid", "str | None", None, GRID, "balanced, power, trailing, leading, linspace, log_snr, exponential, karras, "
+        "beta or ays; None: an EDM model's sigma_schedule, else the measured default"),
+    Key("rho", "float | None", None, GRID, "exponent of balanced, power and karras"),
+    Key("steps_offset", "int", 0, GRID, "added to the timesteps of the leading grid"),
+    Key("final_sigmas_type", "str", "zero", GRID, "where the last step ends: zero or sigma_min"),
+    Key("round_timesteps", "bool", False, GRID, "for networks that only know integer timesteps"),
+    Key("clip_sample", "bool", False, DATA, "limit the data prediction to +-clip_sample_range; the whole step follows "
+        "it, as DDIM's does with use_clipped_model_output=True"),
+    Key("clip_sample_range", "float", 1.0, DATA, "see clip_sample"),
+    Key("thresholding", "bool", False, DATA, "limit it to its dynamic_thresholding_ratio quantile (Saharia et al.)"),
+    Key("dynamic_thresholding_ratio", "float", 0.995, DATA, "see thresholding"),
+    Key("sample_max_value", "float", 1.0, DATA, "upper limit of the quantile"),
+    Key("variance_type", "str", "fixed_small", DATA, "learned and learned_range outputs are split; fixed_large is "
+        "honoured by the first-order reverse SDE"),
+)
+# fmt: on
+SHARED = {key.name: key for key in TABLE}
+ALIASES = {key.alias: key.name for key in TABLE if key.alias}
 
-    Data prediction: clip_sample to +-clip_sample_range; thresholding to the dynamic_thresholding_ratio quantile, at
-    most sample_max_value (Saharia et al. 2022), the whole step then follows the limited x_0 (as DDIM's does with
-    use_clipped_model_output=True); variance_type (learned and learned_range outputs are split,
-    fixed_large is honoured by the first-order reverse SDE).
+
+def process_keys(family: str, *, path: bool = False) -> tuple[str, ...]:
+    """The keys of a forward process of this family, those of any process first; with ``path`` only those on which
+    the path or what the network says of it depend."""
+    return tuple(k.name for of in (ANY, family) for k in TABLE if k.family == of and (k.path or not path))
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """The family of a config in this package's keys: a ``sigma_data`` means EDM, ``use_flow_sigmas`` flow matching,
+    anything else variance preserving."""
+    if config.get("sigma_data") is not None:
+        return EDM
+    return FLOW if config.get("use_flow_sigmas") else VP
+
+
+def process_value(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a process key, its default where there is none; arrays as lists, switches as booleans."""
+    value, default = config.get(key), SHARED[key].default
+    if value is None:
+        return {"sigma_min": 0.002, "sigma_max": 80.0}.get(key, default)
+    if isinstance(value, list | tuple | np.ndarray):
+        return [float(v) for v in value]
+    return bool(value) if isinstance(default, bool) else value
+
+
+def current(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config is now: a mapping to read from, not to keep.
+
+    diffusers' ``FrozenDict`` keeps every key twice, as an item and as an attribute, and ``scheduler.config.shift = 3``
+    sets the attribute alone: attributes are what counts, and a changed ``flow_shift`` counts as ``shift``.  Costs about
+    a microsecond.
     """
+    attributes = getattr(config, "__dict__", None)
+    if not attributes:
+        return config
+    for alias, key in ALIASES.items():
+        if _changed(config, alias) and not _changed(config, key):
+            return {**attributes, key: attributes[alias]}
+    return attributes
 
 
-SHARED = inspect.signature(shared_parameters).parameters
+def _changed(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a key of a ``FrozenDict`` was set by attribute since the config was made."""
+    attribute: Any = vars(config).get(key)
+    item: Any = config.get(key)
+    return key in config and attribute is not item and not np.array_equal(attribute, item)
+
+
+def settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain copy of what a config is now; what was changed no longer stands in its ``_use_default_values``."""
+    if not getattr(config, "__dict__", None):
+        return dict(config)
+    now = {**config, **current(config)}
+    unset = now.get("_use_default_values") or ()
+    now["_use_default_values"] = [key for key in unset if not _changed(config, key)]
+    del now["_FrozenDict__frozen"]
+    return now
+
+
+# -- the signature of the schedulers --
 
 
 def scheduler_init(own: Callable[..., None]) -> Callable[..., None]:
-    """Make ``own``'s keyword parameters and the shared ones the signature of ``__init__`` and register all of them.
+    """Make ``own``'s keyword parameters and those of :data:`TABLE` the signature of ``__init__``, document the latter
+    and register all of them.
 
     Everything goes into the config, defaults too: other classes' defaults differ (``beta_start`` is 0.00085 in some),
-    and a key that diffusers takes for unset would change the process on the way to them.
+    and a key that diffusers takes for unset would change the process on the way to them.  So only the solver's own keys
+    are marked as unset (``_use_default_values``) where nobody passed them, and every name that diffusers has for a key
+    gets its value.  The class is named too, so that a conversion to a stock class and back knows whose word counts.
     """
     parameters = list(inspect.signature(own).parameters.values())
     names = {p.name for p in parameters}
-    signature = inspect.Signature([*parameters, *(p for name, p in SHARED.items() if name not in names)])
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    shared = [inspect.Parameter(k.name, kind, default=k.default, annotation=k.annotation) for k in TABLE]
+    signature = inspect.Signature([*parameters, *(p for p in shared if p.name not in names)])
 
     @functools.wraps(own)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **{k: v for k, v in kwargs.items() if not k.startswith("_")})
+        unset = sorted(names - set(bound.arguments))
         bound.apply_defaults()
         values = {k: v for k, v in bound.arguments.items() if k != "self"}
-        self.register_to_config(**values)
+        aliases = {alias: values[name] for alias, name in ALIASES.items()}
+        marks = {"_class_name": type(self).__name__, **({"_use_default_values": unset} if unset else {})}
+        self.register_to_config(**values, **aliases, **marks)
         own(self, **{k: v for k, v in values.items() if k in names})
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
+    __init__.__doc__ = described(TABLE)
     return __init__
 
 
-_OTHER_KINDS = ("CMStochastic", "SCM", "VQDiffusion", "Amused", "ScoreSde", "KarrasVe", "IPNDM", "DDPMWuerstchen")
-
-_COSINE_DEFAULTS = {
-    "sigma_min": 0.3,
-    "sigma_max": 500.0,
-    "sigma_data": 1.0,
-    "sigma_schedule": "exponential",
-    "num_train_timesteps": 1000,
-    "solver_order": 2,
-    "prediction_type": "v_prediction",
-    "rho": 7.0,
-    "final_sigmas_type": "zero",
-}
+def described(keys: tuple[Key, ...]) -> str:
+    """The keys as the ``Args`` of a docstring, one a line with family, default and meaning."""
+    lines = (f"    {k.name} ({k.annotation}, default {k.default!r}; {k.family}): {k.meaning}." for k in keys)
+    return "\n".join(["The parameters of the class, then those that every scheduler here shares.", "", "Args:", *lines])
 
 
-def stock_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The default values of the diffusers class that a config names; empty for others."""
-    name = str(config.get("_class_name"))
-    if name == "CosineDPMSolverMultistepScheduler":  # importable only where torchsde is installed
-        return dict(_COSINE_DEFAULTS)
-    source = getattr(diffusers, name, None)
-    if source is None:
-        return {}
-    return {
-        name: p.default
-        for name, p in inspect.signature(source.__init__).parameters.items()
-        if p.default is not inspect.Parameter.empty
-    }
+# -- the path --
 
 
-def is_canonical(config: Mapping[str, Any]) -> bool:
-    """Whether a config already spells its process in this package's keys."""
-    return "use_flow_sigmas" in config and "noise_conditioning" in config
-
-
-def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` of any diffusers scheduler with its process spelled in this package's keys.
-
-    Flow matching is recognised by ``use_flow_sigmas``, by ``prediction_type="flow_prediction"``, or by a config that
-    has a shift but no betas; EDM by ``sigma_data``; the cosine network conditioning by its class.  The source's own
-    keys are kept, so converting back restores it.  Raises ``ValueError`` for schedulers of another kind of model
-    (consistency, discrete, score-based with a corrector).
-    """
-    name = str(config.get("_class_name", ""))
-    values = {**stock_defaults(config), **{k: v for k, v in config.items() if k != "_use_default_values"}}
-    has_betas = "beta_start" in values or values.get("trained_betas") is not None
-    if is_canonical(values):
-        return values
-    flow_keys = "shift" in values or "flow_shift" in values
-    known = has_betas or flow_keys or "beta_schedule" in values or values.get("sigma_data") is not None
-    if name.startswith(_OTHER_KINDS) or (hasattr(diffusers, name) and not known):
-        raise ValueError(f"{name} describes no diffusion process that a solver here integrates: keep that scheduler.")
-    if values.get("use_flow_sigmas") or "FlowMatch" in name or (flow_keys and not has_betas):
-        values["use_flow_sigmas"] = True
-        values["prediction_type"] = "flow_prediction"
-        values["shift"] = values.get("flow_shift", 1.0) if "shift" not in values else values["shift"]
-    elif values.get("sigma_data") is not None:
-        # a cosine config without its class name: the only EDM family with an order but no choice of algorithm
-        cosine = name.startswith("Cosine") or ("solver_order" in values and "algorithm_type" not in values)
-        values["noise_conditioning"] = "atan" if cosine else "log"
-    elif values.get("timestep_type") == "continuous":
-        # Stable Video Diffusion: v prediction in sigma/alpha coordinates is EDM's preconditioning at unit data scale
-        if values.get("prediction_type") != "v_prediction":
-            raise ValueError("Continuous timesteps are supported with prediction_type='v_prediction' only.")
-        values["sigma_data"], values["noise_conditioning"] = 1.0, "log"
-        values["sigma_schedule"] = "karras" if values.get("use_karras_sigmas") else "exponential"
+def betas_from_config(config: Mapping[str, Any]) -> np.ndarray:
+    """``beta_k`` (float64, length T) of every ``beta_schedule`` of diffusers, or ``trained_betas``."""
+    if config.get("trained_betas") is not None:
+        return np.asarray(config["trained_betas"], np.float64)
+    n, first, last = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
+    schedule = config["beta_schedule"]
+    if schedule == "linear":
+        return np.linspace(first, last, n)
+    if schedule == "scaled_linear":
+        return np.linspace(first**0.5, last**0.5, n) ** 2
+    if schedule == "sigmoid":
+        return (last - first) / (1 + np.exp(-np.linspace(-6, 6, n))) + first
+    u = np.arange(n + 1) / n
+    if schedule in ("squaredcos_cap_v2", "cosine"):
+        abar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    elif schedule == "exp":
+        abar = np.exp(-12 * u)
+    elif schedule == "laplace":
+        lam = -0.5 * np.copysign(1, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
+        abar = np.sqrt(1 / (1 + np.exp(-lam)))
     else:
-        # noise levels that beta-based schedulers cache or cut are results, not part of the process
-        values["sigma_min"] = values["sigma_max"] = None
-        values["use_flow_sigmas"] = False
-    values["shift"] = 1.0 if values.get("shift") is None else values["shift"]
-    if values.get("sigma_data") is None:
-        values["grid"] = named_grid(values, habits=("leading", "linspace"))
-    return values
+        raise ValueError(
+            f"beta_schedule {schedule!r} is unknown: use linear, scaled_linear, squaredcos_cap_v2, sigmoid, exp, "
+            "laplace, or pass trained_betas."
+        )
+    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
 
 
-def named_grid(flags: Mapping[str, Any], habits: tuple[str, ...] = ()) -> str | None:
-    """The grid that diffusers' flags ask for, None if they ask for none; ``habits`` are spacings to overlook."""
-    for flag, grid in _SIGMA_FLAGS.items():
-        if flags.get(flag):
-            return grid
-    spacing = flags.get("timestep_spacing")
-    return None if spacing in habits else spacing
+def alphas_cumprod_from_config(config: Mapping[str, Any]) -> np.ndarray:
+    """``alpha^2`` at integer times, with ``snr_shift_scale`` (CogVideoX) and zero terminal SNR (arXiv:2305.08891)."""
+    abar = np.cumprod(1 - betas_from_config(config))
+    k = config.get("snr_shift_scale") or 1.0
+    abar = abar / (k + (1 - k) * abar)
+    if config.get("rescale_betas_zero_snr"):
+        root = np.sqrt(abar)
+        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return abar
 
 
-_SIGMA_FLAGS = {
-    "use_karras_sigmas": "karras",
-    "use_exponential_sigmas": "exponential",
-    "use_beta_sigmas": "beta",
-    "use_lu_lambdas": "log_snr",
-}
+_PATH_KEYS = tuple(k.name for k in TABLE if k.path)
+
+
+def path_from_config(config: Mapping[str, Any]) -> Path:
+    """The forward process of a config in this package's keys, as it is now (:func:`current`).
+
+    The training range of a flow network that says epsilon or the score begins at sigma = 1 - 1/T: at alpha = 0 its
+    output carries no information about the data.  Raises ``ValueError`` for a process that does not exist.
+    """
+    now = current(config)
+    values = (now.get(key) for key in _PATH_KEYS)
+    return _build_path(tuple(tuple(v) if isinstance(v, list | np.ndarray) else v for v in values))
+
+
+@functools.lru_cache(maxsize=32)
+def _build_path(values: tuple) -> Path:
+    given = dict(zip(_PATH_KEYS, values, strict=True))
+    config = {key: process_value(given, key) for key in _PATH_KEYS}
+    family = family_of(config)
+    if family == EDM:
+        return VarianceExploding(
+            config["sigma_min"],
+            config["sigma_max"],
+            config["sigma_data"],
+            config["noise_conditioning"],
+            preconditioned=not config["use_flow_sigmas"],
+        )
+    if family == VP:
+        return VariancePreserving(alphas_cumprod_from_config(config))
+    steps, limits = config["num_train_timesteps"], (given["sigma_min"], given["sigma_max"])
+    ratio = None not in limits
+    low, high = (s / (1 + s) for s in limits) if ratio else (1 / steps, 1.0)
+    silent = config["prediction_type"] in ("epsilon", "score")
+    return FlowMatching(
+        steps,
+        config["shift"],
+        config["use_dynamic_shifting"],
+        config["time_shift_type"],
+        config["shift_terminal"],
+        config["invert_sigmas"],
+        sigma_range=(low, min(high, 1 - 1 / steps) if silent else high),
+        ramps_in_ratio=ratio,
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from diffusers_sde.grids import Nodes
@@ -75,3 +76,14 @@ def multistep_table(
         tau=tau,
         final=final,
     )
+
+
+_STANDARD = SimpleNamespace(solver_order=2, corrector=None, data_std=None, clock=None)
+
+
+def standard_table(path: Path, nodes: Nodes, tau: list[float] | None = None) -> Table:
+    """The exact table with the measured defaults at order 2, its last row to clean data corrected: what a learned table
+    must beat, and what it is a correction of.  ``tau``: one noise level a step of the reverse SDE, None for the ODE."""
+    stochastic = tau is not None
+    levels = [0.0] * (len(nodes) - 1) if tau is None else tau
+    return multistep_table(_STANDARD, path, nodes, tau=levels, final="corrected", stochastic=stochastic)

@@ -41,7 +41,7 @@ from scipy.integrate import solve_ivp
 
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import from_model
 from diffusers_sde.tables import Row, Table
 
 
@@ -57,7 +57,7 @@ def jump_coefficients(path: Path, prediction_type: str, t: Any, s: Any) -> tuple
         # a state at s that keeps x_0 and eps is one more prediction, with (A, B) = (alpha_s, sigma_s)
         if (alpha, sigma) == (alpha_s, sigma_s):
             return 1.0, 0.0
-        return convert(model_coefficients(path, prediction_type, alpha, sigma), (alpha_s, sigma_s), alpha, sigma)
+        return from_model(path, prediction_type, alpha, sigma, (alpha_s, sigma_s))
 
     return np.vectorize(one, otypes=[float, float])(*path.alpha_sigma(t), *path.alpha_sigma(s))
 

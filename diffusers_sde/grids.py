@@ -170,6 +170,20 @@ def ays(path: Path, n: int) -> Array:
     return _times_of_noise(path, np.exp(low + (high - low) * unit))
 
 
+def distilled(path: Path, n: int, original: int, strength: float = 1.0) -> Array:
+    """``n`` of the ``original`` equal steps ``t_j = j floor(T/original) - 1`` that a distilled network was trained on,
+    the noisiest first, among those below the fraction ``strength`` of time (Luo et al. 2023, arXiv:2310.04378, section
+    4.3; diffusers' LCMScheduler).  Raises ``ValueError`` where there are fewer than ``n``."""
+    trained = int(original * strength)
+    if path.num_train_timesteps is None or original > path.num_train_timesteps or trained < n:
+        raise ValueError(
+            f"{n} steps cannot be chosen among the {trained} of original_inference_steps={original} below strength "
+            f"{strength:g}: ask for fewer steps."
+        )
+    chosen = np.floor(np.linspace(0, trained, n, endpoint=False))
+    return (trained - chosen) * (path.num_train_timesteps // original) - 1
+
+
 def _times_of_noise(path: Path, levels: Array) -> Array:
     """The times at noise levels that begin with the highest; the ends are exact up to rounding: made exact here."""
     low, high = sorted((path.cleanest, path.noisiest))

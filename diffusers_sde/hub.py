@@ -21,8 +21,15 @@ def write_component_modules(pipeline_folder: str | Path) -> list[Path]:
     """Write ``<component>/diffusers_sde.py`` into a saved pipeline for each component of this package, so that
     ``DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`` loads it without ``import diffusers_sde``.
 
-    Call it on the folder of ``pipe.save_pretrained`` before uploading.  Returns the files written; raises
-    ``FileNotFoundError`` where there is no pipeline, ``ValueError`` where no component is ours.
+    Args:
+        pipeline_folder: what ``pipe.save_pretrained`` wrote and is to be uploaded.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileNotFoundError: where there is no pipeline.
+        ValueError: where no component is of this package; nothing is written.
     """
     folder = Path(pipeline_folder)
     index = folder / "model_index.json"

@@ -4,7 +4,7 @@ Knows ``alpha``, ``sigma`` and the half log-SNR ``log_snr = log(alpha / sigma)``
 the network sees, their derivatives, and everything else that is a fact of a family of processes: its network's input
 scale and parameterisation, its start, its range of noise, the clock its grids take equal steps of, what its pipelines
 call sigma.  A new family is one subclass of :class:`Path`.  Everything is float64 on the host but
-:meth:`Path.alpha_sigma_on_device`.  Knows nothing of solvers or networks.
+:meth:`Path.alpha_sigma_on_device`.  Knows nothing of configs, solvers or networks.
 
 Sources: Kingma et al. 2021 (arXiv:2107.00630) for the log-SNR; Fu & Wang (arXiv:2605.22586), setup; Lipman et al. 2022
 (arXiv:2210.02747) for flow matching; Karras et al. 2022 (arXiv:2206.00364) for variance exploding / EDM.
@@ -12,9 +12,7 @@ Sources: Kingma et al. 2021 (arXiv:2107.00630) for the log-SNR; Fu & Wang (arXiv
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -283,6 +281,8 @@ class VarianceExploding(Path):
         sigma_min, sigma_max: the training range.
         sigma_data: the data scale of the preconditioning.
         noise_conditioning: ``log`` or ``atan``.
+        preconditioned: False for networks that a pipeline preconditions itself (Cosmos 2): they see x and say the
+            velocity dx/dsigma.
 
     Raises:
         ValueError: for a range or a conditioning that does not exist.
@@ -290,13 +290,20 @@ class VarianceExploding(Path):
 
     family = "EDM"
 
-    def __init__(self, sigma_min: float, sigma_max: float, sigma_data: float, noise_conditioning: str = "log"):
+    def __init__(
+        self,
+        sigma_min: float,
+        sigma_max: float,
+        sigma_data: float,
+        noise_conditioning: str = "log",
+        preconditioned: bool = True,
+    ):
         if not 0 < sigma_min < sigma_max:
             raise ValueError("A variance exploding path needs 0 < sigma_min < sigma_max.")
         if noise_conditioning not in ("log", "atan"):
             raise ValueError(f"noise_conditioning must be 'log' or 'atan', not {noise_conditioning!r}.")
         self.sigma_data, self.noise_conditioning = float(sigma_data), noise_conditioning
-        self.data_scale = self.sigma_data
+        self.data_scale, self.preconditioned = self.sigma_data, preconditioned
         self.noisiest, self.cleanest = (float(self.time(-math.log(s))) for s in (sigma_max, sigma_min))
         self.grid_range = (self.noisiest, self.cleanest, self.cleanest)
 
@@ -334,14 +341,17 @@ class VarianceExploding(Path):
         return np.linspace(0, 1, n)
 
     def input_scale(self, sigma: Any) -> Any:
-        return 1 / (sigma**2 + self.sigma_data**2) ** 0.5
+        return 1 / (sigma**2 + self.sigma_data**2) ** 0.5 if self.preconditioned else 1.0
 
     @property
     def start_scale(self) -> float:
         return math.hypot(float(self.alpha_sigma(self.noisiest)[1]), self.sigma_data)
 
     def own_prediction(self, prediction_type: str, sigma: float) -> tuple[float, float] | None:
-        """``(sigma / (sigma_data r), -sigma_data / r)`` for F, which diffusers calls ``epsilon``."""
+        """``(sigma / (sigma_data r), -sigma_data / r)`` for F, which diffusers calls ``epsilon``; without
+        preconditioning ``(0, 1)`` for the velocity dx/dsigma, which it calls ``flow_prediction``."""
+        if not self.preconditioned:
+            return (0.0, 1.0) if prediction_type == "flow_prediction" else None
         if prediction_type not in ("epsilon", "v_prediction"):
             return None
         r, sign = math.hypot(self.sigma_data, sigma), 1.0 if prediction_type == "epsilon" else -1.0
@@ -359,9 +369,12 @@ class FlowMatching(Path):
         time_shift_type: how mu shifts, ``exponential`` or ``linear``.
         shift_terminal: where shifted grids end.
         inverted: time and labels run against the noise.
+        sigma_range: smallest and largest sigma of the training range; None: 1/T to 1.  No grid goes beyond the largest.
+        ramps_in_ratio: whether ramps of noise (karras, exponential, beta) are ramps of ``sigma/alpha``, as for EDM, and
+            not of sigma.
 
     Raises:
-        ValueError: for a ``shift`` or ``time_shift_type`` that does not exist.
+        ValueError: for a ``shift``, ``time_shift_type`` or ``sigma_range`` that does not exist.
     """
 
     family = "flow matching"
@@ -376,6 +389,8 @@ class FlowMatching(Path):
         time_shift_type: str = "exponential",
         shift_terminal: float | None = None,
         inverted: bool = False,
+        sigma_range: tuple[float, float] | None = None,
+        ramps_in_ratio: bool = False,
     ):
         if time_shift_type not in ("exponential", "linear"):
             raise ValueError(f"time_shift_type must be 'exponential' or 'linear', not {time_shift_type!r}.")
@@ -385,8 +400,15 @@ class FlowMatching(Path):
         self.static_shift, self.inverted = float(shift), inverted
         self.use_dynamic_shifting, self.time_shift_type = use_dynamic_shifting, time_shift_type
         self.shift_terminal = shift_terminal
-        self.noisiest, self.cleanest = (float(self.times_of_noise(s)) for s in (1.0, 1 / num_train_timesteps))
+        self.sigma_range = (1 / self.scale, 1.0) if sigma_range is None else sigma_range
+        if not 0 < self.sigma_range[0] < self.sigma_range[1] <= 1:
+            raise ValueError(f"A flow matching path has sigmas between 0 and 1, not {sigma_range}.")
+        self.ramps_in_ratio = ramps_in_ratio
+        self.cleanest, self.noisiest = (float(self._times_of_sigma(s)) for s in self.sigma_range)
         self.grid_range = (1.0, 1 / self.scale, 0.0)
+
+    def _times_of_sigma(self, sigma: Any) -> Array:
+        return self.scale * (1 - sigma if self.inverted else sigma)
 
     def _sigma(self, t: Any) -> Array:
         u = np.asarray(t, np.float64) / self.scale
@@ -398,7 +420,7 @@ class FlowMatching(Path):
             return np.log1p(-sigma) - np.log(sigma)
 
     def time(self, log_snr: Any) -> Array:
-        return self.times_of_noise(self.alpha_sigma_of(log_snr)[1])
+        return self._times_of_sigma(self.alpha_sigma_of(log_snr)[1])
 
     def alpha_sigma_of(self, log_snr: Any) -> tuple[Array, Array]:
         lam = np.asarray(log_snr, np.float64)
@@ -423,7 +445,9 @@ class FlowMatching(Path):
         return self.log_snr(np.asarray(label, np.float64) * self.scale)
 
     def times_of_sigmas(self, sigmas: Array, mu: float | None = None) -> Array:
-        return self.grid_times(sigmas, mu)
+        if np.allclose(sigmas, self.habitual_sigmas(len(sigmas)), atol=1e-6):  # nobody asked for its first value
+            return self.grid_times(sigmas, mu)
+        return self._times_of_sigma(self.shift(sigmas, mu))
 
     def habitual_sigmas(self, n: int) -> Array | None:
         return np.linspace(1, 1 / max(n, 1), n)
@@ -432,13 +456,14 @@ class FlowMatching(Path):
         return (1.0, -1.0) if self.inverted and prediction_type == "flow_prediction" else None
 
     def grid_times(self, clock: Array, mu: float | None = None) -> Array:
-        return self.times_of_noise(self.shift(clock, mu))
+        return self._times_of_sigma(np.minimum(self.shift(clock, mu), self.sigma_range[1]))
 
     def noise_range(self) -> tuple[float, float]:
-        return 1 / self.scale, 1.0
+        low, high = self.sigma_range
+        return (low / (1 - low), high / (1 - high)) if self.ramps_in_ratio else (low, high)
 
     def times_of_noise(self, levels: Any) -> Array:
-        return self.scale * (1 - levels if self.inverted else levels)
+        return self._times_of_sigma(levels / (1 + levels) if self.ramps_in_ratio else levels)
 
     def training_times(self, fractions: Array) -> tuple[Array, float | Array]:
         """Through the static shift, as in Esser et al. 2024; a dynamic one is a fact of a run, not of the training."""
@@ -474,92 +499,3 @@ class FlowMatching(Path):
         if self.shift_terminal and len(sigma) and sigma[-1] < 1:
             sigma = 1 - (1 - sigma) * (1 - self.shift_terminal) / (1 - sigma[-1])
         return sigma
-
-
-# -- the config reader --
-
-
-def betas_from_config(config: Mapping[str, Any]) -> Array:
-    """``beta_k`` (float64, length T) of every ``beta_schedule`` of diffusers, or ``trained_betas``."""
-    if config.get("trained_betas") is not None:
-        return np.asarray(config["trained_betas"], np.float64)
-    n, first, last = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
-    schedule = config["beta_schedule"]
-    if schedule == "linear":
-        return np.linspace(first, last, n)
-    if schedule == "scaled_linear":
-        return np.linspace(first**0.5, last**0.5, n) ** 2
-    if schedule == "sigmoid":
-        return (last - first) / (1 + np.exp(-np.linspace(-6, 6, n))) + first
-    u = np.arange(n + 1) / n
-    if schedule in ("squaredcos_cap_v2", "cosine"):
-        abar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
-    elif schedule == "exp":
-        abar = np.exp(-12 * u)
-    elif schedule == "laplace":
-        lam = -0.5 * np.copysign(1, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
-        abar = np.sqrt(1 / (1 + np.exp(-lam)))
-    else:
-        raise ValueError(
-            f"beta_schedule {schedule!r} is unknown: use linear, scaled_linear, squaredcos_cap_v2, sigmoid, exp, "
-            "laplace, or pass trained_betas."
-        )
-    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
-
-
-def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Array:
-    """``alpha^2`` at integer times, with ``snr_shift_scale`` (CogVideoX) and zero terminal SNR (arXiv:2305.08891)."""
-    abar = np.cumprod(1 - betas_from_config(config))
-    k = config.get("snr_shift_scale") or 1.0
-    abar = abar / (k + (1 - k) * abar)
-    if config.get("rescale_betas_zero_snr"):
-        root = np.sqrt(abar)
-        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return abar
-
-
-_PATH_KEYS = [
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "snr_shift_scale",
-    "use_flow_sigmas",
-    "shift",
-    "use_dynamic_shifting",
-    "time_shift_type",
-    "shift_terminal",
-    "invert_sigmas",
-    "sigma_data",
-    "sigma_min",
-    "sigma_max",
-    "noise_conditioning",
-]
-
-
-def path_from_config(config: Mapping[str, Any]) -> Path:
-    """The forward process of a config of this package: ``use_flow_sigmas`` means flow matching, a ``sigma_data``
-    means variance exploding, anything else variance preserving."""
-    values = (config.get(key) for key in _PATH_KEYS)
-    return _build_path(tuple(tuple(v) if isinstance(v, list | np.ndarray) else v for v in values))
-
-
-@functools.lru_cache(maxsize=32)
-def _build_path(values: tuple) -> Path:
-    config = dict(zip(_PATH_KEYS, values, strict=True))
-    if config["use_flow_sigmas"]:
-        return FlowMatching(
-            config["num_train_timesteps"],
-            1.0 if config["shift"] is None else config["shift"],
-            bool(config["use_dynamic_shifting"]),
-            config["time_shift_type"] or "exponential",
-            config["shift_terminal"],
-            bool(config["invert_sigmas"]),
-        )
-    if config["sigma_data"] is not None:
-        sigma_min = 0.002 if config["sigma_min"] is None else config["sigma_min"]
-        sigma_max = 80.0 if config["sigma_max"] is None else config["sigma_max"]
-        return VarianceExploding(sigma_min, sigma_max, config["sigma_data"], config["noise_conditioning"] or "log")
-    return VariancePreserving(alphas_cumprod_from_config(config))

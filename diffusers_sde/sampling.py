@@ -1,7 +1,7 @@
 """The sampling loop, for networks that have no pipeline of their own call: compare, bench and tests use it.
 
 Knows how to call an unconditional or class-conditional network with classifier-free guidance or as a flow map, and how
-to drive any scheduler, ours or diffusers', from given noise.  Knows no particular model or scheduler.
+to drive any scheduler, ours or diffusers', from given noise.  Knows no scheduler in particular.
 """
 
 from __future__ import annotations
@@ -10,50 +10,96 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
+import numpy as np
 import torch
 
+from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
+
 Denoiser = Callable[[torch.Tensor, Any], torch.Tensor]
+
+
+def null_label(network: Any) -> int | None:
+    """The label that means "no class".
+
+    Args:
+        network: a ``UNet2DModel``-like network or a mixture.
+
+    Returns:
+        The last of ``num_class_embeds``, the number of components of a mixture, or None for a network without classes.
+    """
+    if isinstance(network, GaussianMixtureModel):
+        return len(network.config.weights)
+    classes = getattr(network.config, "num_class_embeds", None)
+    return classes - 1 if classes else None
 
 
 def network_denoiser(
     network: torch.nn.Module, class_labels: torch.Tensor | None = None, guidance_scale: float = 1.0
 ) -> Denoiser:
-    """``denoiser(sample, timestep)`` of a ``UNet2DModel``-like network.
+    """A network as a function of state and time, guided if wanted: ``m_null + w (m_label - m_null)`` in one batch of 2N
+    (Ho & Salimans 2022, arXiv:2207.12598, eq. 6 in diffusers' scale: 1 is conditional, no guidance).
 
-    With labels (N,) and ``guidance_scale`` w: ``m_null + w (m_label - m_null)`` in one batch of 2N (Ho & Salimans 2022,
-    arXiv:2207.12598, eq. 6 in diffusers' scale: 1 is conditional, no guidance).  The null label is the network's last
-    class.  Raises ``ValueError`` for guidance without labels or without a class-conditional network.
+    Args:
+        network: a ``UNet2DModel``-like network or a mixture.
+        class_labels: (N,) int64, on the network's device; None: no class.
+        guidance_scale: w.
+
+    Returns:
+        ``denoiser(sample, timestep)``, (N, C, H, W) to (N, C, H, W): what the network's prediction type says.
+
+    Raises:
+        ValueError: for guidance without labels or without a null class, and for a class-conditional network without
+            labels.
     """
-    classes = getattr(network.config, "num_class_embeds", None)
     if class_labels is None:
         if guidance_scale != 1.0:
             raise ValueError("Guidance needs class labels: this model is sampled without any, use guidance_scale 1.")
+        classes = getattr(network.config, "num_class_embeds", None)
         if classes:
             raise ValueError(f"This network is class-conditional: pass class labels in 0..{classes - 1}.")
         return lambda sample, t: network(sample, t, return_dict=False)[0]
     if guidance_scale == 1.0:
         return lambda sample, t: network(sample, t, class_labels, return_dict=False)[0]
-    if not classes:
+    null = null_label(network)
+    if null is None:
         raise ValueError("Guidance needs a network with a null class: this one has no num_class_embeds.")
-    labels = torch.cat([torch.full_like(class_labels, classes - 1), class_labels])
+    labels = torch.cat([torch.full_like(class_labels, null), class_labels])
 
     def guided(sample: torch.Tensor, t: Any) -> torch.Tensor:
-        null, conditional = network(torch.cat([sample, sample]), t, labels, return_dict=False)[0].chunk(2)
-        return torch.lerp(null, conditional, guidance_scale)
+        unconditional, conditional = network(torch.cat([sample, sample]), t, labels, return_dict=False)[0].chunk(2)
+        return torch.lerp(unconditional, conditional, guidance_scale)
 
     return guided
 
 
 def flow_map_denoiser(network: torch.nn.Module, scheduler: Any, class_labels: torch.Tensor | None = None) -> Denoiser:
-    """``denoiser(sample, timestep)`` of a flow map network, told where the step jumps to if it was trained so
-    (``scheduler.config.flow_map == "mean_flow"``); its guidance is built in."""
-    told = {} if class_labels is None else {"class_labels": class_labels}
+    """A flow map network as a function of state and time; its guidance is built in.
+
+    Args:
+        network: ``network(sample, timestep)``, also given ``target_timestep`` if it was trained so
+            (``scheduler.config.flow_map == "mean_flow"``).
+        scheduler: the :class:`diffusers_sde.FlowMapScheduler` whose timesteps are set when the network is called.
+        class_labels: (N,) int64, on the network's device; None: no class.
+
+    Returns:
+        ``denoiser(sample, timestep)``, (N, C, H, W) to (N, C, H, W).
+    """
+    labels = {} if class_labels is None else {"class_labels": class_labels}
 
     def denoiser(sample: torch.Tensor, t: Any) -> torch.Tensor:
         target = {"target_timestep": scheduler.target_timestep(t)} if scheduler.config.flow_map == "mean_flow" else {}
-        return network(sample, t, return_dict=False, **told, **target)[0]
+        return network(sample, t, return_dict=False, **labels, **target)[0]
 
     return denoiser
+
+
+def lay_out(scheduler: Any, num_inference_steps: int) -> None:
+    """``set_timesteps``, trailing for flow matching Euler too, which has no option for it."""
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist())
+    else:
+        scheduler.set_timesteps(num_inference_steps)
 
 
 @torch.no_grad()
@@ -63,9 +109,20 @@ def sample(
     noise: torch.Tensor,
     *,
     generator: Any = None,
-    callback: Callable[[], None] | None = None,
+    callback: Callable[[], Any] | None = None,
 ) -> torch.Tensor:
-    """Run ``scheduler``, whose timesteps are set, from unit ``noise``; ``callback`` is called after each evaluation."""
+    """Run a scheduler from noise to data.
+
+    Args:
+        denoiser: ``denoiser(scaled sample, timestep)``, without gradients.
+        scheduler: any scheduler, ours or diffusers', whose timesteps are set.
+        noise: unit normals (N, ...); multiplied by ``init_noise_sigma``.
+        generator: of the steps' noise, for schedulers that take one.
+        callback: called after each evaluation.
+
+    Returns:
+        The state after the last step, of the noise's shape and dtype.
+    """
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
     for t in scheduler.timesteps:
@@ -75,3 +132,8 @@ def sample(
         if callback is not None:
             callback()
     return x
+
+
+def rmse(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Root mean square difference of each sample: (N, ...) and (N, ...) to (N,) float64."""
+    return (samples - reference).double().flatten(1).square().mean(1).sqrt()

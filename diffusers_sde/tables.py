@@ -19,7 +19,7 @@ import numpy as np
 
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import convert
+from diffusers_sde.prediction import DATA, convert
 from diffusers_sde.weights import (
     CLOCKS,
     Point,
@@ -63,10 +63,13 @@ class Table:
 
 # -- builders --
 
-# Largest ratio of a step to the one before it, and largest sum |b| / |sum b| by order, at which a row may extrapolate.
-MAX_STEP_RATIO = 4.0
+# What a row may do before it reads fewer evaluations, found by a scan over every selectable setting (the robustness
+# section of the bench), where looser limits let few steps end far outside the data.
+MAX_STEP_RATIO = 4.0  # a step to the one before it
+MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}  # sum |b| / |sum b|, by the number of evaluations
 MAX_STIFFNESS = 2.0  # of a stochastic step, see Method.stiffness
-MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}
+MAX_FRESH = (5.0, 1.5)  # amplification times fresh noise, for data prediction and for an F that contains the noise
+MAX_CANCELLATION = 0.3  # of MAX_AMPLIFICATION: what errors of x_0 may grow to when noise predictions are subtracted
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,15 @@ class Method:
         self, start: Point, end: Point, basis: Sequence[Point], tau: float, newest_first: Sequence[Point]
     ) -> np.ndarray | None:
         """:meth:`weights`, or None where interpolating over these nodes is impossible or would amplify errors: nodes
-        that coincide or are infinite in the clock, too large a step ratio, too large a sum of |weights|."""
+        that coincide or are infinite in the clock, too large a step ratio, too large a sum of |weights|, too much fresh
+        noise or cancellation between them.
+
+        Args:
+            start, end: of the step.
+            basis: the evaluations, in the order of the weights.
+            tau: the noise level of the step.
+            newest_first: the same evaluations by age.
+        """
         order = len(basis)
         at = clock_values(self.path, self.clock, np.array([p.log_snr for p in (end, *newest_first)]), self.data_std)
         if not np.all(np.isfinite(at[1:])) or len(set(at[1:])) < order:
@@ -111,8 +122,16 @@ class Method:
             return None
         weights = self.weights(start, end, basis, tau)
         amplification = np.abs(weights).sum() / max(abs(weights.sum()), 1e-300)
-        unstable = tau > 0 and amplification * self.stiffness(start, end, tau) > MAX_STIFFNESS
-        return None if unstable or amplification > MAX_AMPLIFICATION[order] else weights
+        # extrapolation lives on evaluations that resemble each other: noise drawn between them enters amplified
+        fresh = -math.expm1(-2 * tau**2 * (newest_first[0].log_snr - newest_first[-1].log_snr)) if tau else 0.0
+        safe = amplification <= MAX_AMPLIFICATION[order]
+        safe &= amplification * fresh <= MAX_FRESH[self.data_std != 0]
+        if math.isinf(self.data_std):
+            safe &= tau == 0 or amplification * self.stiffness(start, end, tau) <= MAX_STIFFNESS
+            # an error d of x_0 is one of min(1, d/s) of the noise, which weights of size s turn into the end's state
+            errors = np.abs(weights) @ [min(1.0, p.alpha / p.sigma) for p in basis]
+            safe &= errors <= MAX_CANCELLATION * MAX_AMPLIFICATION[order] * math.hypot(end.alpha, end.sigma)
+        return weights if safe else None
 
 
 def build_multistep(
@@ -194,35 +213,58 @@ def build_singlestep(
     if method not in SINGLESTEP_METHODS:
         raise ValueError(f"method {method!r} is unknown: use one of {', '.join(SINGLESTEP_METHODS)}.")
     order, fractions = SINGLESTEP_METHODS[method]
-    if fractions is not None:
-        nodes = insert_stages(path, nodes, fractions)
     taus = _check(nodes, order, data_std, clock, tau, rule, final)
+    if fractions is not None:
+        nodes, taus = insert_stages(path, nodes, fractions, taus)
     weigh = Method(path, float(data_std), clock, rule)
     points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
     rows: list[Row] = []
     for first, size in _groups(points, order):
-        previous = np.zeros(0)
+        anchor, previous = first, np.zeros(0)
         for i in range(first, first + size):
-            start, end = points[i], points[i + 1]
+            start, end, stages = points[i], points[i + 1], points[anchor : i + 1][::-1]
+            weights = None
+            # a stage at the end of the step feeds the noise it has just drawn back through a noise prediction
+            feedback = taus[i] > 0 and start.log_snr == end.log_snr and math.isinf(weigh.data_std)
+            if i > anchor and taus[i] == taus[anchor] and not feedback:
+                weights = weigh.safe_weights(points[anchor], end, stages[::-1], taus[i], stages)
             if end.sigma == 0 and final in ("denoise", "corrected"):
                 a, c, forward = _denoise(weigh, start, end)
+            elif weights is None:  # the step is split: the state of this stage is the next anchor
+                anchor, previous = i, np.zeros(0)
+                a, c, forward = _explicit(weigh, start, end, [start], taus[i])
             else:
-                a, c = linear_coefficients(start, end, data_std, taus[first])
-                stages = points[first : i + 1]
-                forward = weigh.weights(points[first], end, stages, taus[first])[::-1]
+                (a, c), forward = linear_coefficients(start, end, data_std, taus[i]), weights[::-1]
             b = _add(forward, -a * np.append(0.0, previous))
             rows.append(Row(float(nodes.time[i]), start.alpha, start.sigma, a, tuple(map(float, b)), c))
             previous = forward
     return Table(tuple(rows), float(data_std))
 
 
-def insert_stages(path: Path | None, nodes: Nodes, fractions: Sequence[float]) -> Nodes:
-    """Add an evaluation at each fraction (of log-SNR) of every step that ends at a finite log-SNR."""
+def insert_stages(
+    path: Path | None, nodes: Nodes, fractions: Sequence[float], taus: Sequence[float]
+) -> tuple[Nodes, list[float]]:
+    """Add an evaluation at each fraction (of log-SNR) of every step that ends at a finite log-SNR.
+
+    Args:
+        path: needed for stages between grid nodes.
+        nodes: of the grid.
+        fractions: of a step, increasing.
+        taus: the noise level of each step.
+
+    Returns:
+        All nodes, and the noise level of the step that each evaluation belongs to.
+
+    Raises:
+        ValueError: where the path is needed and missing.
+    """
     time, alpha, sigma, lam = nodes.time, nodes.alpha, nodes.sigma, nodes.log_snr
-    out = []
+    out, levels = [], []
     for i in range(len(nodes) - 1):
         out.append([time[i], alpha[i], sigma[i]])
+        levels.append(taus[i])
         for f in fractions if np.isfinite(lam[i : i + 2]).all() else ():
+            levels.append(taus[i])
             if f == 1.0:
                 out.append([time[i + 1], alpha[i + 1], sigma[i + 1]])
             else:
@@ -231,7 +273,7 @@ def insert_stages(path: Path | None, nodes: Nodes, fractions: Sequence[float]) -
                 stage = (1 - f) * lam[i] + f * lam[i + 1]
                 out.append([float(path.time(stage)), *map(float, path.alpha_sigma_of(stage))])
     out.append([time[-1], alpha[-1], sigma[-1]])
-    return Nodes(*(np.array(column, np.float64) for column in zip(*out, strict=True)))
+    return Nodes(*(np.array(column, np.float64) for column in zip(*out, strict=True))), levels
 
 
 def tau_from_eta(eta: float, nodes: Nodes) -> list[float]:
@@ -285,7 +327,7 @@ def _explicit(
     if tau and method.stiffness(start, end, tau) > MAX_STIFFNESS:  # integrate D instead, which is bounded
         data = replace(method, data_std=0.0)
         a, c = linear_coefficients(start, end, 0.0, tau)
-        k_x, k_f = convert((0.0, -1.0), (1.0, 0.0), start.alpha, start.sigma)
+        k_x, k_f = convert((0.0, -1.0), DATA, start.alpha, start.sigma)
         weight = data.weights(start, end, basis[:1], tau)
         return a + float(weight[0]) * k_x, c, weight * k_f
     for count in range(len(basis), 1, -1):
@@ -314,7 +356,7 @@ def _implicit(method: Method, nodes: list[Point], start: Point, tau: float) -> n
 def _denoise(method: Method, start: Point, end: Point) -> tuple[float, float, np.ndarray]:
     """The row that returns ``end.alpha D``, without noise."""
     own = evaluation_coefficients(method.data_std, start.alpha, start.sigma)
-    k_x, k_f = convert(own, (1.0, 0.0), start.alpha, start.sigma)
+    k_x, k_f = convert(own, DATA, start.alpha, start.sigma)
     return end.alpha * k_x, 0.0, np.array([end.alpha * k_f])
 
 

@@ -37,12 +37,17 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import FlowMapScheduler
-from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, pictures
+from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out, pictures
 from diffusers_sde.sampling import flow_map_denoiser
 
 
 class FlowMapPipeline(DiffusionPipeline):
-    """Jump and re-noise with ``unet`` (a ``UNet2DModel``, or a ``FlowMapUNet2DModel`` that is told the target time)."""
+    """Jump and re-noise.
+
+    Args:
+        unet: a ``UNet2DModel``, or a ``FlowMapUNet2DModel`` that is also given the target time.
+        scheduler: a :class:`diffusers_sde.FlowMapScheduler`.
+    """
 
     def __init__(self, unet: Any, scheduler: Any):
         super().__init__()
@@ -60,11 +65,23 @@ class FlowMapPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate one picture per label (or ``batch_size`` of them).
+        """Generate one picture per label; gamma and the kind of map are the scheduler's.
 
-        Args: ``class_labels`` a label, several, or None for no class; ``num_inference_steps`` network evaluations, or
-        their ``timesteps``; ``latents`` unit noise (N, C, H, W); ``output_type`` pil, np, pt or latent.  gamma and the
-        kind of map are the scheduler's.  Raises ``ValueError`` for a scheduler of another kind and for wrong inputs.
+        Args:
+            class_labels: a label, several, or None for no class.
+            num_inference_steps: network evaluations.
+            batch_size: number of pictures; None: as many as there are labels.
+            timesteps: what to evaluate the network at, from noise to data, instead of a number of steps.
+            generator: of the first noise and of the re-noising; one, or one for each picture.
+            latents: unit noise (N, C, H, W).
+            output_type: pil, np, pt (in 0..1) or latent (the state, in the model's units).
+            return_dict: False returns a tuple.
+
+        Returns:
+            ``ImagePipelineOutput`` with ``images``, or ``(images,)``.
+
+        Raises:
+            ValueError: for a scheduler of another kind and for wrong inputs, before any evaluation.
         """
         if not isinstance(self.scheduler, FlowMapScheduler):
             raise ValueError(
@@ -76,10 +93,7 @@ class FlowMapPipeline(DiffusionPipeline):
         batch = (batch_size or 1) if labels is None else len(labels)
         scheduler = self.scheduler
         x = initial_noise(self.unet, scheduler, batch, generator, latents)
-        if timesteps is None:
-            scheduler.set_timesteps(num_inference_steps, device=x.device)
-        else:
-            scheduler.set_timesteps(timesteps=timesteps, device=x.device)
+        lay_out(scheduler, num_inference_steps, x.device, timesteps)
         denoiser = flow_map_denoiser(self.unet, scheduler, labels)
         for t in self.progress_bar(scheduler.timesteps):
             m = denoiser(scheduler.scale_model_input(x, t), t)

@@ -6,7 +6,7 @@ With predictions ``m_y`` (label y) and ``m_0`` (no label), the guided one is
     w -> w / (1 - exp(-h)), 0 < w <= 1                       CFG++ (arXiv:2406.08070), h the step of log(alpha/sigma)
     w -> 1 outside (sigma/alpha) in [low, high]              guidance interval (arXiv:2404.07724)
     m -> blend of m and m std(m_y)/std(m)                    rescale (arXiv:2305.08891)
-    D = D_y + (w - 1) (part of D_y - D_0 orthogonal to D_y)  APG (arXiv:2410.02416), on data predictions
+    D = D_y + (w - 1) (D_y - D_0 orthogonal to D_y)          APG (arXiv:2410.02416), on data predictions
     m_0 -> the prediction of a weaker model                  autoguidance (arXiv:2406.02507)
     D -> D + s sigma^2/alpha grad log p_t(y | x_t)           classifier guidance (arXiv:2105.05233), scale s
 
@@ -49,6 +49,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
+from diffusers_sde import TableScheduler
+from diffusers_sde.methods.fields import points_of
 from diffusers_sde.methods.guidance import (
     Classifier,
     adaptive_projection,
@@ -59,26 +61,27 @@ from diffusers_sde.methods.guidance import (
     interval_scale,
     rescaled,
 )
-from diffusers_sde.methods.langevin import sample, visits
+from diffusers_sde.methods.images import at_least_float32
+from diffusers_sde.methods.langevin import planned_visits, sample_with_correctors
 from diffusers_sde.methods.pipeline_io import (
     check_output_type,
     initial_noise,
     label_tensor,
     labels_of,
-    null_label,
+    lay_out,
     pictures,
 )
-from diffusers_sde.prediction import convert, model_coefficients
-from diffusers_sde.schedulers.base import HALF, TableScheduler
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Half precision is for networks: everything else is computed in float32."""
-    return x.float() if x.dtype in HALF else x
+from diffusers_sde.prediction import from_model
+from diffusers_sde.sampling import null_label
 
 
 class GuidedGenerationPipeline(DiffusionPipeline):
-    """Guided sampling of a class-conditional ``unet`` with any scheduler of diffusers_sde."""
+    """Guided sampling.
+
+    Args:
+        unet: a ``UNet2DModel``-like network or a mixture; class-conditional, or guided by a classifier only.
+        scheduler: any of diffusers_sde.
+    """
 
     def __init__(self, unet: Any, scheduler: Any):
         super().__init__()
@@ -91,6 +94,7 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         num_images: int | None = None,
         num_inference_steps: int = 20,
         timesteps: Any = None,
+        sigmas: Any = None,
         guidance_scale: float = 3.0,
         cfg_plus_plus: bool = False,
         guidance_interval: tuple[float, float] | None = None,
@@ -111,15 +115,35 @@ class GuidedGenerationPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate one picture per label.
 
-        Args: ``class_labels`` a label, several, or None for none; ``num_inference_steps`` network evaluations (twice as
-        many where guidance needs two predictions), or their ``timesteps``; ``guidance_scale`` 0 unconditional, 1
-        conditional, larger guided; ``guidance_interval`` of noise levels sigma/alpha; ``guidance_rescale`` in [0, 1];
-        ``apg_parallel`` what APG keeps of the parallel part (None: no APG), with ``apg_norm_threshold`` and
-        ``apg_momentum``; ``weak_unet`` for autoguidance; ``classifier(x, t)`` logits of noisy pictures, its labels are
-        the network's; ``corrector_steps`` Langevin steps after each step, of size 2 (corrector_snr sigma)^2;
-        ``restart`` (low, high, repeats), an interval of noise levels sigma/alpha to go through again; ``latents`` unit
-        noise (N, C, H, W).
-        Raises ``ValueError`` for guidance that the network cannot give, a scheduler of another kind and wrong inputs.
+        Args:
+            class_labels: a label, several, or None for no class.
+            num_images: number of pictures; None: as many as there are labels.
+            num_inference_steps: network evaluations (twice as many where guidance needs two predictions).
+            timesteps: what the network is given, from noise to data, instead of a number of steps.
+            sigmas: noise levels of the states, likewise; with ``timesteps`` too, as many of one as of the other.
+            guidance_scale: 0 unconditional, 1 conditional, larger guided.
+            cfg_plus_plus: guide by CFG++, with guidance_scale in (0, 1].
+            guidance_interval: (low, high) noise levels sigma/alpha to guide in; None: all.
+            guidance_rescale: in [0, 1].
+            apg_parallel: what APG keeps of the parallel part; None: no APG.
+            apg_norm_threshold: largest norm of APG's difference of data predictions.
+            apg_momentum: weight of its running average.
+            weak_unet: a weaker network, for autoguidance.
+            classifier: ``classifier(x, t)``, logits (N, classes) of noisy pictures; its labels are the network's.
+            classifier_scale: of the classifier's guidance.
+            corrector_steps: Langevin steps after each step.
+            corrector_snr: their size, ``2 (corrector_snr sigma)^2``.
+            restart: (low, high, repeats), an interval of noise levels sigma/alpha to go through again.
+            generator: of all noise; one, or one for each picture.
+            latents: unit noise (N, C, H, W).
+            output_type: pil, np, pt (in 0..1) or latent (the state, in the model's units).
+            return_dict: False returns a tuple.
+
+        Returns:
+            ``ImagePipelineOutput`` with ``images``, or ``(images,)``.
+
+        Raises:
+            ValueError: for guidance that the network cannot give, a scheduler of another kind and wrong inputs.
         """
         check_output_type(output_type)
         self._check(class_labels, guidance_scale, cfg_plus_plus, guidance_interval, guidance_rescale, weak_unet)
@@ -127,29 +151,26 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             raise ValueError("Classifier guidance needs class_labels: pass the classes that the pictures should have.")
         has_classes, scheduler = null_label(self.unet) is not None, self.scheduler
         labels = label_tensor(self.unet, class_labels if has_classes else None, num_images)
-        wanted = None if class_labels is None else labels_of(class_labels, num_images).to(self.unet.device)
-        batch = (num_images or 1) if wanted is None else len(wanted)
+        classes = None if class_labels is None else labels_of(class_labels, num_images).to(self.unet.device)
+        batch = (num_images or 1) if classes is None else len(classes)
         x = initial_noise(self.unet, scheduler, batch, generator, latents)
-        steps = {"num_inference_steps": num_inference_steps} if timesteps is None else {"timesteps": timesteps}
-        scheduler.set_timesteps(device=x.device, **steps)
-        path, kind = scheduler.path, scheduler.config.prediction_type
-        log_snrs = path.log_snr_of_label(scheduler.sigmas.double().numpy())
+        lay_out(scheduler, num_inference_steps, x.device, timesteps, sigmas)
+        path, kind, points = scheduler.path, scheduler.config.prediction_type, points_of(scheduler.levels)
         average = None
 
         def predict(x: torch.Tensor, row: int) -> torch.Tensor:
             """The guided model output."""
             nonlocal average
-            t = scheduler.timesteps[row]
-            alpha, sigma = (float(v) for v in path.alpha_sigma_of(log_snrs[row]))
-            said = model_coefficients(path, kind, alpha, sigma)
-            k_x, k_m = convert(said, (1.0, 0.0), alpha, sigma)  # D = k_x x + k_m m
+            t, point = scheduler.timesteps[row], points[row]
+            alpha, sigma = point.alpha, point.sigma
+            k_x, k_m = from_model(path, kind, alpha, sigma)  # D = k_x x + k_m m
             level = sigma / alpha if alpha else float("inf")
             scale = 1.0 if labels is None else interval_scale(guidance_scale, level, guidance_interval)
             if cfg_plus_plus:
-                scale = cfg_plus_plus_scale(guidance_scale, log_snrs[row], log_snrs[row + 1])
+                scale = cfg_plus_plus_scale(guidance_scale, point.log_snr, points[row + 1].log_snr)
             null, m = self._predict(scheduler.scale_model_input(x, t), t, labels, scale, weak_unet)
-            x, m = wide(x), wide(m)
-            null = None if null is None else wide(null)
+            x, m = at_least_float32(x), at_least_float32(m)
+            null = None if null is None else at_least_float32(null)
             if null is not None and apg_parallel is not None:
                 guided, average = adaptive_projection(
                     k_x * x + k_m * null,
@@ -167,13 +188,13 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             if classifier is not None:
                 dtype = getattr(classifier, "dtype", x.dtype)
                 gradient = classifier_gradient(
-                    classifier, lambda y: scheduler.scale_model_input(y, t).to(dtype), x, t, wanted
+                    classifier, lambda y: scheduler.scale_model_input(y, t).to(dtype), x, t, classes
                 )
                 m = m + data_shift(gradient, alpha, sigma, classifier_scale) / k_m
             return m
 
-        with self.progress_bar(total=len(visits(scheduler, restart))) as bar:
-            x = sample(
+        with self.progress_bar(total=len(planned_visits(scheduler, restart))) as bar:
+            x = sample_with_correctors(
                 predict,
                 scheduler,
                 x,
@@ -181,7 +202,7 @@ class GuidedGenerationPipeline(DiffusionPipeline):
                 corrector_snr=corrector_snr,
                 restart=restart,
                 generator=generator,
-                tick=bar.update,
+                callback=bar.update,
             )
         images = pictures(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -52,19 +52,24 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from diffusers_sde.configs import canonical_config
-from diffusers_sde.methods.fields import Field, network_field
-from diffusers_sde.methods.images import from_state, to_state, wide_dtype
+from diffusers_sde.configs import path_from_config
+from diffusers_sde.methods.fields import Field, network_field, wide_dtype
+from diffusers_sde.methods.images import from_state, to_state
 from diffusers_sde.methods.inversion import Trajectory, inversion_points, multistep, reversible, slerp
 from diffusers_sde.methods.pipeline_io import check_output_type, label_tensor
-from diffusers_sde.paths import path_from_config
+from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.weights import Point
 
 
 @dataclass
 class InversionOutput(BaseOutput):
-    """``images`` of the requested type; ``latents`` (N, C, H, W), the noise found, and for the exact method its
-    ``companion``, the state one step before it; float64 (where the device has it)."""
+    """Pictures, and the noise they came from.
+
+    Args:
+        images: of the requested type.
+        latents: the noise found (N, C, H, W), float64 (where the device has it).
+        companion: for the exact method the state one step before the noise, of the same shape; else None.
+    """
 
     images: Any
     latents: torch.Tensor
@@ -72,8 +77,13 @@ class InversionOutput(BaseOutput):
 
 
 class InversionPipeline(DiffusionPipeline):
-    """Invert, edit and interpolate with ``unet`` under the process of ``scheduler`` (any scheduler of diffusers or of
-    this package: only its process is used), in the latent space of ``vae`` where there is one."""
+    """Invert, edit and interpolate.
+
+    Args:
+        unet: a ``UNet2DModel``-like network or a mixture.
+        scheduler: any of diffusers or of this package; only its forward process is used.
+        vae: the autoencoder whose latents the network knows; None: pixels.
+    """
 
     _optional_components = ["vae"]  # noqa: RUF012
 
@@ -100,19 +110,24 @@ class InversionPipeline(DiffusionPipeline):
         """Invert ``image`` and generate from what was found.
 
         Args:
-            image: PIL images, an array in 0..1, or a tensor (N, C, H, W) in the model's units.
+            image: PIL images, an array (N, H, W, C) in 0..1, or a tensor (N, C, H, W) in the model's units.
             class_labels: the classes of the images, one or one for each; None: no class.
-            target_labels, target_guidance_scale: what to generate; None: as in the inversion, which gives the image
-                back.
+            target_labels: the classes to generate; None: as in the inversion, which gives the image back.
             guidance_scale: classifier-free guidance of the inversion; 1 (none) suits editing.
+            target_guidance_scale: that of the generation; None: as in the inversion.
             num_inference_steps: steps each way; a step is one evaluation (two with guidance).
             strength: how far towards noise to go, in (0, 1]; less than 1 keeps more of the image.
             method: exact (reversible, second order) or ode (multistep table with corrector).
             data_std: data scale c of the exact method.
             mu: shift of a flow model with dynamic shifting.
             output_type: pil, np, pt (in 0..1) or latent (the state, in the model's units).
+            return_dict: False returns a tuple.
 
-        Returns :class:`InversionOutput` or its tuple.  Raises ``ValueError`` for wrong inputs, before any evaluation.
+        Returns:
+            :class:`InversionOutput` or its tuple.
+
+        Raises:
+            ValueError: for wrong inputs, before any evaluation.
         """
         check_output_type(output_type)
         state = self._state(image)
@@ -141,11 +156,26 @@ class InversionPipeline(DiffusionPipeline):
         mu: float | None = None,
         output_type: str = "pil",
     ) -> InversionOutput:
-        """``num_images`` pictures from ``first`` to ``last`` (one image each): slerp between their noises, both ends
-        included; with ``method="exact"`` the ends are the two pictures.
+        """Pictures between two: slerp between their noises, both ends included; with ``method="exact"`` the ends are
+        the two pictures.
 
-        ``class_labels``: one label or one for each end (each picture then has that of the nearer end); the other
-        arguments as in :meth:`__call__`.  Raises ``ValueError`` for wrong inputs.
+        Args:
+            first: one image, as in :meth:`__call__`.
+            last: another one.
+            class_labels: one label or one for each end (each picture then has that of the nearer end); None: no class.
+            num_images: 2 or more.
+            guidance_scale: classifier-free guidance, both ways.
+            num_inference_steps: steps each way.
+            method: exact or ode.
+            data_std: data scale c of the exact method.
+            mu: shift of a flow model with dynamic shifting.
+            output_type: pil, np, pt (in 0..1) or latent (the state, in the model's units).
+
+        Returns:
+            :class:`InversionOutput` with num_images pictures and the noises between.
+
+        Raises:
+            ValueError: for wrong inputs, before any evaluation.
         """
         check_output_type(output_type)
         if num_images < 2:
@@ -160,13 +190,11 @@ class InversionPipeline(DiffusionPipeline):
         source = self._field(labels, 2, guidance_scale)
         target = self._field(nearer, num_images, guidance_scale)
         noise = self._run(source, self._at(state, points[0]), points, method, data_std)
-        pairs = [None if v is None else _between(v, weights) for v in (noise.state, noise.companion)]
-        between = Trajectory(pairs[0], pairs[1], noise.points)
+        companion = None if noise.companion is None else _between(noise.companion, weights)
+        between = Trajectory(_between(noise.state, weights), companion, noise.points)
         result = self._run(target, between, points[::-1], method, data_std)
         images = from_state(result.state / points[0].alpha, self.vae, output_type)
         return InversionOutput(images=images, latents=between.state, companion=between.companion)
-
-    # -- parts --
 
     def _state(self, image: Any) -> torch.Tensor:
         return to_state(image, self.unet, self.vae, wide_dtype(self.unet.device))
@@ -187,11 +215,11 @@ class InversionPipeline(DiffusionPipeline):
     def _run(
         self, field: Field, start: Trajectory, points: Sequence[Point], method: str, data_std: float
     ) -> Trajectory:
-        starting = 0 if method == "ode" else 1 if start.companion is None else -1  # evaluations beyond one a step
-        with self.progress_bar(total=len(points) - 1 + starting) as bar:
+        beyond_one_a_step = 0 if method == "ode" else 1 if start.companion is None else -1
+        with self.progress_bar(total=len(points) - 1 + beyond_one_a_step) as bar:
             if method == "exact":
-                return reversible(field, start, points, data_std=data_std, tick=bar.update)
-            return multistep(field, start, points, tick=bar.update)
+                return reversible(field, start, points, data_std=data_std, callback=bar.update)
+            return multistep(field, start, points, callback=bar.update)
 
 
 def _between(pair: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:

@@ -62,8 +62,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from diffusers_sde.methods.fields import network_field
-from diffusers_sde.methods.images import to_state, wide_dtype
+from diffusers_sde.methods.fields import network_field, wide_dtype
+from diffusers_sde.methods.images import to_state
 from diffusers_sde.methods.likelihood import bits_per_dimension, dequantized, log_likelihood
 from diffusers_sde.methods.pipeline_io import label_tensor
 
@@ -72,10 +72,18 @@ BIN_WIDTH = 2 / 255  # of an 8-bit picture in -1..1
 
 @dataclass
 class LikelihoodOutput(BaseOutput):
-    """For each picture (float64, on the CPU): ``log_likelihood`` in nats of the (dequantised) state; ``bits_per_dim``;
-    ``error`` in nats, the sum of ``solver_error``, ``trace_error`` (one standard error over the probes; nan for one
-    probe, and then not part of the sum) and ``prior_error``.  ``noise``: the state at the noisy end;
-    ``num_evaluations`` of the network."""
+    """For each picture, float64, on the CPU:
+
+    Args:
+        log_likelihood: (N,), nats, of the (dequantised) state.
+        bits_per_dim: (N,).
+        error: (N,), nats, the sum of the next three.
+        solver_error: (N,).
+        trace_error: (N,), one standard error over the probes; NaN for one probe, and then not part of the sum.
+        prior_error: (N,).
+        noise: the state at the noisy end (N, C, H, W).
+        num_evaluations: of the network.
+    """
 
     log_likelihood: torch.Tensor
     bits_per_dim: torch.Tensor
@@ -88,8 +96,13 @@ class LikelihoodOutput(BaseOutput):
 
 
 class LikelihoodPipeline(DiffusionPipeline):
-    """The likelihood of pictures under ``unet`` and the process of ``scheduler`` (any scheduler of diffusers or of this
-    package: only its process is used), in the latent space of ``vae`` where there is one."""
+    """The likelihood of pictures.
+
+    Args:
+        unet: a ``UNet2DModel``-like network or a mixture.
+        scheduler: any of diffusers or of this package; only its forward process is used.
+        vae: the autoencoder whose latents the network knows; None: pixels.
+    """
 
     _optional_components = ["vae"]  # noqa: RUF012
 
@@ -117,20 +130,28 @@ class LikelihoodPipeline(DiffusionPipeline):
         """The likelihood of each picture.
 
         Args:
-            image: PIL images, an array in 0..1, or a tensor (N, C, H, W) in the model's units.
+            image: PIL images, an array (N, H, W, C) in 0..1, or a tensor (N, C, H, W) in the model's units.
             class_labels: the classes to condition on, one or one for each picture; None: no class.
             divergence: hutchinson, or exact (one backward pass for each dimension: small states only).
-            num_probes, distribution: probes of the Hutchinson estimate, all in one batch; rademacher or gaussian.
-            rtol, atol: tolerances of RK45; atol None: as rtol.
+            num_probes: of the Hutchinson estimate.
+            distribution: of the probes, rademacher or gaussian.
+            rtol: relative tolerance of RK45.
+            atol: absolute tolerance; None: as rtol.
             dequantize: whether the pictures are 8-bit numbers; None: PIL images are, other inputs are not.
-            noise_std: noise level sigma/alpha of the data; None: the smallest trained one.
+            noise_std: noise level sigma/alpha at which the data is looked at; None: the smallest trained one.
             prior: matched or standard, the Gaussian at the noisy end
                 (:func:`diffusers_sde.methods.likelihood.log_likelihood`).
             data_std: scale of the data, for coordinates and prior.
             guidance_scale: 1; a guided field has a likelihood too, but it is not the model's.
-            generator: draws dequantisation and probes, on the CPU.
+            generator: of dequantisation and probes, on the CPU.
+            return_dict: False returns a tuple.
 
-        Returns :class:`LikelihoodOutput` or its tuple.  Raises ``ValueError`` for wrong inputs, before any evaluation.
+        Returns:
+            :class:`LikelihoodOutput` or its tuple.
+
+        Raises:
+            ValueError: for wrong inputs, before any evaluation.
+            ArithmeticError: where RK45 finds no step that meets the tolerances.
         """
         first = image[0] if isinstance(image, list | tuple) and image else image
         if dequantize is None:

@@ -33,24 +33,24 @@ scheduler.set_timesteps(15)
 noise = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(2))
 truth = sample(network_denoiser(pipe.unet, labels, 2.0), scheduler, noise).clamp(-1, 1)
 
-known = torch.ones(32, 32, dtype=torch.bool)
-known[8:24, 8:24] = False
+mask = torch.ones(32, 32, dtype=torch.bool)
+mask[8:24, 8:24] = False
 random = torch.randn(256, 1024, generator=torch.Generator().manual_seed(3)) / 32
-operators = [inpainting(known), super_resolution(4), gaussian_blur(2.0), linear_map(random)]
+operators = [inpainting(mask), super_resolution(4), gaussian_blur(2.0), linear_map(random)]
 
-seen, found = [], []
+backprojected, restored = [], []
 for k, operator in enumerate(operators):
     generator = torch.Generator().manual_seed(k)
     y = operator(truth[k : k + 1])
     y = y + 0.05 * torch.randn(y.shape, generator=generator)
     back = adjoint(operator, y, truth[:1])
-    seen.append(back / back.abs().max())
+    backprojected.append(back / back.abs().max())
     options = {"noise_std": 0.05, "class_labels": int(labels[k]), "generator": generator, "output_type": "latent"}
-    found.append(pipe(y, operator, num_inference_steps=30, **options).images)
-psnr = 10 * torch.log10(4 / (torch.cat(found) - truth).square().mean((1, 2, 3)))
+    restored.append(pipe(y, operator, num_inference_steps=30, **options).images)
+psnr = 10 * torch.log10(4 / (torch.cat(restored) - truth).square().mean((1, 2, 3)))
 
-# rows: truth, A' y, found
-tiles = pictures(torch.cat([truth, *seen, *found]), "pil")
+# rows: truth, A' y, restored
+tiles = pictures(torch.cat([truth, *backprojected, *restored]), "pil")
 image = make_image_grid([tile.resize((64, 64)) for tile in tiles], rows=3, cols=4)
 ```
 """
@@ -63,21 +63,23 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 
-from diffusers_sde import FlowMapScheduler, ReverseSDEScheduler
-from diffusers_sde.methods.fields import DATA, network_field
-from diffusers_sde.methods.images import decode, from_state
-from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, sample_shape
+from diffusers_sde import FlowMapScheduler, ReverseSDEScheduler, TableScheduler
+from diffusers_sde.methods.fields import network_field, points_of
+from diffusers_sde.methods.images import from_latents, from_state
+from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out, sample_shape
 from diffusers_sde.methods.posterior import Measurement, check_method, check_observation, conditional_mean
-from diffusers_sde.prediction import convert, model_coefficients
-from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.weights import Point
+from diffusers_sde.prediction import to_model
 
 
 class PosteriorSamplingPipeline(DiffusionPipeline):
-    """Sample ``x_0`` given ``y = operator(x_0) + noise`` with ``unet`` as prior, in the latent space of ``vae`` where
-    there is one (the operator then acts on decoded pixels, linearised at each step).
+    """Sample ``x_0`` given ``y = operator(x_0) + noise``.
 
-    A scheduler of this package is used as it is; the process of any other one is sampled by ``ReverseSDEScheduler``.
+    Args:
+        unet: the prior, a ``UNet2DModel``-like network or a mixture.
+        scheduler: one of this package is used as it is, at its own noise levels; the forward process of any other one
+            is sampled by ``ReverseSDEScheduler``.
+        vae: the autoencoder whose latents the network knows; the operator then acts on decoded pixels, linearised at
+            each step.  None: pixels.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012
@@ -94,6 +96,8 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         class_labels: Any = None,
         method: str = "mmps",
         num_inference_steps: int = 50,
+        timesteps: Any = None,
+        sigmas: Any = None,
         num_images: int = 1,
         solver_iterations: int = 5,
         data_std: float = 1.0,
@@ -106,7 +110,7 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """``num_images`` samples of the posterior of each observation, those of one observation in a row.
+        """Samples of the posterior of each observation, those of one observation in a row.
 
         Args:
             observation: y, (N, ...), in the units of the model's pixels (-1..1).
@@ -116,6 +120,9 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
             method: mmps, pigdm or dps.
             num_inference_steps: network evaluations; each needs 1 (pigdm, dps) or up to solver_iterations + 1 (mmps)
                 backward passes.
+            timesteps: what the network is given, from noise to data, instead of a number of steps.
+            sigmas: noise levels of the states, likewise; with ``timesteps`` too, as many of one as of the other.
+            num_images: samples of each observation.
             solver_iterations: steps of conjugate gradients.
             data_std: scale of the data, in pigdm's covariance and above max_noise.
             max_noise: noise level sigma/alpha above which the covariance is isotropic instead of the network's; inf
@@ -123,10 +130,16 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
             dps_scale: step of dps, published for 1000 steps; more for fewer.
             guidance_scale: classifier-free guidance of the prior.
             mu: shift of a flow model with dynamic shifting.
+            generator: of all noise; one, or one for each sample.
             latents: the noise to start from, (N num_images, C, H, W).
             output_type: pil, np, pt (in 0..1) or latent (the state, in the model's units).
+            return_dict: False returns a tuple.
 
-        Raises ``ValueError`` for wrong inputs, before any evaluation.
+        Returns:
+            ``ImagePipelineOutput`` with ``images``, N num_images of them, or ``(images,)``.
+
+        Raises:
+            ValueError: for wrong inputs, before any evaluation.
         """
         check_output_type(output_type)
         check_method(method, data_std, solver_iterations, max_noise, dps_scale)
@@ -141,25 +154,26 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         scheduler = self.scheduler
         if not isinstance(scheduler, TableScheduler) or isinstance(scheduler, FlowMapScheduler):  # a jump is no solver
             scheduler = ReverseSDEScheduler.from_config(scheduler.config)
-        scheduler.set_timesteps(num_inference_steps, device=device, mu=mu)
-        to_pixels = None if self.vae is None else lambda z: decode(self.vae, z)
-        known = Measurement(operator, y.repeat_interleave(num_images, dim=0), noise_std, to_pixels)
+        lay_out(scheduler, num_inference_steps, device, timesteps, sigmas, mu)
+        to_pixels = None if self.vae is None else lambda z: from_latents(self.vae, z)
+        measurement = Measurement(operator, y.repeat_interleave(num_images, dim=0), noise_std, to_pixels)
         x = initial_noise(self.unet, scheduler, count * num_images, generator, latents).float()
-        times = scheduler.timesteps.tolist()
-        for k, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            point = Point(*(float(v) for v in field.path.alpha_sigma(times[k])))
+        levels = scheduler.levels
+        for t, time, point in zip(
+            self.progress_bar(scheduler.timesteps), levels.time.tolist(), points_of(levels), strict=False
+        ):
             mean, gradient = conditional_mean(
                 field,
                 x,
                 point,
-                known,
+                measurement,
                 method=method,
                 data_std=data_std,
                 iterations=solver_iterations,
                 max_noise=max_noise,
+                time=time,
             )
-            said = model_coefficients(field.path, field.prediction_type, point.alpha, point.sigma)
-            k_x, k_d = convert(DATA, said, point.alpha, point.sigma)
+            k_x, k_d = to_model(field.path, field.prediction_type, point.alpha, point.sigma)
             x = scheduler.step(k_x * x + k_d * mean, t, x, generator=generator, return_dict=False)[0]
             if method == "dps":
                 x = x - dps_scale * gradient

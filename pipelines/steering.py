@@ -53,6 +53,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
+from diffusers_sde import TableScheduler
 from diffusers_sde.methods.control import (
     Particles,
     best_of,
@@ -64,17 +65,21 @@ from diffusers_sde.methods.control import (
 )
 from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, pictures
 from diffusers_sde.sampling import network_denoiser
-from diffusers_sde.schedulers import TableScheduler
 
 
 @dataclass
 class SteeringOutput(BaseOutput):
-    """images: one of each population, drawn by weight (the best for best_of_n); rewards (P,): theirs.
+    """What P populations found.
 
-    mean_reward, mean_reward_error: the estimate of ``E[r]`` under the tilted law and its standard error (NaN for one
-    population; with several labels, of the law that draws the label too); log_normalizer, log_normalizer_error: of
-    ``log E[exp(beta r)]``; particles: everything (:class:`diffusers_sde.methods.control.Particles`), in the latents'
-    range.
+    Args:
+        images: one of each population, drawn by weight (the best for best_of_n).
+        rewards: theirs (P,).
+        mean_reward: the estimate of ``E[r]`` under the tilted law (with several labels, of the law that draws the label
+            too).
+        mean_reward_error: its standard error, NaN for one population.
+        log_normalizer: the estimate of ``log E[exp(beta r)]``.
+        log_normalizer_error: its standard error, NaN for one population.
+        particles: everything (:class:`diffusers_sde.methods.control.Particles`), in the latents' range.
     """
 
     images: Any
@@ -87,7 +92,12 @@ class SteeringOutput(BaseOutput):
 
 
 class SteeringPipeline(DiffusionPipeline):
-    """Twisted sequential Monte Carlo with ``unet`` and a stochastic scheduler of diffusers_sde."""
+    """Twisted sequential Monte Carlo.
+
+    Args:
+        unet: a ``UNet2DModel``-like network or a mixture.
+        scheduler: a stochastic one of diffusers_sde.
+    """
 
     def __init__(self, unet: Any, scheduler: Any):
         super().__init__()
@@ -112,14 +122,31 @@ class SteeringPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> SteeringOutput | tuple[Any, torch.Tensor]:
-        """Generate one picture per label, each from its own population of ``num_particles``.
+        """Generate one picture per label, each from its own population of particles.
 
-        Args: ``reward(images)`` from (M, C, H, W) in [-1, 1] to (M,), also of blurred predictions; ``beta`` strength of
-        the tilt; ``method`` smc or best_of_n (plain samples, the best kept); ``use_gradient`` for differentiable
-        rewards; ``schedule`` beta_k/beta of each step (0: no twist yet); ``resample_threshold`` fraction of
-        num_particles; ``guidance_scale`` classifier-free guidance of the sampler that is tilted; ``max_batch_size`` of
-        one network call; ``latents`` unit noise (num_images, num_particles, C, H, W).
-        Raises ``ValueError`` for a scheduler without a Gaussian transition, and for wrong rewards and inputs.
+        Args:
+            reward: ``reward(images)`` from (M, C, H, W) in -1..1 to (M,), also of blurred predictions.
+            class_labels: a label, several, or None for no class.
+            num_images: number of pictures; None: as many as there are labels.
+            num_particles: of each population.
+            beta: strength of the tilt; finite.
+            method: smc, or best_of_n (plain samples, the best kept).
+            use_gradient: propose along the gradient of the reward, which must be differentiable.
+            schedule: beta_k/beta of each step; 0: no twist yet.  None: 1.
+            resample_threshold: fraction of num_particles below which an effective sample size leads to resampling.
+            num_inference_steps: network evaluations of each particle.
+            guidance_scale: classifier-free guidance of the sampler that is tilted.
+            max_batch_size: of one network call.
+            generator: of all noise and resampling.
+            latents: unit noise (num_images, num_particles, C, H, W).
+            output_type: pil, np, pt (in 0..1) or latent (the state, in the model's units).
+            return_dict: False returns a tuple.
+
+        Returns:
+            :class:`SteeringOutput`, or ``(images, rewards)``.
+
+        Raises:
+            ValueError: for a scheduler without a Gaussian transition, and for wrong rewards and inputs.
         """
         self._check(method, num_particles, beta, output_type, generator)
         labels = label_tensor(self.unet, class_labels, num_images)
@@ -132,11 +159,11 @@ class SteeringPipeline(DiffusionPipeline):
             )
         flat = None if latents is None else latents.flatten(0, 1)
         x = initial_noise(self.unet, self.scheduler, total, generator, flat).unflatten(0, (populations, num_particles))
-        own = None if labels is None else labels.repeat_interleave(num_particles)
+        of_particles = None if labels is None else labels.repeat_interleave(num_particles)
         self.scheduler.set_timesteps(num_inference_steps, device=x.device)
         with self.progress_bar(total=num_inference_steps) as bar:
             particles = twisted_smc(
-                scheduler_kernel(self._denoiser(own, guidance_scale, max_batch_size), self.scheduler),
+                scheduler_kernel(self._denoiser(of_particles, guidance_scale, max_batch_size), self.scheduler),
                 reward,
                 x,
                 steps=num_inference_steps,
@@ -146,12 +173,12 @@ class SteeringPipeline(DiffusionPipeline):
                 threshold=resample_threshold,
                 generator=generator,
                 reorder=self.scheduler.reorder,
-                tick=bar.update,
+                callback=bar.update,
             )
         chosen = draw(particles, generator) if method == "smc" else best_of(particles)
-        every = torch.arange(populations, device=chosen.device)
-        images = pictures(particles.samples[every, chosen], output_type)
-        rewards = particles.rewards[every, chosen]
+        population = torch.arange(populations, device=chosen.device)
+        images = pictures(particles.samples[population, chosen], output_type)
+        rewards = particles.rewards[population, chosen]
         if not return_dict:
             return images, rewards
         values = particles.rewards if method == "smc" else rewards[:, None].expand_as(particles.rewards)
@@ -181,10 +208,10 @@ class SteeringPipeline(DiffusionPipeline):
     ) -> Callable[[torch.Tensor, Any], torch.Tensor]:
         """The network on at most ``max_batch_size`` particles at a time."""
         pieces = [None] if labels is None else labels.split(max_batch_size)
-        calls = [network_denoiser(self.unet, piece, guidance_scale) for piece in pieces]
+        denoisers = [network_denoiser(self.unet, piece, guidance_scale) for piece in pieces]
 
         def denoise(x: torch.Tensor, t: Any) -> torch.Tensor:
-            parts = x.split(max_batch_size)
-            return torch.cat([calls[i % len(calls)](part, t) for i, part in enumerate(parts)])
+            batches = x.split(max_batch_size)
+            return torch.cat([denoisers[i % len(denoisers)](batch, t) for i, batch in enumerate(batches)])
 
         return denoise

@@ -13,8 +13,9 @@ import torch
 from hypothesis import settings
 
 from diffusers_sde import GaussianMixtureModel
+from diffusers_sde.configs import alphas_cumprod_from_config
 from diffusers_sde.grids import Nodes
-from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving, alphas_cumprod_from_config
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
 from diffusers_sde.prediction import convert, prediction_coefficients
 from diffusers_sde.tables import Table, evaluation_coefficients
 

@@ -12,6 +12,7 @@ PROCESSES = {
     "flow": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
     "edm": {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0},
 }
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 
 
 def oracle(process: str = "vp", dim: int = 4, seed: int = 0) -> tuple[GaussianMixtureModel, ProbabilityFlowScheduler]:
@@ -21,6 +22,20 @@ def oracle(process: str = "vp", dim: int = 4, seed: int = 0) -> tuple[GaussianMi
     stds = 0.1 + 0.5 * torch.rand(3, dim, generator=g, dtype=torch.float64)
     model = GaussianMixtureModel([0.5, 0.3, 0.2], means.tolist(), (stds**2).tolist(), process=PROCESSES[process])
     return model, ProbabilityFlowScheduler(**PROCESSES[process])
+
+
+class RelabelledModel(GaussianMixtureModel):
+    """A mixture whose network counts time from 200 later: given t it assumes the noise level of t + 200.  It is right
+    on grids that say so, ``timesteps=[t - 200, ...]`` with ``sigmas=[sigma/alpha at t, ...]``, and on no other."""
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        return super().forward(sample, timestep + 200, class_labels, return_dict)
+
+
+def relabelled_grid(path, times) -> dict[str, list[float]]:
+    """The grid on which :class:`RelabelledModel` is the mixture evaluated at ``times``."""
+    alpha, sigma = path.alpha_sigma(times)
+    return {"timesteps": [t - 200 for t in times], "sigmas": (sigma / alpha).tolist()}
 
 
 def save_oracle(folder, process: str = "vp", **options):

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -18,12 +20,20 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 
 ROOT = Path(__file__).parents[1]
-# diffusers copies a custom pipeline into a cache before importing it: not one that parallel tests share
-dynamic_modules_utils.HF_MODULES_CACHE = tempfile.mkdtemp(prefix="pipelines")
+
+
+@functools.cache
+def use_own_cache() -> None:
+    """diffusers copies a custom pipeline into a cache before importing it: not one that parallel tests share, for this
+    process only."""
+    folder = tempfile.TemporaryDirectory(prefix="pipelines")
+    atexit.register(folder.cleanup)
+    dynamic_modules_utils.HF_MODULES_CACHE = folder.name
 
 
 def load(name: str, model: Any, **options: Any) -> Any:
     """The pipeline ``name`` on the model folder ``model``, silent."""
+    use_own_cache()
     file = str(ROOT / "pipelines" / f"{name}.py")
     pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=file, trust_remote_code=True, **options)
     pipe.set_progress_bar_config(disable=True)
@@ -38,6 +48,7 @@ def snippet(name: str) -> str:
 
 def run(name: str) -> dict[str, Any]:
     """Execute the snippet in the root of the clone, as it says, and return its variables."""
+    use_own_cache()
     variables: dict[str, Any] = {}
     with contextlib.chdir(ROOT):
         exec(compile(snippet(name), f"{name} snippet", "exec"), variables)

@@ -7,7 +7,6 @@ asserts nothing.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,19 +21,19 @@ from tqdm.auto import tqdm
 from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
 from diffusers_sde.benchmarks.common import (
     PROCESSES,
+    mean_error,
     network_start,
     oracle,
     print_table,
     reference_solution,
-    rmse,
     sliced_wasserstein,
 )
 from diffusers_sde.benchmarks.competition import stock_odes
-from diffusers_sde.calibration import calibrate
-from diffusers_sde.calibration.plan import STOCK
-from diffusers_sde.comparison.problems import lay_out
-from diffusers_sde.named_samplers import CALIBRATED, SAMPLERS, make_scheduler
-from diffusers_sde.sampling import Denoiser, network_denoiser, sample
+from diffusers_sde.calibration.run import calibrate
+from diffusers_sde.calibration.stock import fitting_samplers
+from diffusers_sde.named_samplers import CALIBRATED, make_scheduler
+from diffusers_sde.sampler_names import SAMPLERS
+from diffusers_sde.sampling import Denoiser, lay_out, network_denoiser, sample
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 
 STEPS = (4, 5, 6, 8, 10)
@@ -98,11 +97,10 @@ def competition(config: dict[str, Any], n: int) -> Iterator[tuple[str, Any]]:
     if not config.get("use_flow_sigmas"):
         yield from stock_odes(config, n)
         return
-    for name in STOCK:
-        with contextlib.suppress(ValueError):
-            scheduler = make_scheduler(name, config)
-            lay_out(scheduler, SAMPLERS[name].steps(n))
-            yield name, scheduler
+    for name in fitting_samplers(config, stochastic=False)[0]:
+        scheduler = make_scheduler(name, config)
+        lay_out(scheduler, SAMPLERS[name].steps(n))
+        yield name, scheduler
 
 
 def errors(case: Case, scheduler: CalibratedScheduler) -> None:
@@ -112,15 +110,18 @@ def errors(case: Case, scheduler: CalibratedScheduler) -> None:
     table: dict[str, list[str]] = {
         k: [] for k in ("best of diffusers", "exact (default)", "calibrated", "to exact", "to diffusers", "setting")
     }
+    failed = []
     for n in tqdm(STEPS, desc=case.name, leave=False):
         best = (float("inf"), "")
         for name, stock in competition(case.config, n):
-            with contextlib.suppress(Exception):  # a stock scheduler that crashes on its own grid is no competition
-                best = min(best, (rmse(sample(case.denoiser, stock, case.noise), reference), name))
+            try:
+                best = min(best, (mean_error(sample(case.denoiser, stock, case.noise), reference), name))
+            except Exception as error:  # a stock scheduler may crash on its own grid in any way
+                failed.append(f"{name} at {n} ({type(error).__name__})")
         found = []
         for own in (exact, scheduler):
             own.set_timesteps(n)
-            found.append(rmse(sample(case.denoiser, own, case.noise), reference))
+            found.append(mean_error(sample(case.denoiser, own, case.noise), reference))
         cells = (
             *(f"{v:.4f}" for v in (best[0], *found)),
             *(f"{found[1] / v:.2f}" for v in (found[0], best[0])),
@@ -132,6 +133,8 @@ def errors(case: Case, scheduler: CalibratedScheduler) -> None:
     title = f"Calibrated samplers, error to the exact ODE solution: {case.name}, {len(case.noise)} samples"
     print_table(title, ["", *(f"{n} NFE" for n in STEPS)], [[k, *v] for k, v in table.items()])
     print("best of diffusers was: " + "; ".join(f"{n}: {name}" for n, name in zip(STEPS, settings, strict=True)))
+    if failed:
+        print(f"left out, since they crash: {', '.join(failed)}")
 
 
 # -- quality of the samples --

@@ -1,7 +1,7 @@
 """``diffusers-sde bench``: ratios against diffusers' schedulers, all measured side by side in one run.
 
-Knows the sections and their arguments; :mod:`diffusers_sde.benchmarks` measures and is imported when the command
-runs.  Prints tables; asserts nothing.
+Knows the sections and their arguments; the modules that measure are imported when the command runs, and torch and
+diffusers with them.  Prints tables; asserts nothing.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import warnings
 
-import diffusers
-
 SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels", "calibration")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
     choices = (*SECTIONS, "training", "errors")
     parser.add_argument(
         "--sections",
@@ -39,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """The subcommand: measure section by section; returns the exit status."""
+    import diffusers
+
     warnings.filterwarnings("ignore")
     diffusers.logging.set_verbosity_error()
     for section in args.sections:

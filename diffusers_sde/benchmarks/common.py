@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusers_sde.analytic import GaussianMixtureModel
-from diffusers_sde.sampling import Denoiser, sample
+from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
+from diffusers_sde.sampling import Denoiser, rmse, sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
 
 BETAS = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
@@ -54,9 +54,9 @@ def network_start(network: Any, count: int, seed: int) -> tuple[torch.Tensor, to
     return noise, torch.arange(count) % (config.num_class_embeds - 1)
 
 
-def rmse(x: torch.Tensor, reference: torch.Tensor) -> float:
+def mean_error(x: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean over samples of the root mean square difference; inf where it is not a number."""
-    value = (x - reference).double().flatten(1).square().mean(1).sqrt().mean().item()
+    value = rmse(x, reference).mean().item()
     return value if np.isfinite(value) else float("inf")
 
 

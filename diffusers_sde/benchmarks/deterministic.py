@@ -14,7 +14,14 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_sde.assets import load_default_model
-from diffusers_sde.benchmarks.common import PROCESSES, network_start, oracle, print_table, reference_solution, rmse
+from diffusers_sde.benchmarks.common import (
+    PROCESSES,
+    mean_error,
+    network_start,
+    oracle,
+    print_table,
+    reference_solution,
+)
 from diffusers_sde.benchmarks.competition import stock_odes
 from diffusers_sde.grids import GRIDS
 from diffusers_sde.sampling import Denoiser, network_denoiser, sample
@@ -63,20 +70,20 @@ def ours(config: dict[str, Any], candidates: bool) -> dict[str, Any]:
 def errors(title: str, denoiser: Denoiser, noise: torch.Tensor, config: dict[str, Any], candidates: bool) -> None:
     """Error versus NFE: our settings against the best of all stock settings at each NFE."""
     reference = reference_solution(denoiser, noise, config, 240)
-    uncertainty = rmse(reference_solution(denoiser, noise, config, 120), reference)
+    uncertainty = mean_error(reference_solution(denoiser, noise, config, 120), reference)
     best: list[tuple[float, str]] = []
     own: dict[str, list[float]] = {name: [] for name in ours(config, candidates)}
     for n in tqdm(ERROR_STEPS, desc=title, leave=False):
         measured = []
         for name, scheduler in stock_odes(config, n):
             try:
-                measured.append((rmse(sample(denoiser, scheduler, noise), reference), name))
+                measured.append((mean_error(sample(denoiser, scheduler, noise), reference), name))
             except Exception:  # a stock scheduler that crashes on its own grid is no competition
                 continue
         best.append(min(measured))
         for name, scheduler in ours(config, candidates).items():
             scheduler.set_timesteps(n)
-            own[name].append(rmse(sample(denoiser, scheduler, noise), reference))
+            own[name].append(mean_error(sample(denoiser, scheduler, noise), reference))
     rows = [["best of diffusers, error", *(f"{e:.4f}" for e, _ in best), ""]]
     for name, values in own.items():
         if "(default)" in name:
@@ -105,12 +112,14 @@ def robustness(seed: int) -> None:
             scheduler = ProbabilityFlowScheduler.from_config(process, corrector=corrector, **options)
             scheduler.set_timesteps(n)
             worst = max(
-                worst, (rmse(sample(denoiser, scheduler, noise), reference), f"{options}, corrector {corrector}")
+                worst, (mean_error(sample(denoiser, scheduler, noise), reference), f"{options}, corrector {corrector}")
             )
             count += 1
         ddim = diffusers.DDIMScheduler.from_config(process, clip_sample=False, timestep_spacing="trailing")
         ddim.set_timesteps(n)
-        rows.append([str(n), f"{worst[0]:.3f}", f"{rmse(sample(denoiser, ddim, noise), reference):.3f}", worst[1]])
+        rows.append(
+            [str(n), f"{worst[0]:.3f}", f"{mean_error(sample(denoiser, ddim, noise), reference):.3f}", worst[1]]
+        )
     spread = reference.std().item()
     title = f"Worst error of {count} runs, every selectable setting (standard deviation of the data {spread:.2f})"
     print_table(title, ["NFE", "worst", "DDIM", "setting"], rows)

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from diffusers_sde.analytic import GaussianMixtureModel
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.flow_maps import exact_flow_map
-from diffusers_sde.paths import path_from_config
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
+from diffusers_sde.prediction import to_model
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.schedulers.base import SchedulerOutput, TableScheduler
@@ -57,12 +57,11 @@ def final_variance(scheduler: TableScheduler, steps: int, thinks: float, start: 
     scheduler.set_timesteps(steps)
     basis = torch.eye(steps + 1, dtype=torch.float64)[:, None, None, None]
     x = basis[0] * math.sqrt(start)
-    log_snr = scheduler.path.log_snr_of_label(scheduler.sigmas.double().numpy())
+    levels = scheduler.levels
     for i, t in enumerate(scheduler.timesteps):
-        alpha, sigma = (float(v) for v in scheduler.path.alpha_sigma_of(log_snr[i]))
+        alpha, sigma = float(levels.alpha[i]), float(levels.sigma[i])
         gain = alpha * thinks**2 / ((alpha * thinks) ** 2 + sigma**2)
-        wanted = model_coefficients(scheduler.path, scheduler.config.prediction_type, alpha, sigma)
-        k_x, k_d = convert((1.0, 0.0), wanted, alpha, sigma)
+        k_x, k_d = to_model(scheduler.path, scheduler.config.prediction_type, alpha, sigma)
         out = scheduler.step((k_x + k_d * gain) * x, t, x)
         assert isinstance(out, SchedulerOutput) and out.prev_sample_mean is not None
         x = out.prev_sample_mean + out.noise_std * basis[i + 1]

@@ -5,51 +5,49 @@ Knows what competes with what, and that only a winner on held-out noise is kept.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import numpy as np
 import torch
 
 from diffusers_sde.calibration.dynamic_program import best_grids, step_costs
-from diffusers_sde.calibration.fit import fit_tables, mean_error, sample_errors, subgrid
-from diffusers_sde.calibration.plan import POWERS, STOCK, Plan
-from diffusers_sde.calibration.processes import total
+from diffusers_sde.calibration.fit import fit_tables, mean_error, subgrid, table_error
+from diffusers_sde.calibration.job import POWERS, Job
 from diffusers_sde.calibration.refine import refine
-from diffusers_sde.comparison.problems import lay_out
-from diffusers_sde.defaults import measured_defaults
-from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
-from diffusers_sde.named_samplers import SAMPLERS, make_scheduler
-from diffusers_sde.sampling import sample
-from diffusers_sde.schedulers.calibrated import standard_table, table_entry
+from diffusers_sde.calibration.stock import best_stock
+from diffusers_sde.defaults import standard_table
+from diffusers_sde.grids import Nodes, make_grid
+from diffusers_sde.schedulers.calibration_format import written_entry
 from diffusers_sde.tables import Table
 
 
-def deterministic_entries(plan: Plan) -> dict[int, dict[str, Any]]:
-    """For each number of steps the config entry of its table; see the page of theory in the package."""
-    refuse_random(plan)
-    plan.teacher.run(plan.training.firsts, plan.held_out.firsts)
-    nodes = plan.teacher.nodes
-    assert nodes is not None
-    dynamic = best_grids(*step_costs(plan.teacher.gram(plan.training.firsts)), plan.counts)
+def deterministic_entries(job: Job) -> dict[int, dict[str, Any]]:
+    """For each number of steps the config entry of its table; see the page of theory in the package.
+
+    Raises:
+        ValueError: for a model that draws noise of its own.
+    """
+    refuse_random(job)
+    job.teacher.run(job.training.firsts, job.held_out.firsts)
+    dynamic = best_grids(*step_costs(job.teacher.gram(job.training.firsts)), job.counts)
     entries = {}
-    for n in plan.counts:
-        name = f"steps-{n}-of-{plan.num_samples}-and-{plan.num_held_out}-refined-{plan.starts[n]}"
-        entry = plan.store.note(name)
+    for n in job.counts:
+        name = job.note_name(n, f"refined-{job.refined_grids[n]}-steps")
+        entry = job.store.note(name)
         if entry is None:
-            entry = _entry(plan, nodes, dynamic[n], n)
-            plan.store.put_note(name, entry)
+            entry = _entry(job, dynamic[n], n)
+            job.store.put_note(name, entry)
         entries[n] = entry
     return entries
 
 
-def refuse_random(plan: Plan) -> None:
+def refuse_random(job: Job) -> None:
     """Raise ``ValueError`` for a model whose answers to one question differ: it has no trajectory to learn from."""
-    path = plan.process.path
+    path = job.evaluator.path
     time = torch.tensor(0.5 * (path.noisiest + path.cleanest), dtype=torch.float32)
-    if plan.process.integer_times:
+    if job.evaluator.integer_times:
         time = time.round().long()
-    with plan.source.open(0) as batch:
+    with job.source.open(0) as batch:
         one, two = (batch.evaluate(batch.noise, time).double() for _ in range(2))
     if float((one - two).norm()) > 1e-2 * float(one.norm()):
         raise ValueError(
@@ -58,45 +56,38 @@ def refuse_random(plan: Plan) -> None:
         )
 
 
-def default_nodes(plan: Plan, n: int) -> Nodes:
-    """The grid of the exact solver's measured defaults."""
-    path, mu = plan.process.path, plan.source.mu
-    default = measured_defaults(path, n)
-    times = make_grid(path, default.grid, n, rho=default.rho, mu=mu)
-    return nodes_from_times(path, np.round(times) if plan.process.integer_times else times)
-
-
-def candidate_grids(plan: Plan, nodes: Nodes, dynamic: list[int], n: int) -> list[list[int]]:
+def candidate_grids(job: Job, dynamic: list[int], n: int) -> list[list[int]]:
     """Grids to try, as indices of teacher nodes: the dynamic program's, power grids, the exact solver's own."""
-    grids, path = [dynamic], plan.process.path
-    wanted = [make_grid(path, "power", n, rho=rho, mu=plan.source.mu) for rho in POWERS]
-    for times in [*wanted, default_nodes(plan, n).time[:-1]]:
-        nearest = sorted({int(np.argmin(np.abs(nodes.time[:-1] - t))) for t in times})
+    grids, path, teacher_times = [dynamic], job.evaluator.path, job.teacher.nodes.time[:-1]
+    power = [make_grid(path, "power", n, rho=rho, mu=job.source.mu) for rho in POWERS]
+    for times in [*power, job.default_nodes(n).time[:-1]]:
+        nearest = sorted({int(np.argmin(np.abs(teacher_times - t))) for t in times})
         if len(nearest) == n and nearest[0] == 0 and nearest not in grids:
             grids.append(nearest)
     return grids
 
 
-def _entry(plan: Plan, nodes: Nodes, dynamic: list[int], n: int) -> dict[str, Any]:
+def _entry(job: Job, dynamic: list[int], n: int) -> dict[str, Any]:
     """Fit on every candidate grid, refine the best, keep what is best on held-out noise."""
-    plan.say(n, "fit")
-    grids = candidate_grids(plan, nodes, dynamic, n)
-    fitted = sorted(zip(fit_tables(plan.training, grids), grids, strict=True), key=lambda found: found[0][1])
+    job.show(n, "fit")
+    grids = candidate_grids(job, dynamic, n)
+    fitted = sorted(zip(fit_tables(job.training, grids), grids, strict=True), key=lambda found: found[0][1])
     found = fitted[:1]
-    for (table, _), grid in fitted[: plan.starts[n]]:
-        found.append((refine(plan.training, plan.store, table, lambda e: plan.say(n, f"training error {e:.4f}")), grid))
-    plan.say(n, "held out")
-    exact = default_nodes(plan, n)
-    errors: dict[str, Any] = {"exact": mean_error(plan.held_out, standard_table(plan.process.path, exact))}
-    errors |= best_stock(plan, n)
-    held_out = [mean_error(plan.held_out, table) for (table, _), _ in found]
+    for (table, _), grid in fitted[: job.refined_grids[n]]:
+        found.append((refine(job.training, job.store, table, lambda e: job.show(n, f"training error {e:.4f}")), grid))
+    job.show(n, "held out")
+    exact = job.default_nodes(n)
+    errors: dict[str, Any] = {"exact": table_error(job.held_out, standard_table(job.evaluator.path, exact))}
+    if job.stock:
+        errors |= best_stock(job.stock, job.config, n, job.held_out, lambda ends: mean_error(job.held_out, ends))
+    held_out = [table_error(job.held_out, table) for (table, _), _ in found]
     best = int(np.argmin(held_out))
     (table, training), grid = found[best]
     errors |= {"training": training, "held_out": held_out[best]}
     if held_out[best] < errors["exact"]:
-        return table_entry(_with_times(subgrid(nodes, grid), table), table, None, errors)
+        return written_entry(_with_times(subgrid(job.teacher.nodes, grid), table), table, None, errors)
     errors |= {"lost": errors["held_out"], "held_out": errors["exact"]}
-    return table_entry(exact, None, None, errors)
+    return written_entry(exact, None, None, errors)
 
 
 def _with_times(nodes: Nodes, table: Table) -> Nodes:
@@ -105,34 +96,17 @@ def _with_times(nodes: Nodes, table: Table) -> Nodes:
     return Nodes(np.append(times, nodes.time[-1]), nodes.alpha, nodes.sigma)
 
 
-def best_stock(plan: Plan, n: int) -> dict[str, Any]:
-    """``stock`` and ``stock_name``: the smallest held-out error of the named samplers of diffusers that fit."""
-    given = {k: v for k, v in plan.config.items() if v is not None}  # stock classes have other words for "default"
-    best: dict[str, Any] = {"stock": None, "stock_name": None}
-    for name in STOCK:
-        sums = np.array([0.0, 0.0])
-        with contextlib.suppress(Exception):  # one that cannot run here is no competition
-            for first in plan.held_out.firsts:
-                scheduler = make_scheduler(name, given)
-                lay_out(scheduler, SAMPLERS[name].steps(n))
-                with plan.source.open(first) as batch:
-                    x = sample(batch.evaluate, scheduler, batch.noise, callback=plan.tick)
-                sums += sample_errors(x, plan.teacher.solution(first)).sum(), len(x)
-        sums = total(sums)
-        if sums[1] == plan.num_held_out and np.isfinite(sums[0]):
-            error = float(sums[0] / sums[1])
-            if best["stock"] is None or error < best["stock"]:
-                best = {"stock": error, "stock_name": name}
-    return best
-
-
 def format_errors(errors: dict[int, dict[str, Any]]) -> str:
-    """A table for the terminal: training and held-out error, the exact solver and the best stock sampler there."""
-    lines = ["steps  training  held-out     exact     stock  (best of diffusers)    ratio to exact, stock"]
+    """A table for the terminal: training and held-out error, the exact solver, and the best stock sampler where these
+    were compared."""
+    stock = any("stock" in e for e in errors.values())
+    lines = ["steps  training  held-out     exact" + ("     stock  (best of diffusers)   " if stock else "")]
+    lines[0] += "  ratio to exact" + (", stock" if stock else "")
     for n, e in errors.items():
-        values = (e["training"], e["held_out"], e["exact"], e["stock"])
-        cells = ("-".rjust(9) if v is None else f"{v:9.5f}" for v in values)
-        ratios = ", ".join(f"{e['held_out'] / e[k]:.2f}" if e[k] else "-" for k in ("exact", "stock"))
+        compared = ("exact", "stock") if stock else ("exact",)
+        cells = ["-".rjust(9) if e[k] is None else f"{e[k]:9.5f}" for k in ("training", "held_out", *compared)]
+        name = f"  {e['stock_name'] or '-':<22}" if stock else ""
+        ratios = ", ".join(f"{e['held_out'] / e[k]:.2f}" if e[k] else "-" for k in compared)
         kept = f"   (the calibrated {e['lost']:.5f} lost: the exact solver stays)" if "lost" in e else ""
-        lines.append(f"{n:5d} {' '.join(cells)}  {e['stock_name'] or '-':<22}  {ratios}{kept}")
+        lines.append(f"{n:5d} {' '.join(cells)}{name}  {ratios}{kept}")
     return "\n".join(lines)

@@ -11,20 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.calibration import calibrate
-from diffusers_sde.calibration.processes import is_main, part
-from diffusers_sde.comparison.problems import load_pipeline
 from diffusers_sde.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
     parser.add_argument(
         "--model",
-        default="embedded",
-        help="Hub id, folder or embedded name of a pipeline; 'embedded' is the default one.",
+        default=None,
+        help="Embedded model, folder or hub id of a pipeline. Default: the fashion_mnist that ships with the package.",
     )
     parser.add_argument("--steps", nargs="+", type=int, default=[4, 5, 6, 8, 10], help="Numbers of evaluations.")
     parser.add_argument("--num_samples", type=int, default=64, help="Training samples, rounded up to whole batches.")
@@ -41,11 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stochastic", action="store_true", help="Grid and noise levels of the reverse SDE instead.")
     parser.add_argument("--work_dir", default=None, help="Keeps the teacher on disk; the same command resumes.")
     parser.add_argument("--output_dir", default="calibrated", help="Gets scheduler_config.json.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Device of the model.")
+    parser.add_argument("--compare_with_stock", action="store_true", help="Run diffusers' own samplers too.")
+    parser.add_argument("--device", default=None, help="Device of the model. Default: cuda where there is one.")
 
 
 def run(args: argparse.Namespace) -> int:
     """The subcommand: calibrate, write, print; returns the exit status."""
+    # here and not above: help and wrong arguments answer without them
+    from diffusers_sde.assets import DEFAULT_MODEL
+    from diffusers_sde.calibration.arguments import check_whole, check_work_dir, checked_counts
+    from diffusers_sde.calibration.run import calibrate
+    from diffusers_sde.calibration.workers import is_main, leave_together
+    from diffusers_sde.comparison.problems import default_device, load_pipeline
+
     inputs: dict[str, Any] = {}
     for name in ("guidance_scale", "prompt", "class_labels"):
         value = getattr(args, name)
@@ -56,7 +59,11 @@ def run(args: argparse.Namespace) -> int:
         existing = next(p for p in (output, *output.parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise UsageError(f"--output_dir {args.output_dir}: {existing} cannot be written to, pass another folder.")
-        pipe = load_pipeline(str(DEFAULT_MODEL) if args.model == "embedded" else args.model).to(args.device)
+        checked_counts(args.steps)
+        check_whole(0, seed=args.seed, budget=args.budget)
+        check_whole(1, num_samples=args.num_samples, num_held_out=args.num_held_out, batch_size=args.batch_size)
+        check_work_dir(args.work_dir)
+        pipe = load_pipeline(args.model or str(DEFAULT_MODEL)).to(args.device or default_device())
         scheduler = calibrate(
             pipe,
             num_inference_steps=args.steps,
@@ -67,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             budget=args.budget,
             refine=not args.no_refine,
             stochastic=args.stochastic,
+            compare_with_stock=args.compare_with_stock,
             work_dir=args.work_dir,
             **inputs,
         )
@@ -76,5 +84,5 @@ def run(args: argparse.Namespace) -> int:
     if is_main():
         scheduler.save_pretrained(output)
         print(f"Written to {args.output_dir}; use it with CalibratedScheduler.from_pretrained({args.output_dir!r}).")
-    part()
+    leave_together()
     return 0

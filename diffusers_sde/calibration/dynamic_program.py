@@ -15,15 +15,17 @@ _RELATIVE = 1e-12  # added to the diagonal of a scaled Gram matrix: nearly paral
 
 
 def step_costs(gram: Array) -> tuple[Array, Array]:
-    """Mean square error of the best linear step between any nodes of a teacher.
-
-    gram: (2M + 1, 2M + 1) inner products, averaged over elements, of the normalised states ``z_0 .. z_M`` (z_M the
-    solution) followed by the evaluations ``F_0 .. F_{M-1}``.
-
-    Returns ``first`` (M + 1,), the error of ``z_n`` against ``span{z_0, F_0}``, and ``later`` (M, M, M + 1), with
-    ``later[p, c, n]`` the error of ``z_n`` against ``span{z_c, F_c, F_p}``: Schur complements of the Gram matrix,
+    """Mean square error of the best linear step between any nodes of a teacher: Schur complements of the Gram matrix,
 
         K_nn - K_nB K_BB^-1 K_Bn,      inf unless p < c < n.
+
+    Args:
+        gram: (2M + 1, 2M + 1) inner products, averaged over elements, of the normalised states ``z_0 .. z_M`` (z_M the
+            solution) followed by the evaluations ``F_0 .. F_{M-1}``.
+
+    Returns:
+        ``first`` (M + 1,), the error of ``z_n`` against ``span{z_0, F_0}``, and ``later`` (M, M, M + 1), with
+        ``later[p, c, n]`` the error of ``z_n`` against ``span{z_c, F_c, F_p}``.
     """
     m = len(gram) // 2
     states, evaluations = np.arange(m + 1), m + 1 + np.arange(m)
@@ -48,27 +50,35 @@ def _residuals(gram: Array, bases: Array, targets: Array) -> Array:
 
 
 def best_grids(first: Array, later: Array, counts: Iterable[int]) -> dict[int, list[int]]:
-    """For each number of evaluations n the node indices ``0 = i_1 < ... < i_n`` whose steps, the last one to the
-    solution, have the smallest sum of root mean square errors (local errors add up along a trajectory).
+    """The grids whose steps have the smallest sum of root mean square errors (local errors add up along a trajectory).
 
     Bellman's recursion over (previous, current): ``V_{k+1}(c, n) = min_p V_k(p, c) + cost(p, c, n)``.
-    Raises ``ValueError`` for an n below 1 or above the number of nodes.
+
+    Args:
+        first, later: what :func:`step_costs` returns.
+        counts: numbers of evaluations n.
+
+    Returns:
+        For each n the node indices ``0 = i_1 < ... < i_n``; the last step goes to the solution.
+
+    Raises:
+        ValueError: for an n below 1 or above the number of nodes.
     """
-    wanted = sorted(set(counts))
+    ordered = sorted(set(counts))
     m = len(later)
-    if not wanted or wanted[0] < 1 or wanted[-1] > m:
-        raise ValueError(f"A grid has from 1 to {m} of the teacher's nodes, not {wanted}.")
+    if not ordered or ordered[0] < 1 or ordered[-1] > m:
+        raise ValueError(f"A grid has from 1 to {m} of the teacher's nodes, not {ordered}.")
     first, later = np.sqrt(first), np.sqrt(later)
     value = np.full((m, m), np.inf)
     value[0, 1:] = first[1:m]
     parents: list[Array] = []  # parents[k][c, n]: the best p
     out = {}
-    for n in range(1, wanted[-1] + 1):
+    for n in range(1, ordered[-1] + 1):
         if n > 2:
             total = value[:, :, None] + later[:, :, :m]
             parents.append(total.argmin(0))
             value = total.min(0)
-        if n in wanted:
+        if n in ordered:
             grid = [0] if n == 1 else list(np.unravel_index(np.argmin(value + later[:, :, m]), value.shape))
             for parent in reversed(parents):
                 grid.insert(0, parent[grid[0], grid[1]])

@@ -6,18 +6,18 @@ nothing of grids' choice; needs no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from diffusers_sde.calibration.processes import total
-from diffusers_sde.calibration.rollout import Process, advance, roll
+from diffusers_sde.calibration.rollout import Evaluator, advance, roll
 from diffusers_sde.calibration.sources import Source
 from diffusers_sde.calibration.teacher import Teacher
+from diffusers_sde.calibration.workers import sum_over_workers
+from diffusers_sde.defaults import standard_table
 from diffusers_sde.grids import Nodes
-from diffusers_sde.schedulers.calibrated import standard_table
 from diffusers_sde.tables import Row, Table
 
 ORDER = 4  # evaluations that a fitted row may use
@@ -25,19 +25,27 @@ RIDGE = 1e-5
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Where evaluations come from, whose samples, and their targets."""
+class TaughtSamples:
+    """Samples with their targets: this worker's batches, by the index of the first sample of each in ``firsts``, who
+    evaluates them, and the teacher that knows their solutions."""
 
-    process: Process
+    evaluator: Evaluator
     source: Source
     firsts: Sequence[int]
     teacher: Teacher
 
 
 def ridge_correction(gram: np.ndarray, cross: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
-    """``delta`` minimising ``|r - B delta|^2 + ridge sum_j |B_j|^2 delta_j^2`` for ``gram = B'B``, ``cross = B'r``.
+    """``delta`` minimising ``|r - B delta|^2 + ridge sum_j |B_j|^2 delta_j^2`` (Hoerl & Kennard 1970, each column at
+    its own scale).
 
-    No data (zero ``gram``) or an infinite ridge: no correction.
+    Args:
+        gram: ``B'B``, (k, k).
+        cross: ``B'r``, (k,).
+        ridge: relative to the squared size of a column; infinite: no correction.
+
+    Returns:
+        (k,); zeros where there are no data (zero ``gram``).
     """
     scale = np.sqrt(np.diag(gram))
     if np.isinf(ridge) or not scale.any():
@@ -47,13 +55,18 @@ def ridge_correction(gram: np.ndarray, cross: np.ndarray, ridge: float = RIDGE) 
     return np.linalg.solve(unit, cross / scale) / scale
 
 
-def basis(x: torch.Tensor, evaluations: Sequence[torch.Tensor], order: int = ORDER) -> list[torch.Tensor]:
-    """What a row may combine: the state, then the newest ``order`` evaluations, newest first."""
-    return [x, *list(reversed(evaluations))[:order]]
+def basis_size(i: int) -> int:
+    """How many vectors row ``i`` combines."""
+    return 1 + min(i + 1, ORDER)
+
+
+def basis(x: torch.Tensor, evaluations: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What a row may combine: the state, then the newest evaluations, newest first."""
+    return [x, *list(reversed(evaluations))[:ORDER]]
 
 
 def inner_products(vectors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> np.ndarray:
-    """Inner products in float64, divided by the number of elements of a sample."""
+    """Inner products of batches (B, ...), summed over samples and averaged over their elements, float64."""
     left, right = (torch.stack([v.double().flatten() for v in vs]) for vs in (vectors, others))
     return (left @ right.mT).cpu().numpy() / vectors[0][0].numel()
 
@@ -73,79 +86,90 @@ def subgrid(nodes: Nodes, grid: Sequence[int]) -> Nodes:
 
 
 def fit_tables(
-    samples: Samples, grids: Sequence[Sequence[int]], *, order: int = ORDER, ridge: float = RIDGE
+    samples: TaughtSamples, grids: Sequence[Sequence[int]], *, ridge: float = RIDGE
 ) -> list[tuple[Table, float]]:
-    """A fitted table and its training error for each grid of teacher nodes, all grids of one length.
+    """A fitted table for each of several grids, in one pass over the batches for each row.
 
     Row by row: the student's states so far are its own; each row's correction of the exact row takes them as close to
-    the teacher's states at the next node as least squares over all samples (of all processes) can.
+    the teacher's states at the next node as least squares over the samples of all workers can.
+
+    Args:
+        samples: what to fit to.
+        grids: indices of teacher nodes, all grids of one length.
+        ridge: see :func:`ridge_correction`.
+
+    Returns:
+        Table and training error for each grid.
     """
-    process, teacher = samples.process, samples.teacher
-    assert teacher.nodes is not None
+    evaluator, teacher = samples.evaluator, samples.teacher
     n, last = len(grids[0]), len(teacher.nodes) - 1
-    exact = [standard_table(process.path, subgrid(teacher.nodes, grid)) for grid in grids]
+    exact = [standard_table(evaluator.path, subgrid(teacher.nodes, grid)) for grid in grids]
     rows: list[list[Row]] = [[] for _ in grids]
     states: dict[tuple[int, int], torch.Tensor] = {}
     made: dict[tuple[int, int], list[torch.Tensor]] = {}
     for i in range(n):
-        size = 1 + min(i + 1, order)
+        size = basis_size(i)
         sums = np.zeros((len(grids), size, size + 1))
         for first in samples.firsts:
             with samples.source.open(first) as batch:
                 device = batch.noise.device
                 for g, grid in enumerate(grids):
                     key = (g, first)
-                    x = states[key].to(device) if i else process.start(batch)
+                    x = states[key].to(device) if i else evaluator.start(batch)
                     past = [f.to(device) for f in made.get(key, [])]
                     row = exact[g].rows[i]
-                    past.append(process.evaluate(batch, row, x))
+                    past.append(evaluator.evaluate(batch, row, x))
                     target = teacher.state(first, [*grid, last][i + 1]).to(x)
-                    vectors = basis(x, past, order)
+                    vectors = basis(x, past)
                     sums[g] += inner_products(vectors, [*vectors, target - advance(row, x, past)])
                     states[key], made[key] = x.cpu(), [f.cpu() for f in past]
-        sums = total(sums)
+        sums = sum_over_workers(sums)
         for g in range(len(grids)):
             delta = ridge_correction(sums[g, :, :-1], sums[g, :, -1], ridge)
             rows[g].append(corrected(exact[g].rows[i], delta))
             for first in samples.firsts:
                 states[g, first] = advance(rows[g][-1], states[g, first], made[g, first])
-    sums = np.zeros((len(grids), 2))
-    for (g, first), x in states.items():
-        errors = sample_errors(x, teacher.solution(first))
-        sums[g] += errors.sum(), len(errors)
-    sums = total(sums)
-    tables = [Table(tuple(r), process.data_std) for r in rows]
-    return [(table, float(s / count)) for table, (s, count) in zip(tables, sums, strict=True)]
+    tables = [Table(tuple(r), evaluator.data_std) for r in rows]
+    ends = [{first: states[g, first] for first in samples.firsts} for g in range(len(grids))]
+    return [(table, mean_error(samples, end)) for table, end in zip(tables, ends, strict=True)]
 
 
-def sizes(residuals: torch.Tensor) -> np.ndarray:
+# -- errors --
+
+
+def root_mean_squares(residuals: torch.Tensor) -> np.ndarray:
     """Root mean square of each sample of (B, elements), (B,) in float64; inf where it is not a number."""
-    errors = residuals.double().square().mean(1).sqrt().numpy()
-    return np.where(np.isfinite(errors), errors, np.inf)
+    values = residuals.double().square().mean(1).sqrt().numpy()
+    return np.where(np.isfinite(values), values, np.inf)
 
 
-def sample_errors(x: torch.Tensor, solution: torch.Tensor) -> np.ndarray:
-    """:func:`sizes` of the differences of two batches."""
-    return sizes((x.cpu() - solution).flatten(1))
-
-
-def last_residuals(samples: Samples, table: Table) -> dict[int, torch.Tensor]:
-    """Where a table ends minus the teacher's solution, for each batch, (B, elements), on the host."""
-    residuals = {}
-    for first in samples.firsts:
-        with samples.source.open(first) as batch:
-            states, _ = roll(samples.process, batch, table, samples.process.start(batch))
-            residuals[first] = (states[-1].cpu() - samples.teacher.solution(first)).flatten(1)
-    return residuals
-
-
-def mean_size(residuals: dict[int, torch.Tensor]) -> float:
-    """The mean of :func:`sizes` over the samples of all batches and processes."""
-    found = np.concatenate([sizes(r) for r in residuals.values()])
-    sums = total(np.array([found.sum(), len(found)]))
+def mean_root_mean_square(residuals: Mapping[int, torch.Tensor]) -> float:
+    """The mean of :func:`root_mean_squares` over the samples of all batches and workers."""
+    values = np.concatenate([root_mean_squares(r) for r in residuals.values()])
+    sums = sum_over_workers(np.array([values.sum(), len(values)]))
     return float(sums[0] / sums[1])
 
 
-def mean_error(samples: Samples, table: Table) -> float:
-    """The error of a table: the mean over samples of the root mean square distance to the teacher's solution."""
-    return mean_size(last_residuals(samples, table))
+def residuals_of(samples: TaughtSamples, ends: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Last states of each batch (B, ...) minus the teacher's solution, (B, elements), on the host."""
+    return {first: (ends[first].cpu() - samples.teacher.solution(first)).flatten(1) for first in samples.firsts}
+
+
+def last_residuals(samples: TaughtSamples, table: Table) -> dict[int, torch.Tensor]:
+    """:func:`residuals_of` a rollout of ``table``."""
+    ends = {}
+    for first in samples.firsts:
+        with samples.source.open(first) as batch:
+            ends[first] = roll(samples.evaluator, batch, table, samples.evaluator.start(batch))[0][-1].cpu()
+    return residuals_of(samples, ends)
+
+
+def mean_error(samples: TaughtSamples, ends: Mapping[int, torch.Tensor]) -> float:
+    """The error of last states, by batch: the mean over samples of the root mean square distance to the teacher's
+    solution, in units of a sample."""
+    return mean_root_mean_square(residuals_of(samples, ends))
+
+
+def table_error(samples: TaughtSamples, table: Table) -> float:
+    """:func:`mean_error` of a rollout of ``table``."""
+    return mean_root_mean_square(last_residuals(samples, table))

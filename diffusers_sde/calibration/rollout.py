@@ -10,11 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from diffusers_sde.calibration.sources import Batch
+from diffusers_sde.grids import distinct_integers, make_grid
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import from_model
 from diffusers_sde.tables import Row, Table
 from diffusers_sde.weights import evaluation_coefficients
 
@@ -22,8 +24,16 @@ Tick = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Process:
-    """What a network says on which path, and the data scale that defines ``F``; ``tick`` is called per evaluation."""
+class Evaluator:
+    """A network's predictions on its path as evaluations ``F``, which ``data_std`` defines.
+
+    Args:
+        path: the forward process.
+        prediction_type: what the network says.
+        data_std: the data scale, in units of a sample.
+        integer_times: the network only knows whole timesteps.
+        tick: called after each evaluation of a batch.
+    """
 
     path: Path
     prediction_type: str
@@ -37,15 +47,20 @@ class Process:
 
     def evaluate(self, batch: Batch, row: Row, x: torch.Tensor) -> torch.Tensor:
         """``F`` of a row at the state ``x``: the network sees ``row.time``, the algebra uses the row's level."""
-        said = model_coefficients(self.path, self.prediction_type, row.alpha, row.sigma)
         own = evaluation_coefficients(self.data_std, row.alpha, row.sigma)
-        k_x, k_m = convert(said, own, row.alpha, row.sigma)
+        k_x, k_m = from_model(self.path, self.prediction_type, row.alpha, row.sigma, own)
         # as a scheduler hands it out
         time = torch.tensor(row.time, dtype=torch.int64 if self.integer_times else torch.float32)
         scale = self.path.input_scale(row.sigma)
-        said_here = batch.evaluate(x if scale == 1.0 else x * scale, time)
+        output = batch.evaluate(x if scale == 1.0 else x * scale, time)
         self.tick()
-        return torch.mul(said_here.to(x.dtype), k_m).add_(x, alpha=k_x)
+        return torch.mul(output.to(x.dtype), k_m).add_(x, alpha=k_x)
+
+    def times(self, grid: str, n: int, *, rho: float, mu: float | None) -> np.ndarray:
+        """The ``n`` times of a grid (:func:`diffusers_sde.grids.make_grid`), distinct whole numbers for a network that
+        only knows these."""
+        times = make_grid(self.path, grid, n, rho=rho, mu=mu)
+        return distinct_integers(times) if self.integer_times else times
 
     def normaliser(self, alpha: float, sigma: float) -> float:
         """``rho = sqrt(data_std^2 alpha^2 + sigma^2)``: states over it have unit scale for data of this scale."""
@@ -61,18 +76,25 @@ def advance(row: Row, x: torch.Tensor, evaluations: Sequence[torch.Tensor]) -> t
 
 
 def roll(
-    process: Process,
+    evaluator: Evaluator,
     batch: Batch,
     table: Table,
     x: torch.Tensor,
     evaluations: Sequence[torch.Tensor] = (),
     first: int = 0,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Run the rows from ``first`` on, from state ``x`` with the evaluations made before; returns the states that rows
-    ``first ..`` lead to and all evaluations."""
+    """Run the rows of a table from ``first`` on.
+
+    Args:
+        x: the state before row ``first``, (B, ...).
+        evaluations: those of the rows before it, the oldest first, (B, ...) each.
+
+    Returns:
+        The states that rows ``first ..`` lead to, and all evaluations.
+    """
     states, made = [], list(evaluations)
     for row in table.rows[first:]:
-        made.append(process.evaluate(batch, row, x))
+        made.append(evaluator.evaluate(batch, row, x))
         x = advance(row, x, made)
         states.append(x)
     return states, made

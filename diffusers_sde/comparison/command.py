@@ -1,106 +1,30 @@
 """``diffusers-sde compare``: several samplers, the same noise, one model; pictures, errors and a table.
 
-Knows the command's arguments and what is compared with what.  Knows no solver, no network, no plotting.
+Knows the command's arguments.  Imports neither torch nor diffusers before they are parsed and checked.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from tqdm.auto import tqdm
-
-from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.comparison.problems import Problem, lay_out, load_pipeline, make_problem
-from diffusers_sde.comparison.report import Comparison, Result, format_table, write
 from diffusers_sde.errors import UsageError
-from diffusers_sde.named_samplers import (
-    DEFAULT_SAMPLERS,
-    SAMPLERS,
-    make_scheduler,
-    process_kind,
-    reference_scheduler,
-)
-from diffusers_sde.sampling import sample
-from diffusers_sde.schedulers import CalibratedScheduler
+from diffusers_sde.sampler_names import DEFAULT_SAMPLERS, SAMPLERS
 
-
-def rmse(images: torch.Tensor, reference: torch.Tensor) -> np.ndarray:
-    """Root mean square difference of each image, (N,)."""
-    return (images - reference).double().flatten(1).square().mean(1).sqrt().numpy()
-
-
-def choose_samplers(names: Sequence[str] | None, problem: Problem) -> list[str]:
-    """``names`` without repetitions; for None the default set of the model's process, as far as it fits the model."""
-    if names:
-        return list(dict.fromkeys(names))
-    fitting = []
-    for name in DEFAULT_SAMPLERS[process_kind(problem.config)]:
-        with contextlib.suppress(UsageError):
-            make_scheduler(name, problem.config)
-            fitting.append(name)
-    return fitting
-
-
-def check_samplers(names: Sequence[str], steps: Sequence[int], problem: Problem) -> None:
-    """Raise :class:`UsageError` for a sampler that cannot run on this model's process or with these numbers of
-    evaluations: each makes a dry run without the network (a pipeline lays out its steps itself and cannot)."""
-    for name in names:
-        scheduler, n = make_scheduler(name, problem.config), steps[0]
-        if not any(offered(name, n, problem) for n in steps):
-            known = ", ".join(map(str, sorted(scheduler.errors)))
-            raise UsageError(f"Sampler {name} was learned for {known} evaluations: add one of them to --steps.")
-        try:
-            for n in steps if problem.own_loop else ():
-                lay_out(scheduler, SAMPLERS[name].steps(n))
-                if not sample(lambda x, t: torch.zeros_like(x), scheduler, torch.ones(1, 1, 1, 1)).isfinite().all():
-                    raise ValueError("its coefficients are not finite")
-        except (ValueError, IndexError, ArithmeticError) as error:
-            reason = f"Sampler {name} cannot run with {n} evaluations on this model's process: {error}"
-            raise UsageError(f"{reason}; leave it out of --samplers or change --steps.") from error
-
-
-def offered(name: str, n: int, problem: Problem) -> bool:
-    """Whether a sampler is itself at ``n`` evaluations: a calibrated one elsewhere is the exact solver."""
-    scheduler = make_scheduler(name, problem.config)
-    return not isinstance(scheduler, CalibratedScheduler) or n in scheduler.errors
-
-
-def compare(problem: Problem, names: Sequence[str], steps: Sequence[int], reference_steps: int = 100) -> Comparison:
-    """Solve ``problem`` with every sampler at every number of evaluations, and with the reference."""
-    jobs = [(name, n) for name in names for n in steps if offered(name, n, problem)]
-    total = sum(SAMPLERS[name].evaluations(n) for name, n in jobs)
-    with tqdm(total=total + reference_steps + reference_steps // 2, unit="eval", leave=False) as bar:
-
-        def solve(label: str, scheduler: Any, n: int) -> tuple[torch.Tensor, float]:
-            bar.set_description(f"{label}, {n}")
-            start = time.perf_counter()
-            images = problem.solve(scheduler, n, bar.update)
-            return images, time.perf_counter() - start
-
-        reference, coarse = (
-            solve("reference", reference_scheduler(problem.config), n)[0]
-            for n in (reference_steps, reference_steps // 2)
-        )
-        results = []
-        for name, n in jobs:
-            sampler, scheduler = SAMPLERS[name], make_scheduler(name, problem.config)
-            images, seconds = solve(name, scheduler, sampler.steps(n))
-            errors = None if sampler.stochastic else rmse(images, reference)
-            results.append(Result(name, n, len(scheduler.timesteps), seconds, images, errors))
-    return Comparison(results, reference, reference_steps, float(rmse(coarse, reference).mean()))
+if TYPE_CHECKING:
+    from diffusers_sde.comparison.engine import Comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="Embedded model, folder or hub id of a pipeline.")
+    """Declare the subcommand's arguments."""
+    parser.add_argument(
+        "--model",
+        default=None,
+        help="Embedded model, folder or hub id of a pipeline. Default: the fashion_mnist that ships with the package.",
+    )
     parser.add_argument(
         "--samplers",
         nargs="*",
@@ -125,11 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Evaluations of the reference solution. Default: 100, or twice the largest of --steps.",
     )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="Device of the model.",
-    )
+    parser.add_argument("--device", default=None, help="Device of the model. Default: cuda where there is one.")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -153,31 +73,42 @@ def check_arguments(args: argparse.Namespace) -> None:
     output = Path(args.output_dir).absolute()
     existing = next(p for p in (output, *output.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        kind = "cannot be written to" if existing.is_dir() else "is a file"
-        raise UsageError(f"--output_dir {args.output_dir}: {existing} {kind}, pass another folder.")
+        reason = "cannot be written to" if existing.is_dir() else "is a file"
+        raise UsageError(f"--output_dir {args.output_dir}: {existing} {reason}, pass another folder.")
 
 
 def run(args: argparse.Namespace) -> int:
     """The subcommand: check, sample, write, print; returns the exit status."""
     try:
         check_arguments(args)
-        if args.model == str(DEFAULT_MODEL) and not DEFAULT_MODEL.exists():
-            raise UsageError(
-                f"The embedded model is missing from {DEFAULT_MODEL}: reinstall the package or pass --model."
-            )
-        pipe = load_pipeline(args.model).to(args.device)
-        problem = make_problem(
-            pipe, num_images=args.num_images, seed=args.seed, guidance_scale=args.guidance_scale, prompt=args.prompt
-        )
-        names, steps = choose_samplers(args.samplers, problem), sorted(set(args.steps))
-        if args.samplers is None:
-            names = [name for name in names if any(offered(name, n, problem) for n in steps)]
-        check_samplers(names, steps, problem)
-        reference_steps = args.reference_steps or max(100, 2 * steps[-1])
-        comparison = compare(problem, names, steps, reference_steps)
+        comparison = run_comparison(args)
+        from diffusers_sde.comparison.report import format_table, write
+
         write(comparison, Path(args.output_dir))
     except UsageError as error:
         print(f"diffusers-sde compare: {error}", file=sys.stderr)
         return 2
     print(format_table(comparison))
     return 0
+
+
+def run_comparison(args: argparse.Namespace) -> Comparison:
+    """The finished comparison that was asked for, with a progress bar on the way."""
+    from tqdm.auto import tqdm
+
+    from diffusers_sde.assets import DEFAULT_MODEL
+    from diffusers_sde.comparison.engine import compare, default_samplers
+    from diffusers_sde.comparison.problems import default_device, load_pipeline, make_problem
+
+    if args.model is None and not DEFAULT_MODEL.exists():
+        raise UsageError(f"The embedded model is missing from {DEFAULT_MODEL}: reinstall the package or pass --model.")
+    pipe = load_pipeline(args.model or str(DEFAULT_MODEL)).to(args.device or default_device())
+    problem = make_problem(
+        pipe, num_images=args.num_images, seed=args.seed, guidance_scale=args.guidance_scale, prompt=args.prompt
+    )
+    samplers = args.samplers or default_samplers(problem, args.steps)
+    with tqdm(unit="eval", leave=False) as bar:
+        for state in compare(problem, samplers, args.steps, reference_steps=args.reference_steps, tick=bar.update):
+            bar.total = state.total
+            bar.refresh()
+    return state

@@ -1,7 +1,7 @@
 """A model as a problem to solve: everything fixed but the sampler.
 
-Knows how to load a pipeline, to call a bare network with this package's loop or any other pipeline through its own
-call, always from the same noise.  Knows no sampler and draws nothing.
+Knows how to load a pipeline, and how to call a bare network with this package's loop or any other pipeline through its
+own call, always from the same noise.  Knows no sampler, no error and no picture.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ import torch
 
 from diffusers_sde.assets import embedded_models
 from diffusers_sde.errors import UsageError
-from diffusers_sde.named_samplers import CALIBRATED, process_kind
-from diffusers_sde.sampling import network_denoiser, sample
+from diffusers_sde.named_samplers import CALIBRATED, family_of
+from diffusers_sde.sampling import lay_out, network_denoiser, sample
 
 Tick = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A model with everything but the sampler fixed: ``solve(scheduler, steps, tick)`` returns images (N, C, H, W) with
-    values around [-1, 1] on the CPU, from the same noise each time, and calls ``tick`` after each evaluation."""
+    """A model with everything but the sampler fixed.
+
+    Attributes:
+        config: the scheduler config of the model, see :func:`model_config`.
+        solve: ``solve(scheduler, steps, tick)`` returns images (N, C, H, W) with values around [-1, 1] on the CPU, from
+            the same noise each time, and calls ``tick`` after each evaluation.
+        own_loop: whether this package's loop calls the network, and not a pipeline.
+    """
 
     config: Mapping[str, Any]
     solve: Callable[[Any, int, Tick], torch.Tensor]
@@ -36,8 +42,15 @@ class Problem:
 
 
 def load_pipeline(model: str, **options: Any) -> diffusers.DiffusionPipeline:
-    """The embedded pipeline of a name, that in a folder, or that of a hub id (``options`` as of ``from_pretrained``);
-    raises :class:`UsageError` where there is none."""
+    """A pipeline by name.
+
+    Args:
+        model: the name of an embedded model, a folder of ``save_pretrained`` or a hub id.
+        options: of ``from_pretrained``.
+
+    Raises:
+        UsageError: where there is none, or it cannot be loaded.
+    """
     folder = embedded_models().get(model, Path(model))
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UsageError(f"{model} is no pipeline (it has no model_index.json): pass a folder of save_pretrained.")
@@ -53,6 +66,11 @@ def load_pipeline(model: str, **options: Any) -> diffusers.DiffusionPipeline:
         ) from error
 
 
+def default_device() -> str:
+    """Where a model runs if nobody says where: ``cuda`` if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def make_problem(
     pipe: diffusers.DiffusionPipeline,
     *,
@@ -62,14 +80,22 @@ def make_problem(
     prompt: str | None = None,
     class_labels: Sequence[int] | None = None,
 ) -> Problem:
-    """``pipe`` as a :class:`Problem`: a bare network in this package's loop, any other pipeline through its call.
+    """A pipeline as a problem: a bare network in this package's loop, any other pipeline through its call.
 
-    ``class_labels``, one an image, of a class-conditional bare network; None spreads the images over its classes.
-    Raises :class:`UsageError` for what the model does not take (guidance, prompt) or needs (prompt), and for a
-    scheduler that names no known process.
+    Args:
+        pipe: the pipeline; one that is called gets its scheduler replaced.
+        num_images: N.
+        seed: of the noise.
+        guidance_scale: None: 2 for a class-conditional bare network, a pipeline's own default.
+        prompt: of a pipeline that makes pictures from text.
+        class_labels: (N,) of a class-conditional bare network; None spreads the images over its classes.
+
+    Raises:
+        UsageError: for what the model does not take (guidance, prompt) or needs (prompt), and for a scheduler that
+            describes no known process.
     """
     try:
-        process_kind(pipe.scheduler.config)
+        family_of(pipe.scheduler.config)
     except (AttributeError, ValueError) as error:
         raise UsageError(f"This model has no scheduler with a known diffusion process: {error}") from error
     if set(pipe.components) == {"unet", "scheduler"}:
@@ -80,7 +106,8 @@ def make_problem(
 
 
 def model_config(pipe: Any) -> Mapping[str, Any]:
-    """The pipeline's scheduler config and, where a calibrated scheduler lies beside its weights, that folder."""
+    """A pipeline's scheduler config and, where a calibrated scheduler lies beside its weights, that folder under
+    :data:`~diffusers_sde.named_samplers.CALIBRATED`."""
     folder = Path(str(pipe.name_or_path)) / CALIBRATED
     config = pipe.scheduler.config
     return {**config, CALIBRATED: str(folder)} if (folder / "scheduler_config.json").is_file() else config
@@ -113,14 +140,6 @@ def _network_problem(
         return sample(mean, scheduler, start, generator=generator, callback=tick).float().cpu()
 
     return Problem(model_config(pipe), solve, own_loop=True)
-
-
-def lay_out(scheduler: Any, steps: int) -> None:
-    """``set_timesteps``, trailing for flow matching Euler too, which has no option for it."""
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
-    else:
-        scheduler.set_timesteps(steps)
 
 
 def _pipeline_problem(

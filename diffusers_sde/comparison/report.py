@@ -1,6 +1,6 @@
-"""What ``diffusers-sde compare`` writes: a table, a csv file, a grid of pictures, a plot of errors.
+"""A finished comparison on paper: a table, a csv file, a grid of pictures, a plot of errors.
 
-Knows results and matplotlib.  Knows neither models nor solvers.
+Knows :class:`~diffusers_sde.comparison.engine.Comparison` and matplotlib.  Knows neither models nor solvers.
 """
 
 from __future__ import annotations
@@ -10,61 +10,21 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from diffusers_sde.named_samplers import SAMPLERS
-
-
-@dataclass(frozen=True)
-class Result:
-    """One run: ``nfe`` true evaluations for a budget of ``budget``; ``errors`` (N,) are the RMSE of each image against
-    the reference, None for a stochastic sampler."""
-
-    sampler: str
-    budget: int
-    nfe: int
-    seconds: float
-    images: torch.Tensor
-    errors: np.ndarray | None
-
-    @property
-    def mean(self) -> float | None:
-        return None if self.errors is None else float(self.errors.mean())
-
-    @property
-    def median(self) -> float | None:
-        return None if self.errors is None else float(np.median(self.errors))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All results, the reference images, and how far the reference is from the one with half its evaluations."""
-
-    results: list[Result]
-    reference: torch.Tensor
-    reference_nfe: int
-    reference_error: float
-
-    @property
-    def samplers(self) -> list[str]:
-        return list(dict.fromkeys(r.sampler for r in self.results))
-
-    @property
-    def budgets(self) -> list[int]:
-        return sorted({r.budget for r in self.results})
-
+from diffusers_sde.comparison.engine import Comparison
+from diffusers_sde.sampler_names import SAMPLERS
 
 COLUMNS = ("sampler", "nfe", "seconds", "rmse_mean", "rmse_median")
 
 
 def rows(comparison: Comparison, missing: str = "") -> Iterator[tuple[str, ...]]:
     """The table in strings, ``missing`` where there is no error."""
-    for r in comparison.results:
+    for r in comparison.by_sampler:
         errors = (missing if e is None else f"{e:.5f}" for e in (r.mean, r.median))
         yield (r.sampler, str(r.nfe), f"{r.seconds:.2f}", *errors)
 
@@ -79,11 +39,14 @@ def format_table(comparison: Comparison) -> str:
         )
         for line in lines
     ]
-    n = comparison.reference_nfe
+    n = comparison.reference_steps
     text.append(
         f"rmse: per image, pixels in [-1, 1], to the ODE's solution from the same noise ({n} evaluations; {n // 2} of "
         f"them differ by {comparison.reference_error:.5f}).  '-': a stochastic sampler has no such error."
     )
+    for name in comparison.samplers:
+        reasons = [comparison.absence(name, n) for n in comparison.budgets]
+        text += [f"{name}: {', '.join(filter(None, reasons))}."] if any(reasons) else []
     return "\n".join(text)
 
 
@@ -122,12 +85,10 @@ def draw_grid(comparison: Comparison, path: Path, shown: int = 4) -> None:
     """Rows: the reference and each sampler; columns: evaluations; up to ``shown`` images and the error in each cell."""
     from matplotlib.figure import Figure
 
-    names, budgets = comparison.samplers, comparison.budgets
-    cells = {(r.sampler, r.budget): r for r in comparison.results}
-    keep = np.unique(
-        np.linspace(0, len(comparison.reference) - 1, min(shown, len(comparison.reference))).round()
-    ).astype(int)
-    height, width = comparison.reference.shape[2:]
+    names, budgets, reference = comparison.samplers, comparison.budgets, comparison.reference
+    assert reference is not None
+    keep = np.unique(np.linspace(0, len(reference) - 1, min(shown, len(reference))).round()).astype(int)
+    height, width = reference.shape[2:]
     gap = max(width // 16, 1)
     cell_width = 2.7 * len(keep) / 4
     cell_height = cell_width * height / (len(keep) * (width + gap) - gap)
@@ -138,39 +99,36 @@ def draw_grid(comparison: Comparison, path: Path, shown: int = 4) -> None:
     )
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(len(names) + 1, len(budgets), squeeze=False)
-    best = {
-        n: min((r.mean for r in comparison.results if r.budget == n and r.mean is not None), default=None)
-        for n in budgets
-    }
-    for i, name in enumerate(["reference", *names]):
+    for i, name in enumerate([None, *names]):
         for ax, n in zip(axes[i], budgets, strict=True):
-            result = cells.get((name, n))
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-            if i and result is None:  # not offered at this number of evaluations
+            result = None if name is None else comparison.cell(name, n)
+            if name is not None and result is None:
+                reason = comparison.absence(name, n)
+                ax.text(0.5, 0.5, reason, transform=ax.transAxes, ha="center", va="center", color="#888888", fontsize=9)
                 continue
-            images = comparison.reference if result is None else result.images
+            images = reference if result is None else result.images
             ax.imshow(montage(images[keep], gap), interpolation="nearest" if width <= 64 else "antialiased")
             if result is None:
                 ax.set_title(f"{n} evaluations", fontsize=12, fontweight="bold", pad=7)
                 continue
-            said = [] if result.mean is None else [f"error {result.mean:.3f}"]
-            said += [f"{result.nfe} evaluations"] if result.nfe != n else []
-            first = result.mean is not None and result.mean == best[n]
-            ax.set_xlabel(", ".join(said), fontsize=9, labelpad=2, color="black" if first else "#666666")
+            caption = [] if result.mean is None else [f"error {result.mean:.3f}"]
+            caption += [f"{result.nfe} evaluations"] if result.nfe != n else []
+            first = result.mean is not None and result.mean == comparison.best(n)
+            ax.set_xlabel(", ".join(caption), fontsize=9, labelpad=2, color="black" if first else "#666666")
             ax.xaxis.label.set_fontweight("bold" if first else "normal")
         axes[i, 0].set_ylabel(
-            f"reference\n{comparison.reference_nfe} evaluations" if i == 0 else row_label(name),
+            f"reference\n{comparison.reference_steps} evaluations" if name is None else row_label(name),
             rotation=0, ha="right", va="center", fontsize=11, labelpad=8,
         )  # fmt: skip
-        axes[i, 0].yaxis.label.set_fontweight("bold" if i and SAMPLERS[name].ours else "normal")
+        axes[i, 0].yaxis.label.set_fontweight("bold" if name and SAMPLERS[name].ours else "normal")
     figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.08)
 
 
 def row_label(name: str) -> str:
-    notes = [] if SAMPLERS[name].ours else ["diffusers"]
-    notes += ["stochastic"] if SAMPLERS[name].stochastic else []
-    return f"{name}\n({', '.join(notes)})" if notes else name
+    """A sampler's name, and below it where it comes from."""
+    return f"{name}\n({SAMPLERS[name].label})"
 
 
 def draw_errors(comparison: Comparison, path: Path) -> None:
@@ -182,7 +140,7 @@ def draw_errors(comparison: Comparison, path: Path) -> None:
     ax = figure.subplots()
     ends = {}
     for name in comparison.samplers:
-        points = [(r.nfe, r.mean) for r in comparison.results if r.sampler == name and r.mean is not None]
+        points = [(r.nfe, r.mean) for r in comparison.by_sampler if r.sampler == name and r.mean is not None]
         points = [(n, e) for n, e in points if math.isfinite(e) and e > 0]
         if points:
             style: dict[str, Any] = {"lw": 2.4, "ls": "-"} if SAMPLERS[name].ours else {"lw": 1.6, "ls": "--"}
@@ -203,9 +161,9 @@ def draw_errors(comparison: Comparison, path: Path) -> None:
     low, high = np.log(ax.get_ylim())
     at = {name: (math.log(e) - low) / (high - low) for name, (_, e) in ends.items()}
     for name, y in spread(at, 0.062).items():
-        said = name if SAMPLERS[name].ours else f"{name} (diffusers)"
+        label = name if SAMPLERS[name].ours else f"{name} (diffusers)"
         ax.annotate(
-            said, (1.02, y), xycoords="axes fraction", va="center", color=COLOURS[name],
+            label, (1.02, y), xycoords="axes fraction", va="center", color=COLOURS[name],
             fontweight="bold" if SAMPLERS[name].ours else "normal",
         )  # fmt: skip
     figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.08)

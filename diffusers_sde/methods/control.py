@@ -29,7 +29,8 @@ Reward = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Transition(NamedTuple):
-    """One step of a sampler from the states (M, ...): ``x' ~ N(mean, std^2 I)``, ``clean`` its data prediction."""
+    """One step of a sampler, ``x' ~ N(mean, std^2 I)``: mean (M, ...), std, and ``clean`` (M, ...), the data prediction
+    at the states before it."""
 
     mean: torch.Tensor
     std: float
@@ -57,22 +58,48 @@ class Particles:
 
 
 def effective_sample_size(log_weights: torch.Tensor) -> torch.Tensor:
-    """``(sum w)^2 / sum w^2`` over the last axis, between 1 and N."""
+    """How many equally weighted particles say as much: ``(sum w)^2 / sum w^2``.
+
+    Args:
+        log_weights: (..., N), of any normalisation.
+
+    Returns:
+        (...), between 1 and N.
+    """
     return (2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1)).exp()
 
 
 def systematic_resample(log_weights: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Ancestors (P, N) of each population by systematic resampling: particle i has ``floor`` or ``ceil`` of ``N w_i``
-    children, on average ``N w_i``."""
+    """Ancestors by systematic resampling: particle i has ``floor`` or ``ceil`` of ``N w_i`` children, on average
+    ``N w_i``.
+
+    Args:
+        log_weights: (P, N), of any normalisation.
+        generator: of the one random number of each population.
+
+    Returns:
+        Indices (P, N) into each population.
+    """
     populations, n = log_weights.shape
     weights = log_weights.double().softmax(-1).cpu()
     offset = torch.rand(populations, 1, dtype=torch.float64, generator=_on_cpu(generator))
-    at = (torch.arange(n, dtype=torch.float64) + offset) / n
-    return torch.searchsorted(weights.cumsum(-1), at).clamp(max=n - 1).to(log_weights.device)
+    quantiles = (torch.arange(n, dtype=torch.float64) + offset) / n
+    return torch.searchsorted(weights.cumsum(-1), quantiles).clamp(max=n - 1).to(log_weights.device)
 
 
 def evaluate_reward(reward: Reward, samples: torch.Tensor) -> torch.Tensor:
-    """``reward(samples)`` in float64; raises ``ValueError`` unless it is one finite number for each sample."""
+    """The reward of samples, checked.
+
+    Args:
+        reward: (M, ...) to (M,).
+        samples: (M, ...).
+
+    Returns:
+        (M,), float64.
+
+    Raises:
+        ValueError: unless it is one finite number for each sample.
+    """
     values = reward(samples)
     if not isinstance(values, torch.Tensor) or values.shape != samples.shape[:1]:
         found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
@@ -96,18 +123,31 @@ def twisted_smc(
     threshold: float = 0.5,
     generator: torch.Generator | None = None,
     reorder: Callable[[torch.Tensor], None] | None = None,
-    tick: Callable[[], Any] | None = None,
+    callback: Callable[[], Any] | None = None,
 ) -> Particles:
-    """Run P populations of N particles from ``x`` (P, N, ...), samples of the sampler's first law.
+    """Run P populations of N particles to the law ``p(x) exp(beta r(x)) / Z`` of the sampler's last states.
 
-    kernel(k, x): the transition of step k = 0 .. steps - 1 on flat particles (P N, ...); with ``gradient``
-    differentiable.
-    reward(samples) (M, ...) -> (M,), of samples and of data predictions.  beta: strength of the tilt.
-    gradient: propose along the gradient of the reward.  schedule: beta_k/beta for each step, default 1; 0 switches the
-    twist off there.  threshold: resample a population whose effective sample size is
-    below this fraction of N.  reorder(index): called with the ancestors of all particles after a resampling, for
-    samplers that remember earlier steps.  tick(): called after each step.
-    Raises ``ValueError`` for rewards that are not one finite number a sample, or have no gradient where one is needed.
+    Args:
+        kernel: ``kernel(k, x)``, the transition of step k = 0 .. steps - 1 on flat particles (P N, ...); with
+            ``gradient`` differentiable.
+        reward: (M, ...) to (M,), of samples and of data predictions.
+        x: samples of the sampler's first law (P, N, ...).
+        steps: of the sampler.
+        beta: strength of the tilt.
+        gradient: propose along the gradient of the reward.
+        schedule: beta_k/beta for each step; 0 switches the twist off there.  None: 1.
+        threshold: resample a population whose effective sample size is below this fraction of N.
+        generator: of resampling and proposals.
+        reorder: called with the ancestors (P N,) of all particles after a resampling, for samplers that remember
+            earlier steps.
+        callback: called after each step.
+
+    Returns:
+        :class:`Particles`.
+
+    Raises:
+        ValueError: for rewards that are not one finite number a sample, or have no gradient where one is needed, and
+            for shapes that do not fit.
     """
     if x.ndim < 3 or x.shape[1] < 1:
         raise ValueError(f"Particles have shape {tuple(x.shape)}, expected (populations, particles, ...).")
@@ -140,8 +180,8 @@ def twisted_smc(
             log_weights = torch.where(low[:, None], torch.full_like(log_weights, -math.log(n)), log_weights)
         x, correction = _propose(mean, std, shift, generator)
         past = log_psi - correction
-        if tick is not None:
-            tick()
+        if callback is not None:
+            callback()
     rewards = evaluate_reward(reward, x).reshape(populations, n)
     log_weights = log_weights + beta * rewards - past.reshape(populations, n)
     sizes.append(effective_sample_size(log_weights))
@@ -196,10 +236,15 @@ def _propose(
 
 
 def estimate(values: torch.Tensor, particles: Particles) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(mean, standard error)`` of ``E_tilted[values]`` from values (P, N, ...), each of the trailing shape, float64.
+    """An expectation under the tilted law, ``sum_p Z_p m_p / sum_p Z_p`` with m_p the mean of population p and Z_p its
+    estimate of Z, and the standard error of this ratio from the scatter between populations (delta method).
 
-    Populations count with their estimates of Z: ``sum_p Z_p m_p / sum_p Z_p``; the error is that of this ratio (delta
-    method) from the scatter between populations, NaN for a single one.
+    Args:
+        values: (P, N, ...), what to take the mean of at each particle.
+        particles: P populations.
+
+    Returns:
+        ``(mean, standard error)``, each of the trailing shape, float64; the error is NaN for a single population.
     """
     weights = particles.log_weights.exp()
     means = torch.einsum("pn,pn...->p...", weights, values.double())
@@ -210,7 +255,14 @@ def estimate(values: torch.Tensor, particles: Particles) -> tuple[torch.Tensor, 
 
 
 def log_normalizer(particles: Particles) -> tuple[float, float]:
-    """``(log Z, its standard error)``, ``Z = E[exp(beta r)]`` under the sampler: the mean over populations."""
+    """``log Z``, ``Z = E[exp(beta r)]`` under the sampler, from the mean of Z over populations.
+
+    Args:
+        particles: P populations.
+
+    Returns:
+        ``(log Z, its standard error)``; the error is NaN for a single population.
+    """
     logs, p = particles.log_normalizer, len(particles.log_normalizer)
     ratio = (logs - logs.max()).exp()
     error = float(ratio.std() / ratio.mean()) / math.sqrt(p) if p > 1 else math.nan
@@ -218,13 +270,28 @@ def log_normalizer(particles: Particles) -> tuple[float, float]:
 
 
 def draw(particles: Particles, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One particle of each population, drawn by weight: indices (P,)."""
+    """One particle of each population, drawn by weight.
+
+    Args:
+        particles: P populations.
+        generator: of the draws.
+
+    Returns:
+        Indices (P,).
+    """
     weights = particles.log_weights.exp().cpu()
     return torch.multinomial(weights, 1, generator=_on_cpu(generator))[:, 0].to(particles.samples.device)
 
 
 def best_of(particles: Particles) -> torch.Tensor:
-    """The particle with the largest reward of each population, indices (P,): best-of-N if they were run at beta = 0."""
+    """The particle with the largest reward of each population: best-of-N if they were run at beta = 0.
+
+    Args:
+        particles: P populations.
+
+    Returns:
+        Indices (P,).
+    """
     return particles.rewards.argmax(1)
 
 
@@ -232,10 +299,17 @@ def best_of(particles: Particles) -> torch.Tensor:
 
 
 def scheduler_kernel(denoiser: Callable[[torch.Tensor, Any], torch.Tensor], scheduler: Any) -> Kernel:
-    """The exact transition of a scheduler of this package whose timesteps are set, for ``denoiser(sample, timestep)``.
+    """The exact transition of a scheduler as a kernel.
 
     Its steps must be taken in order from the first; pass ``reorder=scheduler.reorder`` to :func:`twisted_smc`.  The
     noise is the caller's, since particles that share an ancestor must not share it.
+
+    Args:
+        denoiser: ``denoiser(scaled sample, timestep)``.
+        scheduler: one of this package, whose timesteps are set.
+
+    Returns:
+        ``kernel(k, x)``.
     """
 
     def kernel(k: int, x: torch.Tensor) -> Transition:

@@ -29,19 +29,22 @@ import torch
 
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
-from diffusers_sde.methods.fields import Field
+from diffusers_sde.methods.fields import Field, points_of
 from diffusers_sde.paths import Path
 from diffusers_sde.tables import build_multistep
 from diffusers_sde.weights import Point, evaluation_coefficients
 
-Tick = Callable[[], None]
+Callback = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Where a run stands: the state x at a node, and for the reversible method the state at the node before it.
+    """Where a run stands.
 
-    ``state`` (N, C, H, W); ``companion`` of the same shape or None; ``points``: the nodes run so far, in order.
+    Args:
+        state: x at the last of the points (N, C, H, W).
+        companion: for the reversible method x at the point before it, of the same shape; else None.
+        points: the nodes run so far, in order.
     """
 
     state: torch.Tensor
@@ -50,29 +53,53 @@ class Trajectory:
 
 
 def inversion_points(path: Path, steps: int, strength: float = 1.0, mu: float | None = None) -> tuple[Point, ...]:
-    """``steps + 1`` nodes from the smallest training noise up to the largest (grid ``balanced``, rho 1.1), or only the
-    first fraction ``strength`` of the steps.
+    """The nodes of a run from the smallest training noise up to the largest (grid ``balanced``, rho 1.1), or of the
+    first part of it.
 
-    Raises ``ValueError`` for fewer than 2 steps or a strength outside (0, 1].
+    Args:
+        path: the forward process.
+        steps: of the whole run, 2 or more.
+        strength: fraction of the steps, in (0, 1].
+        mu: shift of a flow model with dynamic shifting.
+
+    Returns:
+        ``strength steps + 1`` points (at least 3), cleanest first.
+
+    Raises:
+        ValueError: for fewer than 2 steps or a strength outside (0, 1].
     """
     if steps < 2:
         raise ValueError(f"num_inference_steps must be at least 2, not {steps}.")
     if not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1], not {strength}: 1 goes all the way to noise.")
     nodes = nodes_from_times(path, make_grid(path, "balanced", steps, rho=1.1, mu=mu), final="sigma_min")
-    points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
-    points.sort(key=lambda point: point.log_snr, reverse=True)
+    points = sorted(points_of(nodes), key=lambda point: point.log_snr, reverse=True)
     return tuple(points[: max(math.ceil(strength * steps - 1e-9), 2) + 1])
 
 
 def reversible(
-    field: Field, start: Trajectory, points: Sequence[Point], *, data_std: float = 0.5, tick: Tick = lambda: None
+    field: Field,
+    start: Trajectory,
+    points: Sequence[Point],
+    *,
+    data_std: float = 0.5,
+    callback: Callback = lambda: None,
 ) -> Trajectory:
-    """The leapfrog of the module docstring from ``start`` along ``points``, whose first one is where ``start`` stands.
+    """The leapfrog of the module docstring, second order at one evaluation a step.  To go back, hand the result and the
+    reversed points over: the states of the way there are retraced up to rounding.
 
-    Without a companion the run starts itself with one Heun step (2 evaluations, else 1 a step).  To go back, hand the
-    result and the reversed points over: the states of the way there are retraced up to rounding.  ``tick`` is called
-    after each evaluation.  Raises ``ValueError`` for ``data_std <= 0`` and for points that do not start there.
+    Args:
+        field: the network.
+        start: where the run begins; without a companion it starts itself with one Heun step (2 evaluations).
+        points: the nodes of the run, the first one where ``start`` stands.
+        data_std: data scale c, positive.
+        callback: called after each evaluation.
+
+    Returns:
+        The state at the last point, and its companion.
+
+    Raises:
+        ValueError: for ``data_std <= 0`` and for points that do not begin where the run stands.
     """
     if not data_std > 0:
         raise ValueError(f"data_std must be positive for the reversible method, not {data_std}.")
@@ -83,7 +110,7 @@ def reversible(
 
     def velocity(z: torch.Tensor, i: int) -> torch.Tensor:
         v = field(z * scales[i], points[i], (-math.sin(angles[i]) / data_std, math.cos(angles[i])))
-        tick()
+        callback()
         return v
 
     older = start.state / scales[0]
@@ -103,10 +130,21 @@ def multistep(
     points: Sequence[Point],
     *,
     order: int = 2,
-    tick: Tick = lambda: None,
+    callback: Callback = lambda: None,
 ) -> Trajectory:
-    """The probability-flow table of ``order`` (with corrector) along ``points``, towards noise or data alike; one
-    evaluation a step.  data_std and clock are the measured defaults of the path."""
+    """The probability-flow table (:func:`diffusers_sde.tables.build_multistep`, with corrector) towards noise or data
+    alike, at one evaluation a step.  Data scale and clock are the measured defaults of the path.
+
+    Args:
+        field: the network.
+        start: where the run begins.
+        points: the nodes of the run, the first one where ``start`` stands.
+        order: of the table, 1 to 4.
+        callback: called after each evaluation.
+
+    Returns:
+        The state at the last point, without a companion.
+    """
     default = measured_defaults(field.path, len(points) - 1)
     data_std = default.data_std
     columns = zip(*((float(field.path.time(p.log_snr)), p.alpha, p.sigma) for p in points), strict=True)
@@ -124,15 +162,25 @@ def multistep(
     history: list[torch.Tensor] = []
     for i, row in enumerate(table.rows):
         history.insert(0, field(x, points[i], evaluation_coefficients(data_std, row.alpha, row.sigma)))
-        tick()
+        callback()
         x = row.a * x + sum(b * f for b, f in zip(row.b, history, strict=False))
         del history[table.history(i) :]
     return Trajectory(x, None, tuple(points))
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weight: float) -> torch.Tensor:
-    """Interpolation of each sample on the great circle through ``a`` and ``b`` (N, ...), with norms interpolated too:
-    noise between two noises has their norm (Shoemake 1985).  Nearly parallel samples are interpolated linearly."""
+    """Interpolation of each sample on the great circle through two, ``(sin((1-w) phi) u + sin(w phi) v) / sin phi`` of
+    their directions at angle phi (Shoemake 1985), with norms interpolated linearly: noise between two noises has their
+    norm.  Nearly parallel samples are interpolated linearly.
+
+    Args:
+        a: (N, ...), at weight 0.
+        b: (N, ...), at weight 1.
+        weight: w.
+
+    Returns:
+        (N, ...).
+    """
     left, right = a.flatten(1), b.flatten(1)
     norms = left.norm(dim=1, keepdim=True), right.norm(dim=1, keepdim=True)
     u, v = left / norms[0].clamp(min=1e-30), right / norms[1].clamp(min=1e-30)

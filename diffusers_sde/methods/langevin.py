@@ -1,8 +1,8 @@
 r"""Langevin dynamics: ULA and MALA for densities, Langevin correctors and Restart for reverse processes.
 
-Knows ``dx = grad log p dt + sqrt(2) dw``, which leaves p as it is, its discretisations, and how to run a scheduler of
-this package with corrector steps between its steps or with parts of the grid repeated.  Knows no network and no
-pipeline.
+Knows ``dx = grad log p dt + sqrt(2) dw``, which leaves p as it is, its discretisations, and how to run a scheduler that
+says its noise levels with corrector steps between its steps or with stretches of the grid repeated.  Knows no network
+and no pipeline.
 
 * ULA, ``x <- x + h grad log p(x) + sqrt(2 h) z``, is biased; on N(0, v) its stationary variance is
   ``v / (1 - h/(2v))`` (Lu, arXiv:2607.01693, chapter 2).  MALA accepts or rejects the same proposal and has no bias
@@ -25,7 +25,9 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.methods.fields import points_of
+from diffusers_sde.prediction import NOISE, from_model
+from diffusers_sde.weights import Point
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -36,7 +38,21 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 def ula(
     score: Function, x: torch.Tensor, step: float, num_steps: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """``num_steps`` times ``x <- x + step score(x) + sqrt(2 step) z``, from x (N, ...)."""
+    """The unadjusted Langevin algorithm: ``num_steps`` times ``x <- x + step score(x) + sqrt(2 step) z``.
+
+    Args:
+        score: ``grad log p``, (N, ...) to (N, ...).
+        x: where to start (N, ...).
+        step: h, in squared units of x; positive.
+        num_steps: how often.
+        generator: of z, on the CPU.
+
+    Returns:
+        The states (N, ...).
+
+    Raises:
+        ValueError: for a step that is not positive and finite.
+    """
     _check_step(step)
     for _ in range(num_steps):
         x = x + step * score(x) + math.sqrt(2 * step) * _normals(x, generator)
@@ -44,16 +60,26 @@ def ula(
 
 
 def ula_gaussian_variance(variance: float, step: float, num_steps: float = math.inf, start: float = 0.0) -> float:
-    """The variance of :func:`ula` on N(0, variance) after k steps from variance ``start``:
-    ``v_inf + q^(2k) (start - v_inf)``, ``q = 1 - step/variance``, ``v_inf = variance / (1 - step/(2 variance))``.
+    """The exact variance of :func:`ula` on N(0, v): ``v_inf + q^(2k) (start - v_inf)``, ``q = 1 - step/v``,
+    ``v_inf = v / (1 - step/(2 v))`` (Lu, arXiv:2607.01693, chapter 2).
 
-    Raises ``ValueError`` for steps of ``2 variance`` or more, with which it diverges.
+    Args:
+        variance: v of the target.
+        step: h.
+        num_steps: k; inf for the stationary law.
+        start: variance at the start.
+
+    Returns:
+        The variance after k steps.
+
+    Raises:
+        ValueError: for steps of ``2 v`` or more, with which it diverges.
     """
     if not 0 < step < 2 * variance:
         raise ValueError(f"step must lie between 0 and 2 variance = {2 * variance:g}, not {step:g}: ULA diverges.")
     limit = variance / (1 - step / (2 * variance))
-    forgotten = 0.0 if math.isinf(num_steps) else (1 - step / variance) ** (2 * num_steps)
-    return limit + forgotten * (start - limit)
+    remembered = 0.0 if math.isinf(num_steps) else (1 - step / variance) ** (2 * num_steps)
+    return limit + remembered * (start - limit)
 
 
 def mala(
@@ -64,10 +90,23 @@ def mala(
     num_steps: int,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """``(x, share of accepted proposals)`` after ``num_steps`` of ULA's proposal, accepted with probability
-    ``min(1, p(y) q(x|y) / (p(x) q(y|x)))``, ``log q(y|x) = -|y - x - step score(x)|^2 / (4 step)``.
+    """The Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996): ULA's proposal y, accepted with probability
+    ``min(1, p(y) q(x|y) / (p(x) q(y|x)))``, ``log q(y|x) = -|y - x - step score(x)|^2 / (4 step)``.  The law p is
+    stationary at any step.
 
-    log_density: (N, ...) -> (N,), up to a constant.  The law of ``log_density`` is stationary at any step.
+    Args:
+        log_density: ``log p`` up to a constant, (N, ...) to (N,).
+        score: ``grad log p``, (N, ...) to (N, ...).
+        x: where to start (N, ...).
+        step: h, in squared units of x; positive.
+        num_steps: how often.
+        generator: of proposals and acceptances, on the CPU.
+
+    Returns:
+        The states (N, ...), and the share of accepted proposals.
+
+    Raises:
+        ValueError: for a step that is not positive and finite.
     """
     _check_step(step)
     log_p, slope, accepted = log_density(x), score(x), 0.0
@@ -99,10 +138,19 @@ class Visit(NamedTuple):
 def restart_visits(
     noise_levels: Sequence[float] | np.ndarray, interval: tuple[float, float], repeats: int
 ) -> list[Visit]:
-    """The rows of a grid in the order of Restart: down to the lowest level in ``interval`` (noise levels sigma/alpha,
-    low to high), ``repeats`` times back to the highest one in it and down again, then on.
+    """The rows of a grid in the order of Restart (Xu et al. 2023, arXiv:2306.14878, algorithm 1): down to the lowest
+    level in the interval, ``repeats`` times back to the highest one in it and down again, then on.
 
-    noise_levels: of the n rows, decreasing.  Raises ``ValueError`` where the interval holds fewer than two of them.
+    Args:
+        noise_levels: ``sigma/alpha`` of the n rows, decreasing.
+        interval: (low, high) noise levels.
+        repeats: how often, 0 or more.
+
+    Returns:
+        The visits, in order.
+
+    Raises:
+        ValueError: where the interval holds fewer than two of the levels, or repeats is negative.
     """
     inside = [i for i, s in enumerate(noise_levels) if interval[0] <= s <= interval[1]]
     if repeats < 0:
@@ -116,20 +164,60 @@ def restart_visits(
     return [*(Visit(i) for i in range(last)), *(down * repeats), *(Visit(i) for i in range(last, len(noise_levels)))]
 
 
-def renoise(x: torch.Tensor, start: tuple[float, float], end: tuple[float, float], z: torch.Tensor) -> torch.Tensor:
-    """Forward process between levels ``(alpha, sigma)``: ``(alpha'/alpha) x + c z``,
-    ``c^2 = sigma'^2 - (alpha' sigma/alpha)^2``."""
-    kept = end[0] / start[0]
-    return kept * x + math.sqrt(max(end[1] ** 2 - (kept * start[1]) ** 2, 0.0)) * z
+def planned_visits(scheduler: Any, restart: tuple[float, float, int] | None) -> list[Visit]:
+    """The visits that :func:`sample_with_correctors` makes.
+
+    Args:
+        scheduler: with ``levels``, its timesteps set.
+        restart: (low, high, repeats) of :func:`restart_visits`; None: each row once.
+
+    Returns:
+        The visits, in order.
+
+    Raises:
+        ValueError: as :func:`restart_visits`.
+    """
+    if restart is None:
+        return [Visit(i) for i in range(len(scheduler.timesteps))]
+    low, high, repeats = restart
+    return restart_visits(np.exp(-scheduler.levels.log_snr[:-1]), (low, high), repeats)
+
+
+def renoise(x: torch.Tensor, start: Point, end: Point, z: torch.Tensor) -> torch.Tensor:
+    """The forward process between two noise levels: ``x' = (alpha'/alpha) x + c z``,
+    ``c^2 = sigma'^2 - (alpha' sigma/alpha)^2``.
+
+    Args:
+        x: the state (N, ...) at ``start``.
+        start: alpha, sigma; alpha positive.
+        end: alpha', sigma', noisier.
+        z: unit normals (N, ...).
+
+    Returns:
+        The state (N, ...) at ``end``.
+    """
+    shrink = end.alpha / start.alpha
+    return shrink * x + math.sqrt(max(end.sigma**2 - (shrink * start.sigma) ** 2, 0.0)) * z
 
 
 def corrector_step(x: torch.Tensor, eps: torch.Tensor, sigma: float, snr: float, z: torch.Tensor) -> torch.Tensor:
-    """One ULA step at a noise level, ``h = 2 (snr sigma)^2`` and ``score = -eps/sigma``:
-    ``x - 2 snr^2 sigma eps + 2 snr sigma z``."""
+    """One ULA step at a noise level, ``x - 2 snr^2 sigma eps + 2 snr sigma z``: ``h = 2 (snr sigma)^2`` and
+    ``score = -eps/sigma`` (Song et al. 2021, arXiv:2011.13456, algorithms 4 and 5).
+
+    Args:
+        x: the state (N, ...).
+        eps: ``E[eps|x]`` (N, ...).
+        sigma: noise level of x.
+        snr: size of the step relative to sigma.
+        z: unit normals (N, ...).
+
+    Returns:
+        The state (N, ...), at the same noise level.
+    """
     return x - 2 * snr**2 * sigma * eps + 2 * snr * sigma * z
 
 
-def sample(
+def sample_with_correctors(
     predict: Callable[[torch.Tensor, int], torch.Tensor],
     scheduler: Any,
     x: torch.Tensor,
@@ -138,51 +226,50 @@ def sample(
     corrector_snr: float = 0.1,
     restart: tuple[float, float, int] | None = None,
     generator: Any = None,
-    tick: Callable[[], Any] | None = None,
+    callback: Callable[[], Any] | None = None,
 ) -> torch.Tensor:
-    """Run a scheduler of this package, whose timesteps are set, from ``x``, with Langevin correctors and Restart.
+    """Run a scheduler with Langevin correctors and Restart.
 
-    predict(x, row): the model output (N, ...) for the state x at that row of the grid.  corrector_steps: ULA steps at
-    each level but the first and the last (sigma = 0).  restart: (low, high, repeats) of :func:`restart_visits`.
-    tick(): called after each step, as often as there are :func:`visits`.
-    Raises ``ValueError`` as :func:`restart_visits`, and unless ``0 < corrector_snr < 1``, where correctors converge.
+    Args:
+        predict: ``predict(x, row)``, the model output (N, ...) for the state x at that row of the grid.
+        scheduler: one with ``levels``, ``path`` and ``rewind``, as those of this package, whose timesteps are set.
+        x: the state to start from (N, ...).
+        corrector_steps: ULA steps at each level but the first and the last one.
+        corrector_snr: their size, ``h = 2 (corrector_snr sigma)^2``; in (0, 1), where correctors converge.
+        restart: (low, high, repeats) of :func:`restart_visits`; None: each row once.
+        generator: of all noise.
+        callback: called after each step, as often as there are :func:`planned_visits`.
+
+    Returns:
+        The state (N, ...) after the last step, in x's dtype.
+
+    Raises:
+        ValueError: as :func:`restart_visits`, and for correctors that do not converge.
     """
     if corrector_steps < 0 or (corrector_steps and not 0 < corrector_snr < 1):
         raise ValueError(f"Correctors need 0 or more steps and 0 < snr < 1, not {corrector_steps} and {corrector_snr}.")
     path, kind = scheduler.path, scheduler.config.prediction_type
-    log_snr = path.log_snr_of_label(scheduler.sigmas.double().numpy())
-    levels = [(float(alpha), float(sigma)) for alpha, sigma in zip(*path.alpha_sigma_of(log_snr), strict=True)]
-    rows = len(scheduler.timesteps)
-
+    points, rows = points_of(scheduler.levels), len(scheduler.timesteps)
     dtype = x.dtype
 
     def normals() -> torch.Tensor:
         return randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
 
-    for row, back_from in visits(scheduler, restart):
+    for row, back_from in planned_visits(scheduler, restart):
         if back_from is not None:
-            x = renoise(x, levels[back_from], levels[row], normals())
+            x = renoise(x, points[back_from], points[row], normals())
             scheduler.rewind(row)
         t = scheduler.timesteps[row]
         x = scheduler.step(predict(x, row), t, x, generator=generator, return_dict=False)[0]
-        if row + 1 < rows:
-            alpha, sigma = levels[row + 1]
-            e_x, e_m = convert(model_coefficients(path, kind, alpha, sigma), (0.0, 1.0), alpha, sigma)
+        if corrector_steps and row + 1 < rows:
+            point = points[row + 1]
+            k_x, k_m = from_model(path, kind, point.alpha, point.sigma, NOISE)
             for _ in range(corrector_steps):
-                eps = e_x * x + e_m * predict(x, row + 1)
-                x = corrector_step(x, eps, sigma, corrector_snr, normals()).to(dtype)
-        if tick is not None:
-            tick()
+                eps = k_x * x + k_m * predict(x, row + 1)
+                x = corrector_step(x, eps, point.sigma, corrector_snr, normals()).to(dtype)
+        if callback is not None:
+            callback()
     return x
-
-
-def visits(scheduler: Any, restart: tuple[float, float, int] | None) -> list[Visit]:
-    """The visits that :func:`sample` makes on the scheduler's grid."""
-    if restart is None:
-        return [Visit(i) for i in range(len(scheduler.timesteps))]
-    log_snr = scheduler.path.log_snr_of_label(scheduler.sigmas.double().numpy())
-    low, high, repeats = restart
-    return restart_visits(np.exp(-log_snr[:-1]), (low, high), repeats)
 
 
 def _check_step(step: float) -> None:

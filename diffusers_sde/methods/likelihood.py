@@ -10,7 +10,7 @@ and the clock ``u = log tan(theta/2)``,
 arXiv:2510.21890, chapter 4).  G is bounded at both ends; u is the log-SNR near the data and the angle near the noise,
 where it ends at 0 even for alpha = 0 (on the embedded network its error was a third of the angle's at 120 evaluations).
 G is affine in the network's output m: the divergence of its linear part is exact and only ``tr dm/dx`` is estimated
-(Hutchinson 1990).  What is computed is the density of the data at the smallest noise level asked for, ``x_0 + s eps``;
+(Hutchinson 1990).  What is computed is the density of the data at the smallest noise level of the run, ``x_0 + s eps``;
 images have no density without it.
 
 The integrator is scipy's RK45 with its error measured for each sample and for the log-density by itself.
@@ -75,20 +75,30 @@ def log_likelihood(
     generator: torch.Generator | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> LogLikelihood:
-    """The log-density of ``x`` (N, ...) in the data's units.
+    """The log-density of data at a small noise level, by the formula of the module docstring.
 
     Args:
+        field: the network.
+        x: the data (N, ...), in its own units.
         divergence: exact (as many backward passes as dimensions) or hutchinson.
-        num_probes, distribution: probes of Hutchinson's estimate, rademacher or gaussian, ``probe_batch`` at a time.
-        rtol, atol: tolerances of RK45 for the state and for the log-density of each sample.
-        noise_std: the noise level ``s = sigma/alpha`` at which the data is seen; None: the smallest trained one.
+        num_probes: of Hutchinson's estimate.
+        distribution: of the probes, rademacher or gaussian.
+        rtol: relative tolerance of RK45, for the state and for the log-density of each sample.
+        atol: absolute tolerance, likewise.
+        noise_std: the noise level ``s = sigma/alpha`` at which the data is looked at; None: the smallest trained one.
         data_std: data scale c of the coordinate.
         prior: at the noisy end ``N(alpha_T m, sigma_T^2 + c^2 alpha_T^2)``, matched: with m the network's
             ``E[x_0|x_T=0]``, standard: with m = 0 (one evaluation less).  Its error is part of the result.
+        probe_batch: how many probes share one evaluation.
         generator: draws the probes, on the CPU.
         progress: called with the fraction of the way done.
 
-    Raises ``ValueError`` for options that do not exist or do not fit.
+    Returns:
+        :class:`LogLikelihood`.
+
+    Raises:
+        ValueError: for options that do not exist or do not fit.
+        ArithmeticError: where RK45 finds no step that meets the tolerances.
     """
     _check(divergence, num_probes, distribution, prior, rtol, atol, data_std)
     start, end = _ends(field, noise_std)
@@ -144,11 +154,17 @@ def output_and_traces(
     probes: torch.Tensor | None,
     probe_batch: int = 16,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``m = function(x)`` and estimates ``e' (dm/dx) e`` of ``tr dm/dx``, (N, P), one for each of the ``probes``
-    (P, *x.shape); for None the exact trace, (N, 1).
+    """A function's value m and ``tr dm/dx`` by reverse mode: estimates ``e' (dm/dx) e`` (Hutchinson 1990), or exactly.
 
-    Reverse mode, on ``probe_batch`` copies of the batch at a time; sample n of m may depend on sample n of x only, and
-    ``function`` must take a batch of copies.
+    Args:
+        function: (M, ...) to (M, ...), of copies of the batch; sample n of its value may depend on sample n of its
+            argument only.
+        x: (N, ...).
+        probes: e (P, N, ...); None: the exact trace, with one backward pass for each dimension.
+        probe_batch: copies of the batch in one evaluation.
+
+    Returns:
+        m (N, ...), and the estimates (N, P), or the trace (N, 1).
     """
     m, traces = None, []
     with torch.enable_grad():
@@ -176,12 +192,30 @@ def _batches(x: torch.Tensor, probes: torch.Tensor | None, size: int) -> Iterato
 
 def bits_per_dimension(log_density: torch.Tensor, dimension: int, bin_width: float = 1.0) -> torch.Tensor:
     """``-(log p + d log bin_width)/(d log 2)``: with ``x + bin_width (u - 1/2)``, u uniform, in place of quantised x,
-    an upper bound in expectation on the bits of x (Theis et al. 2016, arXiv:1511.01844, section 3.1)."""
+    an upper bound in expectation on the bits of x (Theis et al. 2016, arXiv:1511.01844, section 3.1).
+
+    Args:
+        log_density: log p (N,), nats.
+        dimension: d.
+        bin_width: of the quantised values, in units of x.
+
+    Returns:
+        Bits per dimension (N,).
+    """
     return -log_density / (dimension * math.log(2)) - math.log2(bin_width)
 
 
 def dequantized(x: torch.Tensor, bin_width: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """``x + bin_width (u - 1/2)``, u uniform in [0, 1), drawn on the CPU."""
+    """``x + bin_width (u - 1/2)``, u uniform in [0, 1) (Theis et al. 2016, arXiv:1511.01844, section 3.1).
+
+    Args:
+        x: quantised values (N, ...).
+        bin_width: their distance, in units of x.
+        generator: of u, on the CPU.
+
+    Returns:
+        Values (N, ...) in the bins of x.
+    """
     u = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
     return x + bin_width * (u - 0.5)
 

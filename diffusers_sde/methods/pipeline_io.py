@@ -13,26 +13,24 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_sde.analytic import GaussianMixtureModel
+from diffusers_sde.sampling import null_label
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def null_label(network: Any) -> int | None:
-    """The label that means "no class": the last of ``num_class_embeds``, the number of components of a mixture; None
-    for an unconditional network."""
-    if isinstance(network, GaussianMixtureModel):
-        return len(network.config.weights)
-    classes = getattr(network.config, "num_class_embeds", None)
-    return classes - 1 if classes else None
-
-
 def label_tensor(network: Any, class_labels: Any, batch: int | None = None) -> torch.Tensor | None:
-    """Labels (N,) int64 on the network's device; for None the null label ``batch`` (default 1) times, or None if the
-    network has no classes.
+    """Labels as a network takes them.
 
-    class_labels: an int, a list or a tensor; one label is repeated ``batch`` times.  Raises ``ValueError`` for labels
-    that the network does not have and for numbers that do not fit.
+    Args:
+        network: a ``UNet2DModel``-like network or a mixture.
+        class_labels: an int, a list or a tensor; None: no class.
+        batch: number of samples; None: as many as there are labels.  One label is repeated for all of them.
+
+    Returns:
+        (N,) int64 on the network's device; for None the null label, or None if the network has no classes.
+
+    Raises:
+        ValueError: for labels that the network does not have and for numbers that do not fit.
     """
     null = null_label(network)
     if class_labels is None:
@@ -46,8 +44,18 @@ def label_tensor(network: Any, class_labels: Any, batch: int | None = None) -> t
 
 
 def labels_of(class_labels: Any, batch: int | None = None) -> torch.Tensor:
-    """``class_labels`` (an int, an iterable, a tensor) as a tensor (N,) int64 on the CPU, one label repeated ``batch``
-    times; raises ``ValueError`` for what is no list of labels, or not as long as the batch."""
+    """Labels as a tensor.
+
+    Args:
+        class_labels: an int, an iterable or a tensor.
+        batch: number of samples; None: as many as there are labels.  One label is repeated for all of them.
+
+    Returns:
+        (N,) int64 on the CPU.
+
+    Raises:
+        ValueError: for what is no list of labels, or not as long as the batch.
+    """
     several = isinstance(class_labels, Iterable) and not isinstance(class_labels, torch.Tensor)
     labels = torch.as_tensor(list(class_labels) if several else class_labels).reshape(-1).cpu()
     if labels.is_floating_point() or not len(labels) or bool((labels < 0).any()):
@@ -58,7 +66,14 @@ def labels_of(class_labels: Any, batch: int | None = None) -> torch.Tensor:
 
 
 def sample_shape(network: Any) -> tuple[int, ...]:
-    """(C, H, W) of one sample of the network."""
+    """The shape of one sample.
+
+    Args:
+        network: with ``in_channels`` and ``sample_size`` in its config.
+
+    Returns:
+        (C, H, W).
+    """
     size = network.config.sample_size
     return (network.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
@@ -66,8 +81,21 @@ def sample_shape(network: Any) -> tuple[int, ...]:
 def initial_noise(
     network: Any, scheduler: Any, batch: int, generator: Any = None, latents: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The state to start from: unit normals (N, C, H, W), or the caller's ``latents``, times ``init_noise_sigma``, in
-    the network's dtype (float32 for an oracle).  Raises ``ValueError`` for latents of another shape."""
+    """The state to start from: unit normals times ``init_noise_sigma``.
+
+    Args:
+        network: whose shape, device and dtype (float32 for an oracle) it gets.
+        scheduler: any; one without ``init_noise_sigma`` starts at 1.
+        batch: N.
+        generator: one, or one for each sample.
+        latents: the caller's normals (N, C, H, W), in the dtype that the state shall have; None: they are drawn.
+
+    Returns:
+        (N, C, H, W).
+
+    Raises:
+        ValueError: for latents of another shape.
+    """
     shape = (batch, *sample_shape(network))
     if latents is None:
         latents = randn_tensor(shape, generator=generator, device=network.device, dtype=network.dtype)
@@ -76,15 +104,54 @@ def initial_noise(
     return latents.to(network.device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
+def lay_out(
+    scheduler: Any,
+    num_inference_steps: int,
+    device: torch.device,
+    timesteps: Any = None,
+    sigmas: Any = None,
+    mu: float | None = None,
+) -> None:
+    """Set a scheduler's timesteps: the caller's own grid if there is one, else a number of steps.
+
+    Args:
+        scheduler: one of this package.
+        num_inference_steps: of the scheduler's own grid.
+        device: of the timesteps.
+        timesteps: what the network is given, from noise to data.
+        sigmas: the noise levels of the states; with ``timesteps`` too, these say what the network is given.
+        mu: shift of a flow model with dynamic shifting.
+
+    Raises:
+        ValueError: as the scheduler's ``set_timesteps``.
+    """
+    number = num_inference_steps if timesteps is None and sigmas is None else None
+    scheduler.set_timesteps(number, device=device, timesteps=timesteps, sigmas=sigmas, mu=mu)
+
+
 def check_output_type(output_type: str) -> None:
-    """Raise ``ValueError`` for an output_type that :func:`pictures` does not know, before any work is done."""
+    """Refuse an output type that :func:`pictures` does not know, before any work is done.
+
+    Args:
+        output_type: pil, np, pt or latent.
+
+    Raises:
+        ValueError: for any other.
+    """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type {output_type!r} is unknown: use one of {', '.join(OUTPUT_TYPES)}.")
 
 
 def pictures(sample: torch.Tensor, output_type: str) -> Sequence[Any] | np.ndarray | torch.Tensor:
-    """``sample`` in [-1, 1] as PIL images, as an array (N, H, W, C) or tensor (N, C, H, W) in [0, 1], or itself
-    (``latent``)."""
+    """Pixels in the form that a caller wants.
+
+    Args:
+        sample: (N, C, H, W), -1..1.
+        output_type: pil, np, pt or latent.
+
+    Returns:
+        N PIL images; an array (N, H, W, C) or a tensor (N, C, H, W) in 0..1; or, for latent, ``sample`` itself.
+    """
     if output_type == "latent":
         return sample
     return VaeImageProcessor().postprocess(sample.float(), output_type=output_type)

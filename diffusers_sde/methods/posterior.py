@@ -13,8 +13,9 @@ exact where ``p(x_0 | x_t)`` is Gaussian with covariance C.  What is taken for C
 * ``dps``: no covariance: after each step ``x <- x - scale grad ||y - A D||`` (Chung et al. 2023, arXiv:2209.14687,
   algorithm 1).
 
-The operator is any linear function of pixels, its adjoint is found by automatic differentiation; after a decoder it is
-linearised at D.  Knows fields; knows nothing of pipelines.
+At alpha = 0, where ``dD/dx`` is 0 and x says nothing, C is the covariance of the data: its limit is taken from the
+network just below (``LIMIT_LOG_SNR``).  The operator is any linear function of pixels, its adjoint is found by
+automatic differentiation; after a decoder it is linearised at D.  Knows fields; knows nothing of pipelines.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from diffusers_sde.methods.fields import Field
 from diffusers_sde.weights import Point
 
 METHODS = ("mmps", "pigdm", "dps")
+LIMIT_LOG_SNR = -7.0  # alpha is 1e-3 of sigma: small for the limit, large for the rounding of float32 networks
 Operator = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -38,25 +40,43 @@ Operator = Callable[[torch.Tensor], torch.Tensor]
 
 
 def inpainting(mask: torch.Tensor) -> Operator:
-    """``x[mask]``, (N, number of known values); the boolean ``mask`` (H, W) or (C, H, W) is True where x is known.
+    """What is left of pixels where some are missing: ``x[mask]``.
 
-    Raises ``ValueError`` for a mask that is not boolean, or True nowhere; applying it, for pixels it does not fit.
+    Args:
+        mask: boolean, (H, W) or (C, H, W), True where x is known.
+
+    Returns:
+        Operator from (N, C, H, W) to (N, number of known values); it raises ``ValueError`` for pixels of another size.
+
+    Raises:
+        ValueError: for a mask that is not boolean, or True nowhere.
     """
     if mask.dtype != torch.bool or mask.ndim not in (2, 3) or not bool(mask.any()):
         raise ValueError("The mask must be boolean, (H, W) or (C, H, W), and True where pixels are known.")
 
-    def known(x: torch.Tensor) -> torch.Tensor:
+    def masked(x: torch.Tensor) -> torch.Tensor:
         if mask.shape not in (x.shape[-2:], x.shape[1:]):
             raise ValueError(
                 f"The mask has shape {tuple(mask.shape)}, the pixels {tuple(x.shape[1:])}: they must agree."
             )
         return x[:, mask.expand(x.shape[1:]).to(x.device)]
 
-    return known
+    return masked
 
 
 def super_resolution(factor: int) -> Operator:
-    """The mean of each ``factor`` x ``factor`` block of pixels; raises ``ValueError`` for sizes it does not divide."""
+    """The mean of each ``factor`` x ``factor`` block of pixels.
+
+    Args:
+        factor: 2 or more.
+
+    Returns:
+        Operator from (N, C, H, W) to (N, C, H/factor, W/factor); it raises ``ValueError`` for sizes that the factor
+        does not divide.
+
+    Raises:
+        ValueError: for a factor below 2.
+    """
     if factor < 2:
         raise ValueError(f"factor must be at least 2, not {factor}.")
 
@@ -69,7 +89,17 @@ def super_resolution(factor: int) -> Operator:
 
 
 def gaussian_blur(std: float) -> Operator:
-    """Convolution with a Gaussian of standard deviation ``std`` pixels (cut at 3 std), mirrored at the border."""
+    """Convolution with a Gaussian, cut at three standard deviations, mirrored at the border.
+
+    Args:
+        std: standard deviation in pixels, positive.
+
+    Returns:
+        Operator from (N, C, H, W) to (N, C, H, W); it raises ``ValueError`` for pictures smaller than the Gaussian.
+
+    Raises:
+        ValueError: for a std that is not positive.
+    """
     if not std > 0:
         raise ValueError(f"std must be positive, not {std}.")
     radius = max(math.ceil(3 * std), 1)
@@ -87,7 +117,17 @@ def gaussian_blur(std: float) -> Operator:
 
 
 def linear_map(matrix: torch.Tensor) -> Operator:
-    """``matrix`` (m, C H W) on flattened pixels: compressed sensing."""
+    """A matrix on flattened pixels: compressed sensing.
+
+    Args:
+        matrix: (m, C H W).
+
+    Returns:
+        Operator from (N, C, H, W) to (N, m); it raises ``ValueError`` for pixels of another number.
+
+    Raises:
+        ValueError: for what is no matrix.
+    """
     if matrix.ndim != 2:
         raise ValueError(f"The matrix must have shape (m, C H W), not {tuple(matrix.shape)}.")
 
@@ -100,20 +140,40 @@ def linear_map(matrix: torch.Tensor) -> Operator:
 
 
 def adjoint(operator: Operator, y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``A' y`` on pixels shaped like ``like`` (N, C, H, W), by automatic differentiation."""
+    """``A' y`` by automatic differentiation.
+
+    Args:
+        operator: A.
+        y: (N, ...).
+        like: pixels (N, C, H, W), for their shape, dtype and device.
+
+    Returns:
+        (N, C, H, W).
+    """
     with torch.enable_grad():
         x = torch.zeros_like(like).requires_grad_()
         return torch.autograd.grad(operator(x), x, y)[0]
 
 
 def check_observation(operator: Operator, y: torch.Tensor, noise_std: float, pixels: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless ``operator`` is linear on tensors like ``pixels``, differentiable, and its output has
-    y's shape, y is finite and ``noise_std`` positive."""
+    """Refuse what cannot be solved, before any work is done.
+
+    Args:
+        operator: tried on random pixels.
+        y: the observation (N, ...).
+        noise_std: of its noise.
+        pixels: (N, C, H, W), for their shape, dtype and device.
+
+    Raises:
+        ValueError: unless the operator is linear, differentiable and makes tensors of y's shape, y is finite and
+            noise_std positive.
+    """
     if not noise_std > 0:
         raise ValueError(f"noise_std must be positive, not {noise_std}: use a small one where there is no noise.")
+    generator = torch.Generator().manual_seed(0)  # the caller's own stream of random numbers is not touched
+    one, two = torch.randn(2, *pixels.shape, generator=generator).to(pixels)
     with torch.enable_grad():
-        one, two = (torch.randn_like(pixels).requires_grad_() for _ in range(2))
-        outputs = [operator(v) for v in (one, two, one - 2 * two)]
+        outputs = [operator(v.requires_grad_()) for v in (one, two, one - 2 * two)]
     if not isinstance(outputs[0], torch.Tensor) or outputs[0].shape != y.shape:
         shape = getattr(outputs[0], "shape", type(outputs[0]).__name__)
         raise ValueError(f"The operator makes {shape} of these pixels, the observation is {y.shape}: they must agree.")
@@ -132,7 +192,14 @@ def check_observation(operator: Operator, y: torch.Tensor, noise_std: float, pix
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is known: ``y`` (N, ...) = ``operator(decode(x_0)) + noise_std n``; ``decode`` is None in pixel space."""
+    """What was observed: ``y = operator(decode(x_0)) + noise_std n``.
+
+    Args:
+        operator: A, from pixels (N, C, H, W) to (N, ...).
+        y: (N, ...).
+        noise_std: standard deviation of the noise, positive.
+        decode: from latents to pixels; None in pixel space.
+    """
 
     operator: Operator
     y: torch.Tensor
@@ -153,40 +220,57 @@ def conditional_mean(
     data_std: float = 1.0,
     iterations: int = 5,
     max_noise: float = 5.0,
+    time: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(E[x_0 | x_t, y], gradient)`` by ``mmps`` or ``pigdm``, gradient zero; for ``dps`` ``(E[x_0 | x_t],
-    grad_x ||y - A D||)``.  Both of x's shape and dtype.
+    """The data prediction given the observation, by the formula of the module docstring.
 
-    ``data_std`` is c, ``iterations`` those of conjugate gradients: each costs one backward pass (pigdm: none through
-    the network).  Above the noise level ``sigma/alpha = max_noise`` the network's Jacobian is not asked,
-    ``(sigma^2/alpha) dD/dx`` is ``r^2 I`` there: a network's error enters it times ``(sigma/alpha)^2`` (sigma/alpha for
-    v prediction); on the embedded network it was not positive from about 25 on, on an epsilon network from about 12 on.
+    Above ``max_noise`` the network's Jacobian is not used, ``(sigma^2/alpha) dD/dx`` is ``r^2 I`` there: a network's
+    error enters it times ``(sigma/alpha)^2`` (sigma/alpha for v prediction); on the embedded network it was not
+    positive from about 25 on, on an epsilon network from about 12 on.
+
+    Args:
+        field: the network.
+        x: the state (N, C, H, W).
+        point: its noise level.
+        measurement: y and how it came about.
+        method: mmps, pigdm or dps.
+        data_std: c, the scale of the data.
+        iterations: steps of conjugate gradients; each costs one backward pass (pigdm: none through the network).
+        max_noise: noise level sigma/alpha above which the network's Jacobian is not used; inf for an exact oracle.
+        time: what the network is given for ``point``, as in :meth:`diffusers_sde.methods.fields.Field.output`.
+
+    Returns:
+        ``(E[x_0 | x_t, y], 0)`` by mmps and pigdm, ``(E[x_0 | x_t], grad_x ||y - A D||)`` by dps, of x's shape and
+        dtype.
     """
+    isotropic = point.sigma > max_noise * point.alpha if point.alpha else not math.isinf(max_noise) or method == "dps"
+    c2 = data_std**2
+    r2 = c2 * point.sigma**2 / (c2 * point.alpha**2 + point.sigma**2)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         state = x.detach().requires_grad_()
-        mean = field(state, point)
+        mean = field(state, point, time=time)
+        sloped, slope_at = mean, point  # what C is read from, and where
+        if point.alpha == 0 and not isotropic:
+            slope_at = Point(*(float(v) for v in field.path.alpha_sigma_of(LIMIT_LOG_SNR)))
+            sloped = field(state, slope_at)
         leaf = mean.detach().requires_grad_()
-        seen = measurement(leaf)
-        residual = (measurement.y - seen).detach()
+        predicted = measurement(leaf)
+        residual = (measurement.y - predicted).detach()
 
         def transposed(v: torch.Tensor) -> torch.Tensor:  # A' v
-            return torch.autograd.grad(seen, leaf, v, retain_graph=True)[0]
+            return torch.autograd.grad(predicted, leaf, v, retain_graph=True)[0]
 
         def forward(u: torch.Tensor) -> torch.Tensor:  # A u: the derivative of v -> A' v, which is linear, along u
             if measurement.decode is None:
                 return measurement.operator(u)
-            v = torch.zeros_like(seen, requires_grad=True)
-            (pulled,) = torch.autograd.grad(seen, leaf, v, create_graph=True)
+            v = torch.zeros_like(predicted, requires_grad=True)
+            (pulled,) = torch.autograd.grad(predicted, leaf, v, create_graph=True)
             return torch.autograd.grad(pulled, v, u)[0]
-
-        c2 = data_std**2
-        r2 = c2 * point.sigma**2 / (c2 * point.alpha**2 + point.sigma**2)
-        isotropic = point.sigma > max_noise * point.alpha
 
         def smooth(u: torch.Tensor) -> torch.Tensor:  # (sigma^2/alpha) (dD/dx)' u
             if isotropic:
                 return r2 * u
-            return torch.autograd.grad(mean, state, u, retain_graph=True)[0] * (point.sigma**2 / point.alpha)
+            return torch.autograd.grad(sloped, state, u, retain_graph=True)[0] * (slope_at.sigma**2 / slope_at.alpha)
 
         if method == "dps":
             misfit = transposed(residual / _norm(residual).clamp(min=1e-12))
@@ -211,11 +295,20 @@ def conjugate_gradients(
     floor: float = 0.0,
     tolerance: float = 1e-5,
 ) -> torch.Tensor:
-    """Solve ``system(v) = right`` for each sample of a batch (N, ...); ``system`` is linear, symmetric and at least
-    ``floor`` times the identity (Hestenes & Stiefel 1952).
+    """Solve ``system(v) = right`` for each sample of a batch (Hestenes & Stiefel 1952).
 
-    A sample stops at a residual of ``tolerance`` relative to ``right``, and where the curvature along its search
-    direction is below half the floor: a network's Jacobian is only nearly symmetric and positive.
+    A sample stops where its residual is small, and where the curvature along its search direction is below half the
+    floor: a network's Jacobian is only nearly symmetric and positive.
+
+    Args:
+        system: (N, ...) to (N, ...), linear in each sample, symmetric and at least ``floor`` times the identity.
+        right: (N, ...).
+        iterations: at most so many products with ``system``.
+        floor: smallest eigenvalue that is possible.
+        tolerance: residual relative to ``right`` at which a sample stops.
+
+    Returns:
+        v (N, ...).
     """
     solution, residual = torch.zeros_like(right), right
     direction, square = residual, _dot(residual, residual)
@@ -244,7 +337,18 @@ def _norm(a: torch.Tensor) -> torch.Tensor:
 
 
 def check_method(method: str, data_std: float, iterations: int, max_noise: float, dps_scale: float) -> None:
-    """Raise ``ValueError`` for a method that does not exist or numbers that do not fit."""
+    """Refuse settings that do not exist or do not fit, before any work is done.
+
+    Args:
+        method: of :func:`conditional_mean`, as are the next three.
+        data_std: positive.
+        iterations: at least 1.
+        max_noise: positive.
+        dps_scale: positive.
+
+    Raises:
+        ValueError: for any other.
+    """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
     if iterations < 1:

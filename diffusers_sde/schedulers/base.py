@@ -1,30 +1,41 @@
 """The shared base of all schedulers: lays out a grid, compiles a table at the first step, executes one row per step.
 
-Knows diffusers' scheduler contract (arguments, indices, configs, dtypes, who synchronises with the device when).
-Knows no solver: a subclass says which table it builds and, if it is stochastic, the law of its noise.
+Knows diffusers' scheduler contract (arguments, indices, dtypes, who synchronises with the device when).  Knows no
+solver: a subclass says which table it builds and, if it is stochastic, the law of its noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import BaseOutput
 
 from diffusers_sde import noise
-from diffusers_sde.defaults import measured_defaults
-from diffusers_sde.grids import Nodes, distinct_integers, make_grid, nodes_from_times, nodes_from_user
-from diffusers_sde.paths import Path, VarianceExploding, path_from_config
-from diffusers_sde.prediction import model_coefficients
-from diffusers_sde.schedulers.compiled import Compiled, Normals, compiled_rows
+from diffusers_sde.configs import settled
+from diffusers_sde.grids import Nodes
+from diffusers_sde.paths import Path
+from diffusers_sde.prediction import model_coefficients, split_variance
+from diffusers_sde.schedulers import traced
+from diffusers_sde.schedulers.compiled import Compiled, CompiledRow, Normals, compiled_rows
 from diffusers_sde.schedulers.conversion import Conversion
-from diffusers_sde.schedulers.data_prediction import limited, split_variance
-from diffusers_sde.schedulers.noising import Noising
+from diffusers_sde.schedulers.data_prediction import limited
+from diffusers_sde.schedulers.layout import RunLayout
 from diffusers_sde.schedulers.per_token import per_token_step
-from diffusers_sde.schedulers.state import PerThread, Run
+from diffusers_sde.schedulers.runs import (
+    Layout,
+    Run,
+    Runs,
+    is_single,
+    nearest_row,
+    row_by_value,
+)
 from diffusers_sde.tables import Table
 
 HALF = (torch.float16, torch.bfloat16)
@@ -44,9 +55,10 @@ class SchedulerOutput(BaseOutput):
     noise_std: float = 0.0
 
 
-class TableScheduler(Noising, Conversion):
+class TableScheduler(RunLayout, Conversion):
     """Base of the public schedulers.  A subclass says its table and, if it is stochastic, its noise levels."""
 
+    _internal_dict: Any  # diffusers' name for the config
     order = 1  # every model evaluation has its own timestep, whatever the solver
 
     # -- what a subclass says --
@@ -54,11 +66,6 @@ class TableScheduler(Noising, Conversion):
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
         """The table for these nodes; ``tau`` is the noise level of each step, zeros for an ODE."""
         raise NotImplementedError
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether steps draw noise; such a scheduler has a ``noise_seed`` in its config."""
-        return False
 
     @property
     def _final(self) -> str:
@@ -70,218 +77,99 @@ class TableScheduler(Noising, Conversion):
         """The noise level of each step of the whole grid."""
         return [0.0] * (len(nodes) - 1)
 
-    def _default_grid(self, path: Path, n: int, mu: float | None) -> np.ndarray:
-        """The ``n`` times of a run where the config names no grid."""
-        default = measured_defaults(path, n, self.stochastic)
-        return make_grid(path, default.grid, n, rho=default.rho, mu=mu)
-
-    # -- config --
-
-    def _setup(self) -> None:
-        """Validate what can be validated before a run; called by every ``__init__``."""
-        self._runs = PerThread()
-        self._last_compiled: tuple[Any, tuple, Compiled] | None = None
-        path = path_from_config(self.config)  # raises on a process that does not exist
+    def _check(self) -> None:
+        """Raise ``ValueError`` for config values that no run could use."""
+        path = self.path  # raises on a process that does not exist
         middle = 0.5 * (path.noisiest + path.cleanest)
         alpha, sigma = (float(v) for v in path.alpha_sigma(middle))
         model_coefficients(path, self.config.prediction_type, alpha, sigma)  # raises on an unknown prediction type
 
-    @property
-    def path(self) -> Path:
-        """The forward process of the current config (pipelines may change the config after construction)."""
-        return path_from_config(self.config)
+    # -- configs and copies --
 
-    # -- attributes that pipelines and training scripts read --
+    def _setup(self) -> None:
+        """Make what is not config and validate what is; called by every ``__init__``."""
+        self._runs = Runs()
+        self._last_compiled: tuple[Any, Compiled] | None = None
+        self._handle = traced.register(self)
+        self._check()
 
-    @property
-    def init_noise_sigma(self) -> float:
-        """Standard deviation of the state to start from: 1, or ``sqrt(sigma_max^2 + sigma_data^2)`` for EDM."""
-        path = self.path
-        if isinstance(path, VarianceExploding):
-            return float(np.hypot(path.alpha_sigma(path.noisiest)[1], path.sigma_data))
-        return 1.0
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, made in any way, shares nothing that changes with its original."""
+        self.__dict__.update(state)
+        self._internal_dict = FrozenDict(settled(self._internal_dict))
+        self._runs = self._runs.independent()
+        self._handle = traced.register(self)
 
-    @property
-    def _run(self) -> Run:
-        run = self._runs.get()
-        if run is None:  # not laid out yet: the training grid, one timestep a row
-            path, n = self.path, self.config.num_train_timesteps
-            self._lay_out(nodes_from_times(path, make_grid(path, "linspace", n, mu=1.0), self.config.final_sigmas_type))
-            run = self._runs.get()
-            assert run is not None
+    # -- where a step stands --
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: torch.Tensor | None = None) -> int:
+        """Index of a timestep in the current grid: for an element of ``scheduler.timesteps`` its place in memory (no
+        synchronisation), else the nearest in value."""
+        run, row = self._runs.find(timestep, None)
+        return nearest_row((run or self._run).layout, timestep) if row is None else row
+
+    def _located(self, timestep: Any, sample: Any) -> tuple[Run, int]:
+        """The run and row of a step, whether or not it may be taken now."""
+        run, row = self._runs.find(timestep, sample)
+        if run is None:
+            run = self._put(self._training_run())
+        return run, row_by_value(run, timestep) if row is None else row
+
+    def _turn(self, timestep: Any, sample: torch.Tensor) -> tuple[Run, int]:
+        """The run of a step, standing at the row returned; raises where the row contradicts the run."""
+        run, row = self._located(timestep, sample)
+        if run.next != row or run.tiled or run.released:
+            run = run.about_to(row)
+            if run.layout.start > row:  # the grid was laid out for a start further down
+                run = self._laid_out_from(run, 0)
+        return run, row
+
+    def _with_table(self, run: Run, row: int) -> Run:
+        """The run with a table that holds for ``row`` and for what the config says now."""
+        compiled = run.compiled
+        if compiled is not None and not _unchanged(compiled.settings, self._internal_dict):
+            compiled, run = None, run.anew(row)._replace(seeds=run.seeds)
+        if compiled is None or len(compiled.rows[row - compiled.begin].weights) > len(run.history) + 1:
+            run = run._replace(compiled=self._compile(run.layout, row), history=())
         return run
 
-    @property
-    def timesteps(self) -> torch.Tensor:
-        """What the network is to be evaluated at, (n,), float32 (int64 with round_timesteps)."""
-        return self._run.timesteps
-
-    @timesteps.setter
-    def timesteps(self, value: torch.Tensor) -> None:
-        self._run.timesteps = value
-
-    @property
-    def sigmas(self) -> torch.Tensor:
-        """Noise levels, (n + 1,), float32, on the CPU; may be written to before the first step."""
-        return self._run.sigmas
-
-    @sigmas.setter
-    def sigmas(self, value: torch.Tensor) -> None:
-        self._run.sigmas = value
-
-    @property
-    def levels(self) -> Nodes:
-        """The exact ``time``, ``alpha``, ``sigma``, ``log_snr`` of the run's nodes, float64 (n + 1,) each.
-
-        What a pipeline wrote into ``sigmas`` counts.
-        """
-        return self._nodes(self._run)
-
-    @property
-    def num_inference_steps(self) -> int | None:
-        run = self._runs.get()
-        return None if run is None else len(run.timesteps)
-
-    @property
-    def step_index(self) -> int | None:
-        """Index of the next row, None before the first step."""
-        run = self._runs.get()
-        return None if run is None else run.step_index
-
-    @property
-    def _step_index(self) -> int | None:
-        return self.step_index
-
-    @_step_index.setter
-    def _step_index(self, value: int | None) -> None:
-        """Some pipelines (Cosmos) take a step twice: going back drops the evaluations made since."""
-        run = self._run
-        if run.step_index is not None and value is not None:
-            del run.history[: max(run.step_index - value, 0)]
-        run.step_index = value
-
-    @property
-    def begin_index(self) -> int | None:
-        run = self._runs.get()
-        return None if run is None else run.begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at this index of ``timesteps`` (image-to-image); any index is a valid start."""
-        self._run.begin_index = begin_index
-
-    # -- layout --
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Sequence[float] | torch.Tensor | None = None,
-        mu: float | None = None,
-        timesteps: Sequence[float] | torch.Tensor | None = None,
-    ) -> None:
-        """Lay out a run of ``num_inference_steps`` model evaluations on the config's grid, or on the user's
-        ``timesteps`` and/or ``sigmas`` (see :func:`diffusers_sde.grids.nodes_from_user`); ``mu`` is the dynamic shift
-        of flow models, ignored by models without one.
-
-        Raises ``ValueError`` for no or contradictory arguments.
-        """
-        path, config = self.path, self.config
-        if timesteps is not None or sigmas is not None:
-            ramp_rho = None if config.sigma_schedule == "exponential" else config.rho or 7.0
-            final = config.final_sigmas_type
-            nodes = nodes_from_user(path, timesteps, sigmas, mu=mu, final=final, ramp_rho=ramp_rho)
-            given = len(timesteps if timesteps is not None else nodes.time[:-1])
-            if num_inference_steps not in (None, given, len(nodes) - 1):
-                raise ValueError(f"num_inference_steps is {num_inference_steps} but {given} steps were passed.")
-        elif num_inference_steps is None:
-            raise ValueError("Pass num_inference_steps, timesteps or sigmas to set_timesteps.")
-        else:
-            n = int(num_inference_steps)
-            grid = config.grid or config.sigma_schedule
-            if grid is None:
-                times = self._default_grid(path, n, mu)
-            else:
-                times = make_grid(path, grid, n, rho=config.rho, mu=mu, steps_offset=config.steps_offset)
-            if config.round_timesteps:
-                times = distinct_integers(times)
-            nodes = nodes_from_times(path, times, config.final_sigmas_type)
-        self._lay_out(nodes, device)
-
-    def _lay_out(self, nodes: Nodes, device: str | torch.device | None = None) -> None:
-        dtype = torch.int64 if self.config.round_timesteps else torch.float32
-        labels = self.path.sigma_label(nodes.alpha, nodes.sigma).astype(np.float32)
-        times = torch.from_numpy(nodes.time[:-1]).to(dtype)
-        if device is not None:
-            times = times.to(device, non_blocking=True)
-        self._runs.set(Run(nodes, times, torch.from_numpy(labels.copy()), labels))
-
-    def _nodes(self, run: Run) -> Nodes:
-        """The run's nodes with whatever a pipeline wrote into ``sigmas``."""
-        now = run.sigmas.detach().cpu().double().numpy()
-        changed = np.flatnonzero(now != run.labels) if len(now) == len(run.labels) else np.arange(0)
-        if not len(changed):
-            return run.nodes
-        alpha, sigma = run.nodes.alpha.copy(), run.nodes.sigma.copy()
-        alpha[changed], sigma[changed] = self.path.alpha_sigma_of(self.path.log_snr_of_label(now[changed]))
-        for i in changed:  # a copied entry means that node exactly, not its float32 label
-            for j in np.flatnonzero(run.labels == now[i])[:1]:
-                alpha[i], sigma[i] = run.nodes.alpha[j], run.nodes.sigma[j]
-        return Nodes(run.nodes.time, alpha, sigma)
-
-    def _compile(self, run: Run, begin: int) -> Compiled:
-        """Build the table from grid index ``begin`` on; host floats only.  The last one built is kept, since pipelines
-        are called again with the same grid."""
-        nodes = self._nodes(run)
+    def _compile(self, layout: Layout, begin: int) -> Compiled:
+        """The table from grid index ``begin`` on; host floats only.  The last one built is kept, since pipelines are
+        called again with the same grid and the same config."""
+        nodes, settings = self._nodes(layout), _settings(self._internal_dict)
         key = (begin, *(v.tobytes() for v in (nodes.time, nodes.alpha, nodes.sigma)))
-        config, last = self._internal_dict, self._last_compiled
-        if last is None or last[0] is not config or last[1] != key:
-            last = self._last_compiled = (config, key, self._compiled(nodes, begin))
-        run.compiled = last[2]
-        run.history.clear()
-        return last[2]
+        last = self._last_compiled
+        if last is None or last[0] != key or not _unchanged(last[1].settings, self._internal_dict):
+            last = self._last_compiled = (key, self._compiled(nodes, begin, settings))
+        return last[1]
 
-    def _compiled(self, nodes: Nodes, begin: int) -> Compiled:
+    def _compiled(self, nodes: Nodes, begin: int, settings: Mapping[str, Any]) -> Compiled:
         path, kind, tau = self.path, self.config.prediction_type, self._taus(nodes)
         table = self._table(path, nodes[begin:], tau[begin:])
         normals: list[Normals] = [()] * (len(nodes) - 1)
         if self.stochastic:
             normals = noise.brownian_weights(nodes.log_snr, tau=tau, data_std=table.data_std)
         rows = compiled_rows(table, path, kind, normals[begin:])
-        return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding))
-
-    # -- indices --
-
-    def index_for_timestep(self, timestep: Any, schedule_timesteps: torch.Tensor | None = None) -> int:
-        """Index of a timestep in the current grid: for an element of ``scheduler.timesteps`` its position in memory
-        (no synchronisation), else the nearest in value."""
-        run = self._run
-        if isinstance(timestep, torch.Tensor):
-            own = run.timesteps
-            if timestep.numel() == 1 and timestep.device == own.device and timestep.dtype == own.dtype:
-                mine, its = own.untyped_storage(), timestep.untyped_storage()
-                if mine.data_ptr() == its.data_ptr() and mine.nbytes() == its.nbytes():
-                    return timestep.storage_offset() - own.storage_offset()
-            timestep = timestep.flatten()[0].item()
-        return int(np.argmin(np.abs(run.nodes.time[:-1] - float(timestep))))
-
-    def _index(self, run: Run, timestep: Any) -> int:
-        """The row to run: the next one, else ``begin_index``, else where the timestep is."""
-        if run.step_index is not None and run.step_index < len(run.timesteps):
-            return run.step_index
-        if run.step_index is None and run.begin_index is not None:
-            return run.begin_index
-        return self.index_for_timestep(timestep)
+        return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding), settings)
 
     # -- the step --
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """The network's input: ``x / sqrt(sigma^2 + sigma_data^2)`` for EDM, the sample itself otherwise."""
         path = self.path
-        if not isinstance(path, VarianceExploding):
+        if path.input_scale(1.0) == 1.0:
             return sample
+        if isinstance(timestep, torch.Tensor) and timestep.numel() > 1 and not is_single(timestep):
+            return sample * path.input_scale(self._alpha_sigma(timestep, sample)[1])
         run = self._run
-        sigma = float(self._nodes(run).sigma[self._index(run, timestep)])
-        return sample / float(np.hypot(sigma, path.sigma_data))
+        row = run.next or run.begin or 0
+        if timestep is not None:
+            run, row = self._located(timestep, sample)
+        return sample * path.input_scale(float(self._nodes(run.layout).sigma[row]))
+
+    def _get_conditioning_c_in(self, sigma: Any) -> Any:
+        """The factor of :meth:`scale_model_input` at noise level ``sigma``; Cosmos' video pipeline asks for it."""
+        return self.path.input_scale(sigma)
 
     def step(
         self,
@@ -299,30 +187,37 @@ class TableScheduler(Noising, Conversion):
         keywords of diffusers' schedulers ``pred_original_sample`` and ``per_token_timesteps`` are honoured.
         Returns a :class:`SchedulerOutput`, or ``(prev_sample, pred_original_sample)`` with ``return_dict=False``.
         Arithmetic is float32 for half precision samples, the result has the sample's dtype.
+        Raises ``ValueError`` for a step that contradicts its run: rows left out or taken again, a batch or shape that
+        changed on the way, one timestep for each sample.
         """
-        run = self._run
-        i = self._index(run, timestep)
+        if torch.compiler.is_compiling():
+            outputs = traced.step(self._handle, model_output, timestep, sample, generator, return_dict, **kwargs)
+            return SchedulerOutput(*outputs) if return_dict else outputs
+        run, i = self._turn(timestep, sample)
         if kwargs.get("per_token_timesteps") is not None:
             levels = kwargs["per_token_timesteps"] / self.config.num_train_timesteps
-            prev, x0 = per_token_step(self.path, run.sigmas, levels, sample, model_output)
-            run.step_index = i + 1
+            prev, x0 = per_token_step(self.path, run.layout.sigmas, levels, sample, model_output)
+            self._put(run._replace(next=i + 1, output=weakref.ref(prev)))
             return SchedulerOutput(prev, x0, prev) if return_dict else (prev, x0)
-        compiled = run.compiled
-        k = i - compiled.begin if compiled is not None else 0
-        if compiled is None or k < 0 or len(compiled.rows[k].weights) > len(run.history) + 1:
-            compiled, k = self._compile(run, i), 0
-        row = compiled.rows[k]
+        run = self._with_table(run, i)
+        assert run.compiled is not None
+        row = run.compiled.rows[i - run.compiled.begin]
 
         dtype = sample.dtype
         if model_output.shape != sample.shape:
             model_output = split_variance(model_output, sample, self.config.variance_type)
+        history, tiled = run.history, False
+        if history and history[0].shape != sample.shape:
+            history, tiled = _tiled(history, sample), True
         if dtype in HALF:
             sample = sample.float()
         if model_output.dtype != sample.dtype:
             model_output = model_output.to(sample.dtype)
 
+        # E = m + kappa x is the row's evaluation up to a factor that the weights carry; a limited or given x_0 takes
+        # the place of what the network said, so that the whole step follows it
         x0 = kwargs.get("pred_original_sample")
-        if x0 is None and compiled.limits:
+        if x0 is None and run.compiled.limits:
             x0 = limited(torch.mul(model_output, row.d_m).add_(sample, alpha=row.d_x), self.config)
         if x0 is not None:  # the model output that says this x_0
             x0 = x0.to(sample.dtype)
@@ -333,47 +228,128 @@ class TableScheduler(Noising, Conversion):
             if row.d_rest:
                 x0.add_(sample, alpha=row.d_rest)
         mean = torch.mul(sample, row.a).add_(evaluation, alpha=row.weights[0])
-        for weight, old in zip(row.weights[1:], run.history, strict=False):
+        for weight, old in zip(row.weights[1:], history, strict=False):
             mean.add_(old, alpha=weight)
 
-        run.history.insert(0, evaluation)
-        del run.history[row.keep :]
-        prev = mean
+        prev, seeds = mean, run.seeds
         if row.noise and row.c:
-            if run.seeds is None or len(run.seeds) != len(sample):
-                run.seeds = self._seeds(sample, generator)
-            z = noise.combine(row.noise, run.seeds, sample.shape)
-            prev = torch.add(mean, z.to(mean.dtype), alpha=row.c)
-        run.step_index = i + 1
-
+            seeds = self._seeds(run, sample, generator)
+            prev = torch.add(mean, noise.combine(row.noise, seeds, sample.shape).to(mean.dtype), alpha=row.c)
         if dtype in HALF:
             prev, x0 = prev.to(dtype), x0.to(dtype)
+        self._put(_after(run, i, row, (evaluation, *history)[: row.keep], seeds, prev, tiled))
         if not return_dict:
             return prev, x0
         if dtype in HALF:
             mean = mean.to(dtype) if row.c else prev
         return SchedulerOutput(prev, x0, mean, row.c)
 
+    def _seeds(self, run: Run, sample: torch.Tensor, generator: Any) -> torch.Tensor:
+        """One seed per sample: the run's; at its first noise from the pipeline's generator, else ``noise_seed``, else
+        the latents themselves."""
+        batch = len(sample)
+        if run.seeds is not None:
+            copies, rest = divmod(batch, len(run.seeds))
+            if copies and not rest:  # a step on copies of the batch
+                return run.seeds if copies == 1 else run.seeds.repeat(copies)
+            if run.twice and len(run.seeds) % batch == 0:  # after one
+                return run.seeds[:batch]
+            raise _changed_batch(len(run.seeds), batch)
+        if generator is not None:
+            return noise.seeds_from_generator(generator, batch, sample.device)
+        if self.config.noise_seed is not None:
+            return noise.seeds_from_int(self.config.noise_seed, batch, sample.device)
+        return noise.seeds_from_latents(sample)
+
     def rewind(self, index: int) -> None:
         """Go on from row ``index`` with another state: earlier evaluations and the noise path are forgotten."""
-        run = self._run
-        run.step_index, run.seeds = index, None
-        run.history.clear()
+        self._put(self._run.anew(index))
 
     def reorder(self, index: torch.Tensor | slice) -> None:
-        """Between two steps: go on with the samples ``index`` of the batch, as particle methods do after resampling.
-        Stored evaluations follow, cut off from autograd's graph."""
+        """Between two steps: go on with the samples ``index`` of the batch, as particle methods do after resampling, or
+        as a batch does that shrinks or grows.  Stored evaluations follow, cut off from autograd's graph."""
         run = self._run
-        run.history[:] = [evaluation.detach()[index] for evaluation in run.history]
-        run.seeds = None if run.seeds is None else run.seeds[index]
+        self._put(
+            run._replace(
+                history=tuple(evaluation.detach()[index] for evaluation in run.history),
+                seeds=None if run.seeds is None else run.seeds[index],
+                before=None,
+                tiled=False,
+            )
+        )
 
-    def _seeds(self, sample: torch.Tensor, generator: Any) -> torch.Tensor:
-        """One seed per sample: from the pipeline's generator, else ``noise_seed``, else the latents themselves."""
-        if generator is not None:
-            return noise.seeds_from_generator(generator, len(sample), sample.device)
-        if self.config.noise_seed is not None:
-            return noise.seeds_from_int(self.config.noise_seed, len(sample), sample.device)
-        return noise.seeds_from_latents(sample)
+    @property
+    def model_outputs(self) -> StoredEvaluations:
+        """The evaluations that later rows read, newest first; a pipeline that changes the shape of its latents on the
+        way (ChronoEdit) trims them here."""
+        return StoredEvaluations(self)
+
+    last_sample = None  # read beside model_outputs; no state but the pipeline's own is kept here
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+class StoredEvaluations(Sequence[torch.Tensor]):
+    """The stored evaluations of a scheduler's run, each of which may be replaced."""
+
+    def __init__(self, scheduler: TableScheduler):
+        self._scheduler = scheduler
+
+    def __len__(self) -> int:
+        return len(self._scheduler._run.history)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._scheduler._run.history[index]
+
+    def __setitem__(self, index: int, value: torch.Tensor) -> None:
+        run = self._scheduler._run
+        history = list(run.history)
+        history[index] = value
+        self._scheduler._put(run._replace(history=tuple(history), before=None))
+
+
+def _after(
+    run: Run, i: int, row: CompiledRow, history: tuple[torch.Tensor, ...], seeds: Any, prev: torch.Tensor, tiled: bool
+) -> Run:
+    """The run after its row ``i``."""
+    before = run._replace(before=None) if i + 1 < len(run.layout) or run.twice else None
+    return run._replace(
+        next=i + 1, history=history, seeds=seeds, before=before, output=weakref.ref(prev), tiled=tiled,
+        thread=threading.get_ident(),
+    )  # fmt: skip
+
+
+def _tiled(history: tuple[torch.Tensor, ...], sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The evaluations of a batch for several copies of it, as a pipeline with guidance has when it looks at x_0."""
+    old = history[0]
+    copies, rest = divmod(len(sample), len(old)) if sample.ndim == old.ndim else (0, 0)
+    if not copies or rest or sample.shape[1:] != old.shape[1:]:
+        if sample.shape[1:] == old.shape[1:]:
+            raise _changed_batch(len(old), len(sample))
+        raise ValueError(
+            f"The sample has shape {tuple(sample.shape)}, this run had {tuple(old.shape)}: call set_timesteps for a "
+            "new run, or trim scheduler.model_outputs too."
+        )
+    return tuple(evaluation.repeat(copies, *[1] * (evaluation.ndim - 1)) for evaluation in history)
+
+
+def _changed_batch(old: int, new: int) -> ValueError:
+    return ValueError(
+        f"The batch changed from {old} to {new} in the middle of a run: tell the scheduler which samples go on with "
+        "reorder(index), or call set_timesteps for a new run."
+    )
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What the config says now: diffusers lets its attributes be changed."""
+    return dict(vars(config))
+
+
+def _unchanged(settings: Mapping[str, Any], config: Any) -> bool:
+    """Whether the config still says what it said."""
+    now = vars(config)
+    try:
+        return now == settings
+    except ValueError:  # arrays
+        return now.keys() == settings.keys() and all(np.array_equal(now[k], v) for k, v in settings.items())

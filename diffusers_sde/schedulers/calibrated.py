@@ -1,81 +1,35 @@
 """The scheduler of learned tables: which table and grid a number of steps has, and for which process they hold.
 
-Knows how a calibration is written in a config and when it applies.  Knows nothing of how it was made
-(:mod:`diffusers_sde.calibration` does).
+Knows when a calibration applies.  Knows nothing of how it is written in a config
+(:mod:`diffusers_sde.schedulers.calibration_format` does) or how it was made (:mod:`diffusers_sde.calibration` does).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
-from diffusers_sde.configs import canonical_config, scheduler_init
-from diffusers_sde.defaults import measured_defaults, multistep_table
-from diffusers_sde.grids import Nodes
+from diffusers_sde.configs import family_of, process_keys, process_value, scheduler_init
+from diffusers_sde.defaults import standard_table
+from diffusers_sde.grids import Nodes, distinct_integers
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.tables import Row, Table
-
-_STANDARD = SimpleNamespace(solver_order=2, corrector=None, data_std=None, clock=None)
-_VP_KEYS = (
-    "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale",
-)  # fmt: skip
-_FLOW_KEYS = ("shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal", "invert_sigmas")
-_EDM_KEYS = ("sigma_data", "sigma_min", "sigma_max", "noise_conditioning")
+from diffusers_sde.schedulers.calibration_format import check_format, entry_nodes, entry_table
+from diffusers_sde.stock_configs import canonical_config
+from diffusers_sde.tables import Table
 
 
 def process_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What must agree for a learned table to apply: the keys of the forward process and the prediction type."""
-    c = canonical_config(config)
-    keys: tuple[str, ...] = (
-        _FLOW_KEYS if c.get("use_flow_sigmas") else _EDM_KEYS if c.get("sigma_data") is not None else _VP_KEYS
-    )
-    if keys is _VP_KEYS and c.get("trained_betas") is not None:
-        keys = _VP_KEYS[3:]
-    out: dict[str, Any] = {k: c.get(k) for k in ("num_train_timesteps", "prediction_type", "use_flow_sigmas", *keys)}
-    out["use_flow_sigmas"] = bool(out["use_flow_sigmas"])
-    for key in ("rescale_betas_zero_snr", "use_dynamic_shifting", "invert_sigmas"):
-        if key in out:
-            out[key] = bool(out[key])
-    standard = {"snr_shift_scale": 1.0, "shift": 1.0, "time_shift_type": "exponential", "noise_conditioning": "log"}
-    standard |= {"sigma_min": 0.002, "sigma_max": 80.0}
-    out |= {k: v for k, v in standard.items() if k in out and out[k] is None}
-    if out.get("trained_betas") is not None:
-        out["trained_betas"] = [float(b) for b in out["trained_betas"]]
-    return out
-
-
-def standard_table(path: Path, nodes: Nodes, tau: list[float] | None = None) -> Table:
-    """The exact table with the measured defaults: what a learned one must beat, and what it is a correction of."""
-    stochastic = tau is not None
-    levels = [0.0] * (len(nodes) - 1) if tau is None else tau
-    return multistep_table(_STANDARD, path, nodes, tau=levels, final="corrected", stochastic=stochastic)
-
-
-def table_entry(nodes: Nodes, table: Table | None, tau: list[float] | None, errors: Mapping[str, Any]) -> dict:
-    """One number of steps as it is written in a config: plain numbers and lists."""
-    entry: dict[str, Any] = {k: [float(v) for v in getattr(nodes, k)] for k in ("time", "alpha", "sigma")}
-    entry["rows"] = None if table is None else [[row.a, *row.b] for row in table.rows]
-    entry["tau"] = None if tau is None else [float(t) for t in tau]
-    entry["errors"] = dict(errors)
-    return entry
-
-
-def entry_nodes(entry: Mapping[str, Any]) -> Nodes:
-    return Nodes(*(np.asarray(entry[k], np.float64) for k in ("time", "alpha", "sigma")))
-
-
-def entry_table(entry: Mapping[str, Any], data_std: float) -> Table | None:
-    if entry["rows"] is None:
-        return None
-    columns = zip(entry["time"], entry["alpha"], entry["sigma"], entry["rows"], strict=False)
-    return Table(tuple(Row(t, a, s, row[0], tuple(row[1:]), 0.0) for t, a, s, row in columns), data_std)
+    """What must agree for a learned table to apply: the path, and what the network says of it."""
+    values = canonical_config(config)
+    keys = process_keys(family_of(values), path=True)
+    if values.get("trained_betas") is not None:
+        keys = tuple(k for k in keys if k not in ("beta_start", "beta_end", "beta_schedule"))
+    return {key: process_value(values, key) for key in keys}
 
 
 class CalibratedScheduler(TableScheduler):
@@ -87,35 +41,38 @@ class CalibratedScheduler(TableScheduler):
     (image-to-image) has no history for learned rows and gets exact rows on the rest of the grid.
 
     Args:
-        calibration: what ``calibrate`` found: the process it holds for, ``data_std``, and for each number of steps
-            nodes, rows (None: the exact solver was better), tau (stochastic calibrations) and measured errors.
+        calibration: what ``calibrate`` found: the version of its format, the process it holds for, ``data_std``, and
+            for each number of steps nodes, rows (None: the exact solver was better), tau (stochastic calibrations) and
+            measured errors.
         noise_seed: seed of the Brownian path of a stochastic calibration; None: a hash of the latents.
-        kwargs: process and data options, see :func:`diffusers_sde.configs.shared_parameters`.
+        kwargs: process and data options, see :data:`diffusers_sde.configs.TABLE`.
 
-    ``errors[n]`` are the measured errors at n steps: ``training``, ``held_out``, ``exact`` and ``stock`` (the latter
-    two on the same held-out noise).  Raises ``ValueError`` without a calibration, for a process other than the
-    calibrated one, with thresholding or clipping, and for a table that lost to the exact one on held-out noise.
+    Raises:
+        ValueError: without a calibration, for one in a newer or older format, for a process other than the calibrated
+            one, with thresholding or clipping, and for a table that lost to the exact one on held-out noise.
     """
 
     _own_keys = ("calibration", "noise_seed")
 
     @scheduler_init
     def __init__(self, calibration: dict[str, Any] | None = None, noise_seed: int | None = None):
-        if not calibration or not calibration.get("tables"):
+        if calibration:
+            check_format(calibration)
+        if not calibration or not calibration["tables"]:
             raise ValueError(
                 "A CalibratedScheduler needs a calibration: make one with diffusers_sde.calibrate, load one with "
                 "from_pretrained, or pass another's config.calibration."
             )
         self._setup()
-        self._check()
 
     def _check(self) -> None:
         """Raise ``ValueError`` unless the calibration holds for the current config."""
-        config, calibration = self.config, self.config.calibration
+        super()._check()
+        config, tables = self.config, self.config.calibration["tables"]
         self.check_process(config)
         if config.thresholding or config.clip_sample:
             raise ValueError("Learned tables are linear: they cannot be used with thresholding or clip_sample.")
-        for n, entry in calibration["tables"].items():
+        for n, entry in tables.items():
             errors = entry["errors"]
             learned = entry["rows"] is not None or entry["tau"] is not None
             if learned and not errors["held_out"] <= errors["exact"]:
@@ -138,7 +95,10 @@ class CalibratedScheduler(TableScheduler):
 
     @property
     def errors(self) -> dict[int, dict[str, Any]]:
-        """What was measured at each calibrated number of steps."""
+        """What was measured at each calibrated number of steps, root mean square distances to the converged solution
+        in units of a sample (energy distances for a stochastic calibration): ``training``, and on held-out noise
+        ``held_out``, ``exact`` (the exact solver with its own grid), ``lost`` (the learned table, where it was worse
+        than that), and ``stock`` and ``stock_name`` where stock samplers were compared."""
         return {int(n): dict(entry["errors"]) for n, entry in self.config.calibration["tables"].items()}
 
     @property
@@ -150,49 +110,35 @@ class CalibratedScheduler(TableScheduler):
 
     # -- layout --
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Sequence[float] | torch.Tensor | None = None,
-        mu: float | None = None,
-        timesteps: Sequence[float] | torch.Tensor | None = None,
-    ) -> None:
-        """Lay out the learned grid for ``num_inference_steps`` evaluations, else one interpolated from it.
+    def _asks_for_a_grid(self, path: Path, sigmas: Any) -> bool:
+        values = np.asarray(sigmas.cpu() if hasattr(sigmas, "cpu") else sigmas, np.float64)
+        habit = path.habitual_sigmas(len(values))
+        return habit is None or not np.allclose(values, habit, atol=1e-6)
 
-        ``sigmas`` that are the plain ramp which pipelines pass by habit count as a number of steps; any other list, and
-        ``timesteps``, is a grid for the exact solver.  Raises ``ValueError`` where the config's process has changed.
-        """
-        self.check_process(self.config)
-        if sigmas is not None and timesteps is None and _is_habit(self.path, sigmas):
-            num_inference_steps, sigmas = num_inference_steps or len(sigmas), None
-        if sigmas is not None or timesteps is not None or num_inference_steps is None:
-            super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-            warnings.warn("This grid was not calibrated: the exact solver runs on it.", stacklevel=2)
-            return
-        n = int(num_inference_steps)
+    def _user_nodes(self, path: Path, timesteps: Any, sigmas: Any, mu: float | None) -> Nodes:
+        warnings.warn("This grid was not calibrated: the exact solver runs on it.", stacklevel=3)
+        return super()._user_nodes(path, timesteps, sigmas, mu)
+
+    def _own_nodes(self, path: Path, n: int, mu: float | None) -> tuple[Nodes, tuple[int, float | None] | None]:
         entry = self._entry(n)
         if entry is not None:
-            self._lay_out(entry_nodes(entry), device)
-            return
+            return entry_nodes(entry), (n, mu)
         known = sorted(int(k) for k in self.config.calibration["tables"])
         warnings.warn(
             f"{n} steps were not calibrated (only {', '.join(map(str, known))}): the exact solver runs on the "
             "interpolated grid.",
-            stacklevel=2,
+            stacklevel=3,
         )
-        self._lay_out(self._interpolated(n, min(known, key=lambda k: (abs(math.log(k / n)), k))), device)
+        return self._interpolated(n, min(known, key=lambda k: (abs(math.log(k / n)), k))), (n, mu)
 
     def _interpolated(self, n: int, known: int) -> Nodes:
         """The levels of the grid for ``known`` steps at ``n`` equal parts of its index, in the network's time."""
-        if n < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, not {n}.")
         path, learned = self.path, entry_nodes(self.config.calibration["tables"][str(known)])
         times = path.time(learned.log_snr[:-1])
         ends = np.append(times, path.cleanest)
         at = np.interp(np.arange(n) * known / n, np.arange(known + 1), ends)
         if self.config.round_timesteps:
-            at = np.round(at)
+            at = distinct_integers(at)
         alpha, sigma = path.alpha_sigma(at)
         return Nodes(np.append(at, learned.time[-1]), np.append(alpha, 1.0), np.append(sigma, 0.0))
 
@@ -215,16 +161,3 @@ class CalibratedScheduler(TableScheduler):
 
 def _same(nodes: Nodes, learned: Nodes) -> bool:
     return bool(np.array_equal(nodes.alpha, learned.alpha) and np.array_equal(nodes.sigma, learned.sigma))
-
-
-def _is_habit(path: Path, sigmas: Any) -> bool:
-    """Whether these sigmas are what pipelines pass whatever the user wants: the uniform ramp of flow matching pipelines
-    (1 to 1/n) or of EDM pipelines (0 to 1)."""
-    values = np.asarray(sigmas.cpu() if hasattr(sigmas, "cpu") else sigmas, np.float64)
-    habit = path.habitual_sigmas(len(values))
-    return habit is not None and bool(np.allclose(values, habit, atol=1e-6))
-
-
-def data_scale(path: Path) -> float:
-    """The data_std of the standard table: what F means in learned rows."""
-    return measured_defaults(path, 5).data_std

@@ -6,11 +6,12 @@ no config.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import from_model
 from diffusers_sde.tables import Table
 from diffusers_sde.weights import evaluation_coefficients
 
@@ -39,24 +40,40 @@ class CompiledRow:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A table ready to execute from grid index ``begin`` on; ``limits``: x_0 is clipped or thresholded."""
+    """A table ready to execute from grid index ``begin`` on; ``limits``: x_0 is clipped or thresholded; ``settings``:
+    the config values that it was made for."""
 
     begin: int
     rows: list[CompiledRow]
     limits: bool
+    settings: Mapping[str, Any]
+
+    @property
+    def memoryless(self) -> bool:
+        """Whether each row can be taken by itself: none reads earlier evaluations or draws noise."""
+        return not any(row.keep or (row.noise and row.c) for row in self.rows)
 
 
 def compiled_rows(table: Table, path: Path, kind: str, normals: Sequence[Normals]) -> list[CompiledRow]:
-    """The rows of ``table`` for a network whose ``prediction_type`` is ``kind``; ``normals``: of each row."""
+    """The rows of ``table`` for a network whose ``prediction_type`` is ``kind``.
+
+    A row of a table weighs F, which costs two operations on the state and the output m: ``F = k_x x + k_m m``.  Weights
+    on ``E = F / k_m = m + (k_x / k_m) x`` cost one, and the factor is a number that goes into the weight of E wherever
+    it is read: in this row and, since an E is kept as it was formed, with its own factor in the rows after it.
+
+    Args:
+        table, path: what to run, on which process.
+        kind: the network's prediction type.
+        normals: for each row the normals of its z, see :func:`diffusers_sde.noise.brownian_weights`.
+    """
     rows: list[CompiledRow] = []
     scales: list[float] = []  # F = scale (m + kappa x)
     for i, row in enumerate(table.rows):
-        said = model_coefficients(path, kind, row.alpha, row.sigma)
         own = evaluation_coefficients(table.data_std, row.alpha, row.sigma)
-        k_x, k_m = convert(said, own, row.alpha, row.sigma)
+        k_x, k_m = from_model(path, kind, row.alpha, row.sigma, own)
         scales.append(k_m)
         weights = tuple(b * scales[i - j] for j, b in enumerate(row.b))
-        d_x, d_m = convert(said, (1.0, 0.0), row.alpha, row.sigma)
+        d_x, d_m = from_model(path, kind, row.alpha, row.sigma)
         d_rest = d_x - d_m * k_x / k_m if table.data_std else 0.0
         rows.append(CompiledRow(row.a, weights, row.c, k_x / k_m, d_x, d_m, d_rest, table.history(i), normals[i]))
     return rows

@@ -21,6 +21,7 @@ ALGORITHMS = {
     "noise_prediction": (math.inf, 0.0),  # the names of SASolverScheduler
     "data_prediction": (0.0, 0.0),
 }
+SOLVER_TYPES = ("exact", "midpoint", "heun")
 
 
 class DPMSolverScheduler(TableScheduler):
@@ -36,7 +37,7 @@ class DPMSolverScheduler(TableScheduler):
             config), or midpoint (the published default of order 2).  Order 3 always has exact weights.
         singlestep: restart each step from its anchor instead of keeping a history.
         noise_seed: as in :class:`ReverseSDEScheduler`.
-        kwargs: process, grid and data options, see :func:`diffusers_sde.configs.shared_parameters`.
+        kwargs: process, grid and data options, see :data:`diffusers_sde.configs.TABLE`.
     """
 
     _own_keys = ("solver_order", "algorithm_type", "solver_type", "singlestep", "noise_seed")
@@ -54,18 +55,16 @@ class DPMSolverScheduler(TableScheduler):
             raise ValueError(f"solver_order must be 1, 2 or 3, not {solver_order}.")
         if algorithm_type not in ALGORITHMS:
             raise ValueError(f"algorithm_type {algorithm_type!r} is unknown: use one of {', '.join(ALGORITHMS)}.")
-        if solver_type not in ("exact", "midpoint", "heun"):
+        if solver_type not in SOLVER_TYPES:
             raise ValueError(f"solver_type {solver_type!r} is unknown: use exact, midpoint or heun.")
         if solver_type == "exact":  # the name that diffusers' classes accept for the same weights
             self.register_to_config(solver_type="heun")
         self._setup()
 
     @classmethod
-    def _inherits(cls, config: Mapping[str, Any], key: str) -> bool:
-        return config.get("algorithm_type") in ALGORITHMS and config.get("solver_type", "midpoint") in (
-            "midpoint",
-            "heun",
-        )
+    def _inherits(cls, config: Mapping[str, Any], key: str, ours: bool) -> bool:
+        algorithm, rule = config.get("algorithm_type") in ALGORITHMS, config.get("solver_type", "exact") in SOLVER_TYPES
+        return {"algorithm_type": algorithm, "solver_type": rule}.get(key, True) if ours else algorithm and rule
 
     @property
     def stochastic(self) -> bool:

@@ -1,7 +1,7 @@
 """The forward process on tensors: ``alphas_cumprod``, ``add_noise``, ``scale_noise``, ``get_velocity``.
 
-Knows where a pipeline stands in a run and how to evaluate a path at times that live on a device without bringing them
-to the host.  Knows nothing of solvers.
+Knows which level a noising belongs to, the run's or that of the timestep handed in, and how to evaluate a path at times
+that live on a device without bringing them to the host.  Knows nothing of solvers.
 """
 
 from __future__ import annotations
@@ -12,51 +12,74 @@ import numpy as np
 import torch
 
 from diffusers_sde.grids import Nodes
-from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
-from diffusers_sde.schedulers.state import PerThread, Run
+from diffusers_sde.paths import Path
+from diffusers_sde.schedulers.runs import Layout, Run, Runs, is_single
+
+Levels = tuple[torch.Tensor, torch.Tensor]  # alpha and sigma, (N,) each
 
 
 class Noising:
     """What a scheduler offers to training scripts and image-to-image pipelines."""
 
-    _runs: PerThread
+    _runs: Runs
 
     @property
     def path(self) -> Path:
         raise NotImplementedError
 
-    def _nodes(self, run: Run) -> Nodes:
+    def _nodes(self, layout: Layout) -> Nodes:
+        raise NotImplementedError
+
+    def _laid_out_from(self, run: Run, row: int) -> Run:
+        raise NotImplementedError
+
+    def _put(self, run: Run) -> Run:
         raise NotImplementedError
 
     # -- the discrete schedule that training scripts read --
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
-        path = self.path
-        if not isinstance(path, VariancePreserving):
-            raise AttributeError("alphas_cumprod exists for variance preserving processes only.")
-        return torch.from_numpy(path.alphas_cumprod).float()
+        """``alpha^2`` at the training times, float32 (T,); a timestep between them may be the index too."""
+        table = torch.from_numpy(self._trained_alphas_cumprod()).float().as_subclass(_AlphasCumprod)
+        table.path = self.path
+        return table
+
+    def _trained_alphas_cumprod(self) -> np.ndarray:
+        table = self.path.alphas_cumprod
+        if table is None:
+            raise AttributeError(f"A {self.path.family} process has no alphas_cumprod at integer times.")
+        return table
 
     @property
     def alphas(self) -> torch.Tensor:
-        abar = self.path.alphas_cumprod if isinstance(self.path, VariancePreserving) else None
-        if abar is None:
-            raise AttributeError("alphas exists for variance preserving processes only.")
+        """``alpha_t^2 / alpha_{t-1}^2``, float32 (T,)."""
+        abar = self._trained_alphas_cumprod()
         return torch.from_numpy(np.append(abar[0], abar[1:] / abar[:-1])).float()
 
     @property
     def betas(self) -> torch.Tensor:
+        """``1 - alphas``, float32 (T,)."""
         return 1 - self.alphas
 
     @property
     def final_alpha_cumprod(self) -> torch.Tensor:
+        """``alpha^2`` of clean data."""
         return torch.tensor(1.0)
 
     # -- noising --
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Any) -> torch.Tensor:
-        """``alpha x_0 + sigma eps`` at the row a pipeline stands at (``step_index`` once stepping, else
-        ``begin_index``), else at ``timesteps`` (a number, or a tensor of one time per sample)."""
+        """``alpha x_0 + sigma eps``.
+
+        Args: ``original_samples`` and ``noise`` (N, ...); ``timesteps`` a number or one time per sample.  The level is
+        that of ``timesteps``; where these are the run's own (an element of ``scheduler.timesteps``, or all equal to
+        one), it is that of the row at which the run stands: ``step_index`` once stepping, else ``begin_index``.
+
+        A run that is about to start inside a grid which was the scheduler's own choice starts at the level of equal
+        steps of time from then on, so that a strength means what it means elsewhere.
+        """
+        self._start_on_noised_data(timesteps)
         alpha, sigma = self._alpha_sigma(timesteps, original_samples)
         return alpha * original_samples + sigma * noise
 
@@ -65,45 +88,102 @@ class Noising:
         return self.add_noise(sample, noise, timestep)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Any) -> torch.Tensor:
-        """The v-prediction target ``alpha eps - sigma x_0``."""
+        """The v-prediction target ``alpha eps - sigma x_0``, at the level that :meth:`add_noise` takes."""
         alpha, sigma = self._alpha_sigma(timesteps, sample)
         return alpha * noise - sigma * sample
 
-    def _alpha_sigma(self, timesteps: Any, like: torch.Tensor) -> tuple[Any, Any]:
-        run = self._runs.get()
-        if run is not None and run.begin_index is not None:
-            index = run.begin_index if run.step_index is None else min(run.step_index, len(run.timesteps))
-            nodes = self._nodes(run)
-            return float(nodes.alpha[index]), float(nodes.sigma[index])
+    def _start_on_noised_data(self, timesteps: Any) -> None:
+        """Lay out the run for its start, where these timesteps say that this is one."""
+        run = self._runs.of_thread()
+        if run is None or run.next is not None or run.layout.choice is None:
+            return
+        row = _own_row(run, timesteps)
+        if row is not None and run.begin is not None:
+            row = run.begin
+        if row is not None and row > 0:
+            self._put(self._laid_out_from(run, row)._replace(begin=row))
+
+    def _alpha_sigma(self, timesteps: Any, like: torch.Tensor) -> Levels:
+        """``(alpha, sigma)`` that broadcast over ``like`` (N, ...), in its dtype and on its device."""
+        run = self._runs.of_thread()
         t = timesteps if isinstance(timesteps, torch.Tensor) else torch.as_tensor(timesteps)
-        if t.device.type == "cpu":
-            times = t.double().numpy().reshape(-1)
-            alpha, sigma = self.path.alpha_sigma(times)
-            if run is not None:  # on the grid the run's own levels count: sigmas may have been given or written
-                nodes = self._nodes(run)
-                for j, time in enumerate(times):
-                    hit = np.flatnonzero(np.abs(nodes.time[:-1] - time) <= 1e-6 * max(abs(time), 1e-3))
-                    if len(hit):
-                        alpha[j], sigma[j] = nodes.alpha[hit[0]], nodes.sigma[hit[0]]
-            pair = (torch.from_numpy(np.asarray(v)).to(like.device, like.dtype) for v in (alpha, sigma))
+        if run is not None and (row := _own_row(run, t)) is not None:
+            stands_at = run.begin if run.next is None else min(run.next, len(run.layout))
+            nodes = self._nodes(run.layout)
+            row = row if stands_at is None else stands_at
+            pair: Levels = (torch.tensor([nodes.alpha[row]]), torch.tensor([nodes.sigma[row]]))
+        elif t.device.type == "cpu":
+            pair = self._levels_on_host(run, t)
         else:
-            pair = (v.to(like.device, like.dtype) for v in _alpha_sigma_on_device(self.path, t.flatten()))
-        alpha_t, sigma_t = (v.reshape(-1, *[1] * (like.ndim - 1)) for v in pair)
-        return alpha_t, sigma_t
+            pair = self._levels_on_device(run, t)
+        alpha, sigma = (v.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1)) for v in pair)
+        return alpha, sigma
+
+    def _levels_on_host(self, run: Run | None, t: torch.Tensor) -> Levels:
+        """The path's levels at ``t``, the run's own where a time is one of its nodes: sigmas may have been given."""
+        times = t.double().numpy().reshape(-1)
+        alpha, sigma = self.path.alpha_sigma(times)
+        if run is not None and t.dtype.is_floating_point:
+            nodes = self._nodes(run.layout)
+            for j, time in enumerate(times):
+                hit = _hits(run.layout, time)
+                if len(hit):
+                    alpha[j], sigma[j] = nodes.alpha[hit[0]], nodes.sigma[hit[0]]
+        return torch.from_numpy(np.asarray(alpha)), torch.from_numpy(np.asarray(sigma))
+
+    def _levels_on_device(self, run: Run | None, t: torch.Tensor) -> Levels:
+        """The same for times that live on an accelerator, without waiting for them; a time that all samples share and
+        that is one of the run's is the row at which the run stands."""
+        t = t.flatten()
+        pair = self.path.alpha_sigma_on_device(t)
+        if run is None or not t.dtype.is_floating_point:
+            return pair
+        nodes = self._nodes(run.layout)
+        table = torch.from_numpy(np.stack([nodes.time, nodes.alpha, nodes.sigma])).float()
+        times, *levels = table.to(t.device, non_blocking=True)
+        distance = (t.float()[:, None] - times[None, :-1]).abs()
+        row = distance.argmin(1)
+        hit = distance.amin(1) <= 1e-6 * t.abs().clamp(min=1e-3)
+        stands_at = run.begin if run.next is None else min(run.next, len(run.layout))
+        if stands_at is not None:
+            shared = (hit & (t == t[:1])).all()
+            row, hit = torch.where(shared, stands_at, row), hit | shared
+        alpha, sigma = (torch.where(hit, level[row], path) for level, path in zip(levels, pair, strict=True))
+        return alpha, sigma
 
 
-def _alpha_sigma_on_device(path: Path, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``path.alpha_sigma`` for times that live on an accelerator, without bringing them to the host."""
-    t = t.float()
-    if isinstance(path, FlowMatching):
-        sigma = t / path.scale
-        return (sigma, 1 - sigma) if path.inverted else (1 - sigma, sigma)
-    if isinstance(path, VarianceExploding):
-        sigma = torch.exp(4 * t) if path.noise_conditioning == "log" else torch.tan(t * (np.pi / 2))
-        return torch.ones_like(sigma), sigma
-    assert isinstance(path, VariancePreserving)
-    # linear in the angle between integers: equal to the host's rule at integers, within 1e-6 of it elsewhere
-    angle = torch.from_numpy(np.arccos(np.sqrt(path.alphas_cumprod))).float().to(t.device, non_blocking=True)
-    low = t.floor().clamp(0, len(angle) - 2).long()
-    at = torch.lerp(angle[low], angle[low + 1], t - low)
-    return at.cos(), at.sin()
+def _hits(layout: Layout, time: float) -> np.ndarray:
+    """The rows whose time this is, before a grid was laid out anew too."""
+    close = [
+        np.abs(nodes.time[:-1] - time) <= 1e-6 * max(abs(time), 1e-3) for nodes in (layout.nodes, layout.whole) if nodes
+    ]
+    return np.flatnonzero(np.any(close, axis=0))
+
+
+def _own_row(run: Run, timesteps: Any) -> int | None:
+    """The row of the run that ``timesteps`` are, one for the whole batch, as far as the host can see: an element of the
+    run's own, or a copy of one; None for other times, as training code draws them."""
+    if not isinstance(timesteps, torch.Tensor) or timesteps.numel() == 0:
+        return None
+    if is_single(timesteps) and run.owns(timesteps.untyped_storage()):
+        return run.row(timesteps)
+    if timesteps.device.type != "cpu" or run.timesteps is None or timesteps.dtype != run.timesteps.dtype:
+        return None
+    values = timesteps.flatten()
+    hit = _hits(run.layout, float(values[0]))
+    return int(hit[0]) if len(hit) and bool((values == values[0]).all()) else None
+
+
+class _AlphasCumprod(torch.Tensor):
+    """``alphas_cumprod`` that pipelines may also index with a timestep between two integers."""
+
+    path: Path
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        if isinstance(index, float) or (isinstance(index, torch.Tensor) and index.dtype.is_floating_point):
+            t = torch.as_tensor(index)
+            if t.device.type == "cpu":
+                return torch.from_numpy(np.asarray(self.path.alpha_sigma(t.double().numpy())[0] ** 2)).float()
+            return self.path.alpha_sigma_on_device(t)[0] ** 2
+        return super().__getitem__(index)

@@ -24,7 +24,7 @@ class ProbabilityFlowScheduler(TableScheduler):
         clock: coordinate of the extrapolation: log_snr, sigma, angle or time; None: the measured default.
         final: the step to sigma = 0: denoise, corrected, exact or second_order (:func:`build_multistep`); None:
             corrected, or denoise where the data prediction is limited.
-        kwargs: process, grid and data options, see :func:`diffusers_sde.configs.shared_parameters`.
+        kwargs: process, grid and data options, see :data:`diffusers_sde.configs.TABLE`.
     """
 
     _own_keys = ("solver_order", "corrector", "data_std", "clock", "final")

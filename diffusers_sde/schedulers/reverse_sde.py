@@ -32,7 +32,7 @@ class ReverseSDEScheduler(TableScheduler):
         final: the step to sigma = 0: denoise or corrected (no noise is left), exact or second_order; None: corrected,
             or denoise where the data prediction is limited.
         noise_seed: seed of the Brownian path where a pipeline passes no generator; None: a hash of the latents.
-        kwargs: process, grid and data options, see :func:`diffusers_sde.configs.shared_parameters`.
+        kwargs: process, grid and data options, see :data:`diffusers_sde.configs.TABLE`.
     """
 
     _own_keys = ("tau", "eta", "solver_order", "corrector", "data_std", "clock", "final", "noise_seed")

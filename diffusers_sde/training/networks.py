@@ -18,11 +18,12 @@ from typing import Any
 import diffusers
 import torch
 
-from diffusers_sde.configs import canonical_config
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.models.classifier import NoisyClassifierModel
 from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
-from diffusers_sde.paths import Path, path_from_config
+from diffusers_sde.paths import Path
 from diffusers_sde.schedulers import FlowMapScheduler, ProbabilityFlowScheduler
+from diffusers_sde.stock_configs import canonical_config
 
 _FORWARD_PROCESSES: dict[str, dict[str, Any]] = {
     "vp": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},

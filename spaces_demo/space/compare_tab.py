@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 
-from diffusers_sde.named_samplers import SAMPLERS
+from diffusers_sde.comparison.engine import Comparison
+from diffusers_sde.sampler_names import SAMPLERS
 from space import compare, inputs, models
 from space.pictures import data_uri, enlarged, picture
 from space.widgets import friendly, greyed_models, image_tag, model_choices, progress_bar
@@ -41,48 +41,43 @@ def parse_cell(name: str) -> tuple[str, int]:
 
 def render(sheet: compare.Sheet, chosen: str | None = None) -> str:
     """The sheet as a table of buttons, one a cell, of use when all are there; holes where nothing is computed yet."""
-    request = sheet.request
-    head = "".join(f"<th scope='col'>{n} evaluations</th>" for n in request.budgets)
-    best = {
-        n: min((r.mean for r in sheet.results if r.budget == n and r.mean is not None), default=None)
-        for n in request.budgets
-    }
+    state = sheet.comparison
+    head = "".join(f"<th scope='col'>{n} evaluations</th>" for n in state.budgets)
     body = []
-    for name in request.samplers:
-        kind = "ours" if SAMPLERS[name].ours else "diffusers"
-        kind += ", stochastic" if SAMPLERS[name].stochastic else ""
-        cells = "".join(f"<td>{_cell(sheet, name, n, best[n], chosen)}</td>" for n in request.budgets)
-        body.append(f"<tr><th scope='row'><b>{html.escape(name)}</b>{kind}</th>{cells}</tr>")
-    if sheet.reference is not None:
-        good = "" if sheet.reference_error is None else f" · its own error {sheet.reference_error:.4f}"
-        picture_of = image_tag(sheet.reference, "reference solution", extra="")
+    for name in state.samplers:
+        cells = "".join(f"<td>{_cell(state, name, n, chosen)}</td>" for n in state.budgets)
+        body.append(f"<tr><th scope='row'><b>{html.escape(name)}</b>{SAMPLERS[name].label}</th>{cells}</tr>")
+    if state.reference is not None:
+        own_error = "" if state.reference_error is None else f" · its own error {state.reference_error:.4f}"
+        picture_of = image_tag(state.reference, "reference solution", extra="")
         body.insert(
             0,
-            f"<tr><th scope='row'><b>{REFERENCE}</b>exact solution</th><td colspan='{len(request.budgets)}'>"
+            f"<tr><th scope='row'><b>{REFERENCE}</b>exact solution</th><td colspan='{len(state.budgets)}'>"
             f"<div class='cell' style='cursor:default'>{picture_of}"
-            f"<small>{compare.reference_steps(request)} evaluations{good}</small></div></td></tr>",
+            f"<small>{state.reference_steps} evaluations{own_error}</small></div></td></tr>",
         )
     return (
-        f"{progress_bar(sheet.done, sheet.total)}<div class='scroll'>"
-        f"<table class='sheet' style='--cell: {min(660 // len(request.budgets), 262)}px'>"
+        f"{progress_bar(state.done, state.total)}<div class='scroll'>"
+        f"<table class='sheet' style='--cell: {min(660 // len(state.budgets), 262)}px'>"
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
-def _cell(sheet: compare.Sheet, name: str, budget: int, best: float | None, chosen: str | None) -> str:
-    result = sheet.cell(name, budget)
+def _cell(state: Comparison, name: str, budget: int, chosen: str | None) -> str:
+    result = state.cell(name, budget)
     if result is None:
-        return "<div class='cell' style='cursor:default'><div class='hole'></div><small>&nbsp;<br>&nbsp;</small></div>"
+        absence = state.absence(name, budget) or "&nbsp;<br>&nbsp;"
+        return f"<div class='cell' style='cursor:default'><div class='hole'></div><small>{absence}</small></div>"
     if result.mean is None:
-        said = "no distance: it draws noise" if SAMPLERS[name].stochastic else "distance follows"
+        distance = "no distance: it draws noise" if SAMPLERS[name].stochastic else "distance follows"
     else:
-        said = f"distance <b{' class=best' if result.mean == best else ''}>{result.mean:.4f}</b>"
+        distance = f"distance <b{' class=best' if result.mean == state.best(budget) else ''}>{result.mean:.4f}</b>"
     key = cell_name(name, budget)
-    waiting = "" if sheet.finished else " disabled"
+    waiting = "" if state.finished else " disabled"
     return (
         f"<button type='button' class='cell{' chosen' if key == chosen else ''}' data-cell='{key}'{waiting} "
         f"aria-label='{key} evaluations: choose'>{image_tag(result.images, key, extra='')}"
-        f"<small>{said}<br>{result.nfe} evaluations · {1000 * result.seconds:.0f} ms</small></button>"
+        f"<small>{distance}<br>{result.nfe} evaluations · {1000 * result.seconds:.0f} ms</small></button>"
     )
 
 
@@ -97,13 +92,13 @@ def run(
     request = compare.checked(
         model=model, choice=choice, prompt=prompt, seed=seed, budgets=budgets, samplers=samplers, guidance=guidance
     )
-    first = cell_name(request.samplers[0], request.budgets[0])
     sheet = None
     for sheet in compare.sheets(request):  # what belongs to the last sheet goes until this one is finished
         no_file = gr.update(interactive=False)
         yield render(sheet), sheet, *[gr.skip()] * 4, no_file, no_file, gr.update(visible=False)
     assert sheet is not None
-    names = [cell_name(r.sampler, r.budget) for r in sheet.results]
+    names = [cell_name(name, budget) for name, budget in sheet.comparison.jobs]
+    first = names[0]
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:  # gone when gradio has its copies
         files = compare.write_files(sheet, Path(folder))
         yield (
@@ -128,16 +123,17 @@ def slider_files(sheet: compare.Sheet, left: str, right: str, folder: Path) -> t
 
 
 def _slider_file(sheet: compare.Sheet, name: str, file: Path) -> str:
-    shown = sheet.reference if name == REFERENCE else sheet.cell(*parse_cell(name))
-    assert shown is not None  # a finished sheet has them all
-    images = shown if isinstance(shown, torch.Tensor) else shown.images
+    state = sheet.comparison
+    cell = None if name == REFERENCE else state.cell(*parse_cell(name))
+    images = state.reference if cell is None else cell.images
+    assert images is not None  # a finished sheet has them all
     enlarged(picture(images, columns=2 if len(images) > 1 else 1), 520).save(file)
     return str(file)
 
 
 def choose(sheet: compare.Sheet | None, left: str | None, right: str | None) -> Iterator[tuple]:
     """The sheet with the chosen cell marked, that cell's program, and the slider: (html, code, slider)."""
-    if sheet is None or not sheet.finished or not left or not right:
+    if sheet is None or not sheet.comparison.finished or not left or not right:
         yield gr.skip(), gr.skip(), gr.skip()
         return
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:  # gone when gradio has its copies
@@ -154,20 +150,20 @@ def clicked(event: gr.EventData) -> str:
 
 def for_model(key: str) -> tuple[Any, Any, Any, Any]:
     """Class, prompt, guidance and samplers as they fit a model."""
-    model, fitting = models.MODELS[key], compare.offered(key)
-    preferred = [name for name in compare.DEFAULT_SAMPLERS if name in fitting]
+    model = models.MODELS[key]
+    fitting, preselected = compare.choices(key)
     return (
         gr.update(choices=["mix", *model.classes], value="mix", visible=bool(model.classes)),
         gr.update(visible=model.prompted),
         gr.update(value=model.guidance or 1.0, visible=model.guidance is not None),
-        gr.update(choices=fitting, value=preferred),
+        gr.update(choices=fitting, value=preselected),
     )
 
 
 def build(_tab: gr.Tab) -> None:
     """The tab's components and what connects them."""
-    fitting = compare.offered(models.DEFAULT)
-    model = models.MODELS[models.DEFAULT]
+    fitting, preselected = compare.choices(models.DEFAULT)
+    model, default = models.MODELS[models.DEFAULT], compare.Request()
     gr.Markdown(
         "The same noise, several samplers, few network evaluations. The distance is the RMSE to the exact solution of "
         "the probability flow ODE from that noise.",
@@ -179,9 +175,12 @@ def build(_tab: gr.Tab) -> None:
             gr.HTML(greyed_models())
             choice = gr.Dropdown(["mix", *model.classes], value="mix", label="Class")
             prompt = gr.Textbox(label="Prompt", visible=False, max_length=inputs.MAX_PROMPT, lines=2)
-            preferred = [name for name in compare.DEFAULT_SAMPLERS if name in fitting]
-            samplers = gr.CheckboxGroup(fitting, value=preferred, label="Samplers", elem_id="compare-samplers")
-            budgets = gr.Textbox("5, 10", label="Evaluations", info=f"up to {inputs.MAX_BUDGETS} numbers to 100")
+            samplers = gr.CheckboxGroup(fitting, value=preselected, label="Samplers", elem_id="compare-samplers")
+            budgets = gr.Textbox(
+                ", ".join(map(str, default.budgets)),
+                label="Evaluations",
+                info=f"up to {inputs.MAX_BUDGETS} numbers to {inputs.MAX_NFE}",
+            )
             with gr.Row():
                 guidance = gr.Number(model.guidance, label="Guidance", minimum=0, maximum=20, step=0.5, min_width=90)
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED, min_width=90)
@@ -240,12 +239,13 @@ def api(
     prompt: str = "",
     seed: float = 0,
     budgets: list[int] = [5, 10],  # noqa: B006  (gradio shows it; never changed)
-    samplers: list[str] = ["pf-ode", "unipc"],  # noqa: B006
+    samplers: list[str] | None = None,
     guidance: float = 2.0,
     images: float = 4,
 ) -> dict[str, Any]:
-    """Compare samplers on one model from the same noise: for each cell true evaluations, milliseconds, the distance to
-    the reference (null where noise is drawn) and the picture."""
+    """Compare samplers (by default the first of the model's) on one model from the same noise: for each cell true
+    evaluations, milliseconds, the distance to the reference (null where noise is drawn) and the picture.  A calibrated
+    sampler has no cell at a number of evaluations that it was not calibrated for."""
     request = compare.checked(
         model=model,
         choice=choice,
@@ -266,6 +266,6 @@ def api(
             "distance": r.mean,
             "picture": data_uri(picture(r.images)),
         }
-        for r in sheet.results
+        for r in sheet.comparison.results
     ]
-    return {"seed": request.seed, "cells": cells, "reference_error": sheet.reference_error}
+    return {"seed": request.seed, "cells": cells, "reference_error": sheet.comparison.reference_error}

@@ -19,11 +19,10 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler
 from diffusers_sde.benchmarks.errors import coupled_errors
-from diffusers_sde.comparison.command import check_samplers
+from diffusers_sde.comparison.engine import Comparison, compare
 from diffusers_sde.comparison.problems import Problem, make_problem
-from diffusers_sde.named_samplers import SAMPLERS, reference_scheduler
+from diffusers_sde.sampler_names import DEFAULT_SAMPLERS, SAMPLERS
 from space import inputs, models
-from space.compare import solve_cell
 
 PROBLEMS = {"mixture": "exact mixture", "network": "Fashion-MNIST network"}
 NFES = {"mixture": (5, 7, 10, 14, 20, 28, 40), "network": (5, 8, 12, 20)}
@@ -31,7 +30,8 @@ REFERENCE_STEPS = {"mixture": 400, "network": 80}
 DIMENSION, COMPONENTS, SAMPLES = 16, 5, {"mixture": 64, "network": 2}
 BUDGET_STEPS = (5, 10, 20, 40)
 SOURCES = ("initialisation", "discretisation", "score")
-DETERMINISTIC = tuple(name for name, s in SAMPLERS.items() if not s.stochastic and name != "calibrated")
+DETERMINISTIC = tuple(name for name, s in SAMPLERS.items() if not s.stochastic and not s.learned)
+PRESELECTED = tuple(name for name in DEFAULT_SAMPLERS["variance preserving"] if name in DETERMINISTIC)[:4]
 
 
 # -- error against evaluations --
@@ -39,17 +39,24 @@ DETERMINISTIC = tuple(name for name, s in SAMPLERS.items() if not s.stochastic a
 
 @dataclass(frozen=True)
 class Curves:
-    """Mean errors ``{sampler: [(evaluations, error), ...]}`` and how far the reference is from one with half its
-    evaluations; ``done`` of ``total`` cells."""
+    """The errors of one problem as far as they are known."""
 
     problem: str
-    points: dict[str, list[tuple[int, float]]]
-    reference_error: float
-    done: int
-    total: int
+    comparison: Comparison
+
+    @property
+    def points(self) -> dict[str, list[tuple[int, float]]]:
+        """Mean errors ``{sampler: [(evaluations, error), ...]}``."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for result in self.comparison.by_sampler:
+            if result.mean is not None:
+                found.setdefault(result.sampler, []).append((result.nfe, result.mean))
+        return found
 
     def slope(self, sampler: str) -> float | None:
-        return fit_slope(self.points.get(sampler, []), 4 * self.reference_error)
+        """The fitted order, from errors well above that of the reference; None until that is known."""
+        floor = self.comparison.reference_error
+        return None if floor is None else fit_slope(self.points.get(sampler, []), 4 * floor)
 
 
 def oracle(seed: int = 0) -> GaussianMixtureModel:
@@ -70,18 +77,13 @@ def problem_of(key: str, seed: int) -> Problem:
 
 
 def curves(key: str, samplers: Sequence[str], seed: int) -> Iterator[Curves]:
-    """Errors sampler by sampler.  Raises :class:`UsageError` for wrong inputs, and for samplers that do not fit."""
+    """Errors, a number of evaluations at a time.  Raises :class:`UsageError` for wrong inputs, and for samplers that do
+    not fit."""
     names, seed = inputs.samplers(samplers, allow_stochastic=False), inputs.seed(seed)
-    problem = problem_of(key, seed)
-    nfes, steps = NFES[key], REFERENCE_STEPS[key]
-    check_samplers(names, nfes[:1], problem)
-    fine, coarse = (problem.solve(reference_scheduler(problem.config), n, lambda: None) for n in (steps, steps // 2))
-    own_error = float((fine - coarse).double().flatten(1).square().mean(1).sqrt().mean())
-    points: dict[str, list[tuple[int, float]]] = {}
-    for i, name in enumerate(names):
-        cells = [solve_cell(problem, name, n, fine) for n in nfes]
-        points = {**points, name: [(cell.nfe, cell.mean) for cell in cells if cell.mean is not None]}
-        yield Curves(key, points, own_error, i + 1, len(names))
+    for state in compare(problem_of(key, seed), names, NFES[key], reference_steps=REFERENCE_STEPS[key]):
+        column_ends = bool(state.results) and state.results[-1].sampler == names[-1]
+        if state.finished or (column_ends and state.reference is not None):
+            yield Curves(key, state)
 
 
 def fit_slope(points: Sequence[tuple[int, float]], floor: float = 0.0, used: int = 4) -> float | None:

@@ -14,12 +14,11 @@ import gradio as gr
 import plotly.graph_objects as go
 
 from diffusers_sde.comparison.report import COLOURS
-from diffusers_sde.named_samplers import SAMPLERS
+from diffusers_sde.sampler_names import SAMPLERS
 from space import error_lab, inputs
 from space.style import MUTED, framed
 from space.widgets import friendly
 
-DEFAULT_SAMPLERS = ("pf-ode", "ddim", "dpm++2m", "unipc")
 SOURCE_COLOURS = {"initialisation": "#8f9bb3", "discretisation": "#2f7f86", "score": "#d9a441"}
 
 
@@ -79,9 +78,10 @@ def draw_budget(found: error_lab.Budget) -> go.Figure:
 def run(problem: str, samplers: list[str], seed: Any) -> Iterator[tuple[Any, error_lab.Curves, str]]:
     """Stream (plot, state, note)."""
     for found in error_lab.curves(problem, samplers, seed):
-        steps, own = error_lab.REFERENCE_STEPS[problem], found.reference_error
-        said = f"Reference: {steps} evaluations, its own error {own:.1e}. Slopes are fitted to the last four points."
-        yield draw_curves(found), found, f'<div class="note">{said}</div>'
+        steps, own_error = found.comparison.reference_steps, found.comparison.reference_error
+        quality = "" if own_error is None else f", its own error {own_error:.1e}"
+        text = f"Reference: {steps} evaluations{quality}. Slopes are fitted to the last four points."
+        yield draw_curves(found), found, f'<div class="note">{text}</div>'
 
 
 @friendly
@@ -125,7 +125,7 @@ def build(tab: gr.Tab) -> None:
             problems = [(title, key) for key, title in error_lab.PROBLEMS.items()]
             problem = gr.Radio(problems, value="mixture", label="Problem")
             names = list(error_lab.DETERMINISTIC)
-            samplers = gr.CheckboxGroup(names, value=list(DEFAULT_SAMPLERS), label="Samplers")
+            samplers = gr.CheckboxGroup(names, value=list(error_lab.PRESELECTED), label="Samplers")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED)
             start = gr.Button("Measure", variant="primary", elem_id="errors-run")
             csv_file = gr.DownloadButton("Table (CSV)", interactive=False, size="sm", elem_id="errors-csv")
@@ -171,7 +171,7 @@ def build(tab: gr.Tab) -> None:
 @friendly
 def api(
     problem: str = "mixture",
-    samplers: list[str] = list(DEFAULT_SAMPLERS),  # noqa: B006  (gradio shows it; never changed)
+    samplers: list[str] = list(error_lab.PRESELECTED),  # noqa: B006  (gradio shows it; never changed)
     seed: float = 0,
     noise: float = 8.0,
     score: float = 0.05,

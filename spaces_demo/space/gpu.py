@@ -14,9 +14,9 @@ SECONDS_PER_EVALUATION = {"sd15": 0.12, "sdxl": 0.35, "sana": 0.15}  # of four i
 STARTUP, SHORTEST, LONGEST = 20, 30, 300
 
 
-def duration(key: str, budgets: Sequence[int], samplers: Sequence[str], reference_steps: int) -> int:
-    """Seconds to ask for: evaluations of all samplers at all budgets and of both references, and the start."""
-    evaluations = len(samplers) * sum(budgets) + 1.5 * reference_steps
+def duration(key: str, budgets: Sequence[int], samplers: int, reference_steps: int) -> int:
+    """Seconds to ask for: evaluations of that many samplers at all budgets and of both references, and the start."""
+    evaluations = samplers * sum(budgets) + 1.5 * reference_steps
     return int(min(max(STARTUP + SECONDS_PER_EVALUATION.get(key, 0.1) * evaluations, SHORTEST), LONGEST))
 
 

@@ -8,27 +8,27 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from diffusers_sde.errors import UsageError
-from diffusers_sde.named_samplers import SAMPLERS
+from diffusers_sde.sampler_names import SAMPLERS
 
 MAX_NFE, MAX_BUDGETS, MAX_SAMPLERS, MAX_IMAGES, MAX_PROMPT, MAX_SEED = 100, 5, 6, 8, 300, 2**31 - 1
 
 
-def number(value: Any, low: float, high: float, what: str) -> float:
+def number(value: Any, low: float, high: float, name: str) -> float:
     """``value`` as a finite float in [low, high]; raises :class:`UsageError`."""
     try:
         result = float(value)
     except (TypeError, ValueError):
-        raise UsageError(f"{what} must be a number from {low:g} to {high:g}.") from None
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}.") from None
     if not math.isfinite(result) or not low <= result <= high:
-        raise UsageError(f"{what} must be from {low:g} to {high:g}.")
+        raise UsageError(f"{name} must be from {low:g} to {high:g}.")
     return result
 
 
-def integer(value: Any, low: int, high: int, what: str) -> int:
+def integer(value: Any, low: int, high: int, name: str) -> int:
     """``value`` as an int in [low, high]; raises :class:`UsageError`."""
-    result = number(value, low, high, what)
+    result = number(value, low, high, name)
     if result != int(result):
-        raise UsageError(f"{what} must be a whole number.")
+        raise UsageError(f"{name} must be a whole number.")
     return int(result)
 
 
@@ -69,7 +69,7 @@ def prompt(value: str | None) -> str:
     return text
 
 
-def choice(value: Any, known: Sequence[str], what: str) -> str:
+def choice(value: Any, known: Sequence[str], name: str) -> str:
     if value not in known:
-        raise UsageError(f"{what} must be one of {', '.join(known)}.")
+        raise UsageError(f"{name} must be one of {', '.join(known)}.")
     return str(value)

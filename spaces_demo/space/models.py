@@ -114,7 +114,7 @@ def shared_pipeline(model: Model) -> Any:
     """
     with _lock:
         if model.key not in _loaded:
-            options = {} if model.embedded else {"torch_dtype": torch.float16}
+            options = {} if model.embedded else {"dtype": torch.float16}
             try:
                 pipe = load_pipeline(str(ASSETS / model.source) if model.embedded else model.source, **options)
                 if model.classes and pipe.unet.config.num_class_embeds != len(model.classes) + 1:

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, ReverseSDEScheduler, TableScheduler
 from diffusers_sde.errors import UsageError
 from diffusers_sde.grids import GRIDS
 from diffusers_sde.methods.control import scheduler_kernel, systematic_resample, twisted_smc
 from diffusers_sde.methods.guidance import classifier_free
 from diffusers_sde.sampling import network_denoiser, sample
-from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.weights import CLOCKS
 from space import inputs
 from space.recording import Recording, record
@@ -187,10 +186,10 @@ def flow(request: Request) -> Flow:
     model, scheduler = mixture(request), scheduler_of(request)
     recording: Recording = record(network_denoiser(model), scheduler, _noise(request))
     particles = recording.states.reshape(request.steps + 1, request.particles, 2).numpy()
-    levels = [tuple(float(v) for v in scheduler.path.alpha_sigma_of(lam)) for lam in recording.log_snr]
+    levels = list(zip(recording.levels.alpha.tolist(), recording.levels.sigma.tolist(), strict=True))
     exact, other = (_exact_samples(model, request.particles, seed) for seed in (1, 2))
     return Flow(
-        recording.log_snr,
+        recording.levels.log_snr,
         levels,
         particles,
         sliced_distance(particles[-1], exact),

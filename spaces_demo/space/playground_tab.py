@@ -61,22 +61,22 @@ def _request(values: tuple) -> playground.Request:
 
 @friendly
 def run(*values: Any) -> Iterator[tuple[Any, ...]]:
-    """Stream all plots and what is said about them: the flow first, then guidance."""
+    """Stream all plots and the notes on them: the flow first, then guidance."""
     request = _request(values)
     found, keep = playground.flow(request), gr.skip()
-    said = (
+    note = (
         f'<div class="note">Sliced Wasserstein distance to the data <b>{found.distance:.3f}</b>; of as many exact '
         f"samples <b>{found.floor:.3f}</b>. Click names above the plot to show or hide layers.</div>"
     )
-    yield draw_flow(playground.mixture(request), found), said, keep, keep, keep, keep
+    yield draw_flow(playground.mixture(request), found), note, keep, keep, keep, keep
     steered = playground.guided(request)
     free, monte_carlo = steered.distances
-    guided_said = (
+    guided_note = (
         '<div class="note">The ground is the true law p(x) p(y | x)<sup>w</sup>. Distance to it: guidance '
         f"<b>{free:.3f}</b>, Monte Carlo <b>{monte_carlo:.3f}</b>, exact samples <b>{steered.floor:.3f}</b>. Guidance "
         "aims at that law at every noise level, and so samples another one unless w = 1.</div>"
     )
-    yield keep, keep, *draw_guided(steered), guided_said
+    yield keep, keep, *draw_guided(steered), guided_note
 
 
 def drawn(event: gr.EventData) -> tuple[str, str]:
@@ -110,7 +110,7 @@ def build(tab: gr.Tab) -> None:
                 canvas = gr.HTML(CANVAS + WIPE, js_on_load=DRAW, elem_id="playground-canvas")
         with gr.Column(scale=7, min_width=320):
             plot = gr.Plot(show_label=False, elem_id="playground-plot")
-            said = gr.HTML()
+            note = gr.HTML()
     gr.HTML('<h4 class="part">Guidance towards one component, two ways</h4>')
     with gr.Row():
         component = gr.Slider(1, 8, 2, step=1, label="Component", min_width=160)
@@ -118,11 +118,11 @@ def build(tab: gr.Tab) -> None:
     with gr.Row():
         free = gr.Plot(show_label=False, min_width=280)
         monte_carlo = gr.Plot(show_label=False, min_width=280)
-    guided_said = gr.HTML()
+    guided_note = gr.HTML()
     effective = gr.Plot(show_label=False)
 
     controls = [distribution, points, tau, order, clock, grid, steps, particles, seed, component, scale]
-    outputs = [plot, said, free, monte_carlo, effective, guided_said]
+    outputs = [plot, note, free, monte_carlo, effective, guided_note]
     options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     changes = [c.change for c in controls if c is not distribution]
     gr.on(

@@ -1,22 +1,22 @@
-"""Every state of one sampling run.  Knows schedulers' steps and log-SNRs; knows no model and no interface."""
+"""Every state of one sampling run.  Knows schedulers' steps and levels; knows no model and no interface."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from diffusers_sde import TableScheduler
+from diffusers_sde.grids import Nodes
 from diffusers_sde.sampling import Denoiser
-from diffusers_sde.schedulers.base import TableScheduler
 
 
 @dataclass(frozen=True)
 class Recording:
-    """States (n + 1, N, ...) at n + 1 half log-SNRs, and the data predictions (n, N, ...) made at the first n."""
+    """States (n + 1, N, ...) at n + 1 levels, and the data predictions (n, N, ...) made at the first n."""
 
-    log_snr: np.ndarray
+    levels: Nodes
     states: torch.Tensor
     clean: torch.Tensor
 
@@ -24,7 +24,7 @@ class Recording:
 @torch.no_grad()
 def record(denoiser: Denoiser, scheduler: TableScheduler, noise: torch.Tensor, generator: Any = None) -> Recording:
     """Run a scheduler of this package, whose timesteps are set, from unit ``noise`` and keep everything."""
-    log_snr = scheduler.path.log_snr_of_label(scheduler.sigmas.double().numpy())
+    levels = scheduler.levels
     x = noise * scheduler.init_noise_sigma
     states, clean = [x], []
     for t in scheduler.timesteps:
@@ -32,4 +32,4 @@ def record(denoiser: Denoiser, scheduler: TableScheduler, noise: torch.Tensor, g
         x = out.prev_sample
         states.append(x)
         clean.append(out.pred_original_sample)
-    return Recording(log_snr, torch.stack(states), torch.stack(clean))
+    return Recording(levels, torch.stack(states), torch.stack(clean))

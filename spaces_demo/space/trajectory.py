@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 
-from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler, TableScheduler
 from diffusers_sde.errors import UsageError
 from diffusers_sde.methods.pipeline_io import sample_shape
 from diffusers_sde.named_samplers import make_scheduler
 from diffusers_sde.sampling import Denoiser, network_denoiser, sample
-from diffusers_sde.schedulers.base import TableScheduler
 from space import inputs, models
 from space.recording import Recording, record
 

@@ -67,7 +67,7 @@ def frames(path: Recording) -> list[dict[str, str]]:
     clean = torch.cat([path.clean, path.states[-1:]])
     return [
         {"x": data_uri(picture(x)), "d": data_uri(picture(d)), "l": level(lam)}
-        for x, d, lam in zip(states, clean, path.log_snr, strict=True)
+        for x, d, lam in zip(states, clean, path.levels.log_snr, strict=True)
     ]
 
 
@@ -207,7 +207,7 @@ def api(
     last = trajectory.STEP_COUNTS[-1]
     return {
         "seed": request.seed,
-        "log_snr": [float(v) if np.isfinite(v) else None for v in state.path.log_snr],
+        "log_snr": [float(v) if np.isfinite(v) else None for v in state.path.levels.log_snr],
         "frames": [{"state": frame["x"], "clean": frame["d"]} for frame in frames(state.path)],
         "alike": {
             f"{kind}, {n}": trajectory.likeness(image, state.staying[kind, last])

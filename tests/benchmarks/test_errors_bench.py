@@ -17,7 +17,7 @@ from diffusers_sde.benchmarks.errors import (
     measure,
     mixture_errors,
 )
-from diffusers_sde.paths import path_from_config
+from diffusers_sde.configs import path_from_config
 
 by_method = pytest.mark.parametrize("method", METHODS)
 

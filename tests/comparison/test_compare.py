@@ -1,12 +1,15 @@
 """``diffusers-sde compare``: what it writes, what its errors mean, and what it refuses before it starts."""
 
 import csv
+import dataclasses
 import itertools
+import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -15,17 +18,11 @@ import torch
 from PIL import Image
 from tiny_pipelines import PIPELINES
 
-from diffusers_sde import (
-    GaussianMixtureModel,
-    ProbabilityFlowScheduler,
-    calibrate,
-    named_samplers,
-)
+from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, calibrate, named_samplers
 from diffusers_sde.cli import main
-from diffusers_sde.comparison import command as compare
-from diffusers_sde.comparison import problems, report
-from diffusers_sde.comparison.problems import load_pipeline, make_problem
+from diffusers_sde.comparison import engine, problems, report
 from diffusers_sde.errors import UsageError
+from diffusers_sde.sampler_names import DEFAULT_SAMPLERS, FAMILIES, SAMPLERS
 
 COMPONENTS, DIM = 5, 16
 FILES = ["error.png", "grid.png", "results.csv"]
@@ -76,9 +73,14 @@ def table(folder):
         return list(csv.DictReader(file))
 
 
-def errors(problem, names, steps):
-    results = compare.compare(problem, names, steps).results
-    return {(r.sampler, r.budget): r.mean for r in results}
+def finished(problem, names, budgets, **options):
+    """The last state of a comparison."""
+    *_, state = engine.compare(problem, names, budgets, **options)
+    return state
+
+
+def errors(problem, names, budgets):
+    return {(r.sampler, r.budget): r.mean for r in finished(problem, names, budgets).results}
 
 
 # -- what comes out --
@@ -112,8 +114,8 @@ def test_evaluations_are_counted_true(mixture_folder):
     pipe = problems.load_pipeline(mixture_folder)
     problem, calls = problems.make_problem(pipe, num_images=1, seed=0), []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    for name in (name for name in named_samplers.SAMPLERS if name != "calibrated"):  # this model has none
-        sampler = named_samplers.SAMPLERS[name]
+    for name in (name for name in SAMPLERS if not SAMPLERS[name].learned):  # this model has none
+        sampler = SAMPLERS[name]
         for n in (1, 4, 5):
             calls.clear()
             scheduler, ticks = named_samplers.make_scheduler(name, problem.config), []
@@ -141,16 +143,17 @@ def test_stochastic_samplers_alone_still_draw(mixture_folder, tmp_path):
 
 
 def test_default_samplers_of_each_process():
-    for kind, names in named_samplers.DEFAULT_SAMPLERS.items():
-        assert len(names) >= 5 and set(names) <= set(named_samplers.SAMPLERS), kind
-    assert {name for name in named_samplers.SAMPLERS if named_samplers.SAMPLERS[name].ours} == {
+    assert set(DEFAULT_SAMPLERS) == set(FAMILIES)
+    for family, names in DEFAULT_SAMPLERS.items():
+        assert len(names) >= 5 and all(family in SAMPLERS[name].classes for name in names), family
+    assert {name for name in SAMPLERS if SAMPLERS[name].ours} == {
         "calibrated",
         "pf-ode",
         "dpm-solver",
         "reverse-sde",
     }
     # every line of the error plot has a colour of its own
-    drawn = [name for name, s in named_samplers.SAMPLERS.items() if not s.stochastic]
+    drawn = [name for name, s in SAMPLERS.items() if not s.stochastic]
     assert len({report.COLOURS[name] for name in drawn}) == len(drawn)
 
 
@@ -179,9 +182,8 @@ def test_errors_on_the_oracle(mixture_folder):
 def test_all_samplers_solve_the_same_equation(scheduler):
     """With many steps every deterministic sampler arrives at the same images; the reference is there already."""
     problem = problems.make_problem(mixture(scheduler), num_images=4, seed=1)
-    names = [n for n in compare.choose_samplers(None, problem) if not named_samplers.SAMPLERS[n].stochastic]
-    compare.check_samplers(names, [200], problem)
-    result = compare.compare(problem, names, [200], reference_steps=400)
+    names = [name for name in engine.default_samplers(problem, [200]) if not SAMPLERS[name].stochastic]
+    result = finished(problem, names, [200], reference_steps=400)
     assert result.reference_error < 2e-3
     assert {r.sampler: r.mean for r in result.results if r.mean > 0.03} == {}
 
@@ -212,7 +214,7 @@ def test_pipelines_run_through_their_call(tmp_path):
         problem = problems.make_problem(
             pipe, num_images=2, seed=0, prompt=prompt if prompted else None, guidance_scale=scale
         )
-        result = compare.compare(problem, ["pf-ode", "ddim", "euler-a"], [2, 8], reference_steps=24)
+        result = finished(problem, ["pf-ode", "ddim", "euler-a"], [2, 8], reference_steps=24)
         e = {(r.sampler, r.budget): r.mean for r in result.results}
         assert result.reference.shape == (2, 3, 16, 16) and e["pf-ode", 8] < e["pf-ode", 2]
         assert e["pf-ode", 8] < e["ddim", 8] and e["euler-a", 8] is None
@@ -224,7 +226,7 @@ def test_pipelines_run_through_their_call(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "words"),
     [
         (["--samplers", "pf-ode", "magic"], ["'magic'", "unipc"]),
         (["--samplers"], ["--samplers is empty", "unipc"]),
@@ -241,12 +243,12 @@ def test_pipelines_run_through_their_call(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) and value[0].startswith("--") else "",
 )
-def test_refuses_in_one_sentence_and_leaves_nothing(arguments, said, mixture_folder, tmp_path, capsys):
+def test_refuses_in_one_sentence_and_leaves_nothing(arguments, words, mixture_folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--model", mixture_folder, "--output_dir", out, *arguments) == 2
     captured = capsys.readouterr()
     message = [line for line in captured.err.splitlines() if line.startswith("diffusers-sde")]
-    assert len(message) == 1 and all(word in message[0] for word in said), captured.err
+    assert len(message) == 1 and all(word in message[0] for word in words), captured.err
     assert captured.out == "" and "Traceback" not in captured.err
     assert os.listdir(tmp_path) == []
 
@@ -260,7 +262,7 @@ def test_refuses_models_that_are_none(tmp_path, capsys, monkeypatch):
         raise OSError("no\nnetwork")
 
     monkeypatch.chdir(tmp_path)
-    for model, said in [
+    for model, reason in [
         ("./empty", "./empty is no pipeline"),
         ("./broken", "./broken is a broken pipeline folder"),
         ("./missing", "./missing does not exist"),
@@ -270,7 +272,7 @@ def test_refuses_models_that_are_none(tmp_path, capsys, monkeypatch):
             monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", unreachable)
         assert run("--model", model, "--output_dir", "out") == 2
         message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffusers-sde")]
-        assert len(message) == 1 and said in message[0]
+        assert len(message) == 1 and reason in message[0]
         assert sorted(os.listdir(tmp_path)) == ["broken", "empty"]
 
 
@@ -285,26 +287,24 @@ def test_refuses_an_output_that_is_a_file(mixture_folder, tmp_path, capsys):
 
 def test_samplers_that_do_not_fit_the_process():
     flow = problems.make_problem(mixture(diffusers.FlowMatchEulerDiscreteScheduler()), num_images=1, seed=0)
-    with pytest.raises(
-        named_samplers.UsageError, match="euler-a does not fit this model: diffusers has no flow matching form"
-    ):
-        compare.check_samplers(["pf-ode", "euler-a"], [5], flow)
+    with pytest.raises(UsageError, match="euler-a does not fit this model: diffusers has no flow matching form"):
+        engine.check_samplers(["pf-ode", "euler-a"], [5], flow)
     zero_snr = diffusers.DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True, prediction_type="v_prediction"
     )
     problem = problems.make_problem(mixture(zero_snr), num_images=1, seed=0)
-    with pytest.raises(named_samplers.UsageError, match="HeunDiscreteScheduler ignores rescale_betas_zero_snr"):
-        compare.check_samplers(["heun"], [5], problem)
+    with pytest.raises(UsageError, match="HeunDiscreteScheduler ignores rescale_betas_zero_snr"):
+        engine.check_samplers(["heun"], [5], problem)
     # a diffusers bug (issue 12771), found before the network runs
-    with pytest.raises(named_samplers.UsageError, match="dpm\\+\\+2m-karras cannot run with 5 evaluations"):
-        compare.check_samplers(["dpm++2m-karras"], [5], problem)
+    with pytest.raises(UsageError, match="dpm\\+\\+2m-karras cannot run with 5 evaluations"):
+        engine.check_samplers(["dpm++2m-karras"], [5], problem)
 
 
 def test_pipelines_without_what_they_need():
     sd, dit = PIPELINES["sd"]()[0], PIPELINES["dit"]()[0]
-    with pytest.raises(named_samplers.UsageError, match="pass a --prompt"):
+    with pytest.raises(UsageError, match="pass a --prompt"):
         problems.make_problem(sd, num_images=1, seed=0)
-    with pytest.raises(named_samplers.UsageError, match="takes no prompt"):
+    with pytest.raises(UsageError, match="takes no prompt"):
         problems.make_problem(dit, num_images=1, seed=0, prompt="a cat")
 
 
@@ -349,7 +349,7 @@ def test_calibrated_scheduler_beside_the_model_is_shown_by_default(mixture_folde
     folder = tmp_path / "model"
     shutil.copytree(mixture_folder, folder)
     plain = problems.make_problem(problems.load_pipeline(str(folder)), num_images=8, seed=1)
-    assert "calibrated" not in compare.choose_samplers(None, plain)
+    assert "calibrated" not in engine.default_samplers(plain, [5])
     assert run("--model", folder, "--samplers", "calibrated", "--steps", 5, "--output_dir", tmp_path / "out") == 2
     assert "diffusers-sde calibrate" in capsys.readouterr().err
 
@@ -357,7 +357,7 @@ def test_calibrated_scheduler_beside_the_model_is_shown_by_default(mixture_folde
     options = {"num_samples": 32, "budget": 0, "batch_size": 16, "progress": False}
     calibrate(pipe, num_inference_steps=5, **options).save_pretrained(folder / "calibrated")
     problem = problems.make_problem(problems.load_pipeline(str(folder)), num_images=8, seed=1)
-    assert compare.choose_samplers(None, problem)[0] == "calibrated"
+    assert engine.default_samplers(problem, [5])[0] == "calibrated"
     found = errors(problem, ["calibrated", "pf-ode", "unipc"], [5])
     assert found["calibrated", 5] == min(found.values())
 
@@ -368,15 +368,90 @@ def test_calibrated_scheduler_of_another_process_is_refused(mixture_folder, tmp_
     calibrate(pipe, num_inference_steps=4, **options).save_pretrained(tmp_path / "calibrated")
     config = {**pipe.scheduler.config, "calibrated": str(tmp_path / "calibrated")}
     named_samplers.make_scheduler("calibrated", config)
-    with pytest.raises(named_samplers.UsageError, match="beta_end"):
+    with pytest.raises(UsageError, match="beta_end"):
         named_samplers.make_scheduler("calibrated", {**config, "beta_end": 0.03})
 
 
-def test_a_calibrated_sampler_is_shown_where_it_was_learned():
+@pytest.fixture(scope="module")
+def embedded():
+    return problems.make_problem(problems.load_pipeline("fashion_mnist"), num_images=1, seed=0)
+
+
+def test_a_calibrated_sampler_is_offered_where_it_was_learned(embedded):
     """Elsewhere it is the exact solver on an interpolated grid, which is another row of the sheet already."""
-    pipe = load_pipeline("fashion_mnist")
-    problem = make_problem(pipe, num_images=1, seed=0)
-    assert compare.offered("calibrated", 5, problem) and not compare.offered("calibrated", 20, problem)
-    assert compare.offered("unipc", 20, problem)
-    with pytest.raises(UsageError, match="4, 5, 6, 8, 10 evaluations: add one of them to --steps"):
-        compare.check_samplers(["calibrated"], [20, 30], problem)
+    assert engine.offered("calibrated", 5, embedded) and not engine.offered("calibrated", 7, embedded)
+    assert engine.offered("unipc", 7, embedded)
+    with pytest.raises(UsageError, match="4, 5, 6, 8, 10 evaluations: choose one of these numbers"):
+        engine.check_samplers(["calibrated"], [20, 30], embedded)
+    assert "calibrated" in engine.default_samplers(embedded, [7, 8]) and "calibrated" not in engine.default_samplers(
+        embedded, [7, 20]
+    )
+
+
+def test_a_sheet_says_where_a_calibrated_sampler_is_not_offered(embedded, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a calibrated scheduler warns where it is run at another number
+        state = finished(embedded, ["calibrated", "pf-ode"], [3, 4, 7], reference_steps=14)
+    assert state.jobs == (("pf-ode", 3), ("calibrated", 4), ("pf-ode", 4), ("pf-ode", 7))
+    assert [(r.sampler, r.budget) for r in state.by_sampler] == sorted(state.jobs)
+    assert "calibrated: not calibrated for 3, not calibrated for 7." in report.format_table(state).splitlines()
+    assert state.absence("calibrated", 4) is None and state.absence("pf-ode", 7) is None
+    report.write(state, tmp_path / "out")
+    assert [(r["sampler"], r["nfe"]) for r in table(tmp_path / "out")] == [(n, str(k)) for n, k in sorted(state.jobs)]
+
+
+def test_a_calibrated_table_that_lost_to_the_exact_solver_is_not_offered(embedded, tmp_path):
+    """Its entry holds the exact solver: a cell of that name would be another's."""
+    config = json.loads((Path(embedded.config["calibrated"]) / "scheduler_config.json").read_text())
+    entry = config["calibration"]["tables"]["5"]
+    entry |= {
+        "rows": None,
+        "tau": None,
+        "errors": {**entry["errors"], "lost": 1.0, "held_out": entry["errors"]["exact"]},
+    }
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    problem = dataclasses.replace(embedded, config={**embedded.config, "calibrated": str(tmp_path)})
+    assert [n for n in range(1, 12) if engine.offered("calibrated", n, problem)] == [4, 6, 8, 10]
+
+
+# -- the states of a comparison --
+
+
+def test_states_show_one_more_solution_each_and_errors_as_soon_as_there_is_a_reference(mixture_folder):
+    problem, ticks = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=2, seed=0), []
+    states = list(engine.compare(problem, ["ddim", "euler-a"], [4, 2], reference_steps=8, tick=lambda: ticks.append(1)))
+    assert [len(s.results) for s in states] == [0, 1, 1, 2, 3, 4, 4]
+    assert [s.done for s in states] == [0, 2, 10, 12, 16, 20, 24]
+    assert len(ticks) == states[0].total == states[-1].done
+    assert [s.finished for s in states] == [False] * 6 + [True]
+    assert [r.mean is None for r in states[1].results] == [True] and states[1].reference is None
+    reference = states[2].reference
+    expected = (states[2].results[0].images - reference).double().square().mean((1, 2, 3)).sqrt()
+    torch.testing.assert_close(torch.from_numpy(states[2].results[0].errors), expected)
+    assert states[-1].cell("euler-a", 4).errors is None and states[-1].best(4) == states[-1].cell("ddim", 4).mean
+    coarse = problem.solve(named_samplers.reference_scheduler(problem.config), 4, lambda: None)
+    difference = (coarse - reference).double().square().mean((1, 2, 3)).sqrt().mean()
+    assert states[-1].reference_error == pytest.approx(float(difference))
+
+
+def test_a_comparison_that_is_left_computes_nothing_more(mixture_folder):
+    problem, solved = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=1, seed=0), []
+    watched = dataclasses.replace(problem, solve=lambda *a: (solved.append(a), problem.solve(*a))[1])
+    states = engine.compare(watched, ["ddim"], [2, 3])
+    next(states)
+    assert solved == []
+    next(states)
+    states.close()
+    assert [steps for _, steps, _ in solved] == [1, 2]  # one evaluation that warms up, and the first cell
+
+
+def test_a_known_reference_is_not_solved_again(mixture_folder):
+    problem = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=1, seed=0)
+    once = finished(problem, ["ddim"], [3])
+    assert once.reference_steps == engine.REFERENCE_STEPS == 100
+    again = finished(problem, ["ddim"], [3], solve_reference=lambda n: once.reference + (n == 50))
+    assert again.results[0].mean == once.results[0].mean and again.reference_error == pytest.approx(1)
+
+
+def test_the_reference_has_at_least_twice_the_evaluations_of_a_cell():
+    assert engine.reference_steps_for([5, 20]) == 100 and engine.reference_steps_for([80, 5]) == 160

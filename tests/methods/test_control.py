@@ -42,13 +42,13 @@ def reward(x):
 
 def exact_mean(beta=BETA):
     tilted = mixture().tilted(V, beta)
-    return (tilted._w[:, None] * tilted._m).sum(0)
+    return (tilted.mixture.weights[:, None] * tilted.mixture.means).sum(0)
 
 
 def exact_log_normalizer(beta=BETA):
     """log E exp(beta v.x) of the mixture: log sum_k w_k exp(beta v.m_k + beta^2/2 v.C_k v)."""
     model, v = mixture(), beta * V
-    return float((model._w.log() + model._m @ v + 0.5 * model.covariances @ v @ v).logsumexp(0))
+    return float((model.mixture.weights.log() + model.mixture.means @ v + 0.5 * model.covariances @ v @ v).logsumexp(0))
 
 
 def run(populations, n, *, seed=0, scheduler=None, steps=STEPS, score=reward, beta=BETA, **options):
@@ -94,9 +94,10 @@ def test_pooled_estimate_agrees_within_its_error_bar():
     assert error.max() < 0.02
     assert ((mean - exact_mean()).abs() < 3 * error + 0.01).all(), (mean, exact_mean(), error)  # 0.01: 20 steps
     second = torch.einsum("pni,pnj->pnij", vectors(particles), vectors(particles))
-    expected = (tilted._w[:, None, None] * (tilted.covariances + torch.einsum("ki,kj->kij", tilted._m, tilted._m))).sum(
-        0
-    )
+    expected = (
+        tilted.mixture.weights[:, None, None]
+        * (tilted.covariances + torch.einsum("ki,kj->kij", tilted.mixture.means, tilted.mixture.means))
+    ).sum(0)
     found, error = estimate(second, particles)
     assert ((found - expected).abs() < 3 * error + 0.02).all(), (found, expected, error)
 
@@ -137,7 +138,7 @@ def test_guidance_alone_is_not_the_tilted_law():
         return x.flatten(1)[:, 1]
 
     tilted = mixture().tilted(torch.tensor([0.0, 1.0, 0.0]), 3.0)
-    exact = (tilted._w[:, None] * tilted._m).sum(0)
+    exact = (tilted.mixture.weights[:, None] * tilted.mixture.means).sum(0)
     particles = run(16, 250, score=second, beta=3.0, gradient=True)
     corrected, _ = estimate(vectors(particles), particles)
     guided = vectors(run(1, 4000, score=second, beta=3.0, gradient=True, threshold=0.0, steps=80))[0]
@@ -359,7 +360,7 @@ def test_network_batches_do_not_matter(tmp_path):
 def test_half_precision(tmp_path):
     """Particles of a bfloat16 network, steered by gradient, are finite, their weights in float64."""
     DDPMPipeline(unet=tiny_unet(classes=5), scheduler=ReverseSDEScheduler()).save_pretrained(tmp_path)
-    pipe = load("steering", tmp_path, torch_dtype=torch.bfloat16)
+    pipe = load("steering", tmp_path, dtype=torch.bfloat16)
     out = pipe(
         lambda x: x.mean((1, 2, 3)), class_labels=[1, 2], num_particles=3, num_inference_steps=4, use_gradient=True
     )

@@ -1,5 +1,6 @@
 """Guidance against the exact conditional and tilted laws of mixtures, its formulas, the classifier, the pipeline."""
 
+import functools
 import math
 
 import diffusers
@@ -8,8 +9,8 @@ import pytest
 import torch
 from contract_helpers import randn, relative, seeded
 from diffusers import DDPMPipeline
-from helpers import COSINE, LINEAR, mixture
-from pipeline_parts import tiny_unet
+from helpers import COSINE, LINEAR, MIXTURE, mixture
+from pipeline_parts import RelabelledModel, relabelled_grid, tiny_unet
 from snippets import load, run
 
 from diffusers_sde import (
@@ -20,6 +21,7 @@ from diffusers_sde import (
     ProbabilityFlowScheduler,
     ReverseSDEScheduler,
 )
+from diffusers_sde.assets import DEFAULT_MODEL
 from diffusers_sde.methods.control import estimate, scheduler_kernel, twisted_smc
 from diffusers_sde.methods.guidance import (
     adaptive_projection,
@@ -42,7 +44,7 @@ def exact_classifier(model):
 
     def classify(x, t):
         alpha, sigma = (float(v) for v in model.path.alpha_sigma(float(t)))
-        return model._components(x.double().reshape(len(x), -1), alpha, sigma)[0]
+        return model.mixture._components(x.double().reshape(len(x), -1), alpha, sigma)[0]
 
     return classify
 
@@ -63,7 +65,7 @@ def test_the_exact_classifier_gives_the_conditional_prediction(alpha, sigma):
     x = x * math.hypot(alpha, sigma)
 
     def classify(x, t):
-        return model._components(x.reshape(len(x), -1), alpha, sigma)[0]
+        return model.mixture._components(x.reshape(len(x), -1), alpha, sigma)[0]
 
     gradient = classifier_gradient(classify, lambda y: y, x, None, labels)
     found = model.posterior_mean(x, alpha, sigma) + data_shift(gradient, alpha, sigma)
@@ -135,7 +137,7 @@ def test_guidance_above_one_is_not_the_tilted_law():
     scheduler.set_timesteps(30)
 
     def reward(x):
-        return model._components(x.double().reshape(-1, 1), 1.0, 0.0)[0].log_softmax(1)[:, 1]
+        return model.mixture._components(x.double().reshape(-1, 1), 1.0, 0.0)[0].log_softmax(1)[:, 1]
 
     start = randn(16, 256, 1, 1, 1, dtype=torch.float64)
     particles = twisted_smc(
@@ -242,6 +244,95 @@ def test_noisy_classifier_is_small():
 
 
 # -- the pipeline --
+# Each option against the published algorithm, written out on the exact data predictions of the mixture.
+
+
+def published(option, model, x, t, label, average):
+    """``(D, eps, average)`` of one evaluation of a published algorithm: what a DDIM step goes to and re-noises with."""
+    path, kind = model.path, model._process["prediction_type"]
+    alpha, sigma = (float(v) for v in path.alpha_sigma(t))
+    conditional, null = (model.posterior_mean(x, alpha, sigma, torch.full((len(x),), k)) for k in (label, 3))
+    level = sigma / alpha if alpha else math.inf
+
+    def noise(data):
+        return (x - alpha * data) / sigma
+
+    if option == "plain":
+        data = null + 4.0 * (conditional - null)
+    elif option == "cfg_plus_plus":  # Chung et al. 2024, arXiv:2406.08070, algorithm 2
+        return null + 0.6 * (conditional - null), noise(null), None
+    elif option == "interval":  # Kynkaanniemi et al. 2024, arXiv:2404.07724, eq. 5
+        data = null + (4.0 if 0.5 < level <= 5.0 else 1.0) * (conditional - null)
+    elif option == "rescale":  # Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16, on what the network returns
+        guided = null + 4.0 * (conditional - null)
+        output, own = (noise(v) if kind == "epsilon" else noise(v) - v for v in (guided, conditional))
+        ratio = own.flatten(1).std(1) / output.flatten(1).std(1)
+        output = output * (0.3 + 0.7 * ratio).reshape(-1, 1, 1, 1)
+        data = (x - sigma * output) / (alpha if kind == "epsilon" else 1.0)
+    elif option == "momentum":  # Sadat et al. 2024, arXiv:2410.02416, algorithm 1, parallel part kept by 0.3
+        average = (conditional - null) - 0.5 * (0 if average is None else average)
+        size = average.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+        move = average * torch.where(size > 1.5, 1.5 / size, 1.0)
+        inner = (move * conditional).flatten(1).sum(1) / conditional.flatten(1).square().sum(1)
+        along = inner.reshape(-1, 1, 1, 1) * conditional
+        data = conditional + (4.0 - 1) * ((move - along) + 0.3 * along)
+    return data, noise(data), average
+
+
+OPTIONS = {
+    "plain": {},
+    "cfg_plus_plus": {"guidance_scale": 0.6, "cfg_plus_plus": True},
+    "interval": {"guidance_interval": (0.5, 5.0)},
+    "rescale": {"guidance_rescale": 0.7},
+    "momentum": {"apg_parallel": 0.3, "apg_norm_threshold": 1.5, "apg_momentum": -0.5},
+}
+
+
+@pytest.mark.parametrize("process", [LINEAR, FLOW], ids=["vp", "flow"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_pipeline_runs_the_published_algorithm(option, process, tmp_path):
+    """Five DDIM steps with each option, from the same noise: the states of the publication, sample by sample."""
+    pipe, x = oracle(tmp_path, ProbabilityFlowScheduler(**process, solver_order=1), process), randn(6, 1, 1, 3)
+    times = [980.0, 750.0, 500.0, 250.0, 60.0]
+    levels = [pipe.unet.path.alpha_sigma(t) for t in times] + [(1.0, 0.0)]
+    found = pipe(
+        [1] * 6,
+        timesteps=times,
+        latents=x,
+        output_type="latent",
+        **{"guidance_scale": 4.0, **OPTIONS[option]},
+    ).images
+    expected, average = x.double(), None
+    for t, (alpha, sigma) in zip(times, levels[1:], strict=True):
+        data, eps, average = published(option, pipe.unet, expected, t, 1, average)
+        expected = float(alpha) * data + float(sigma) * eps
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_guidance_is_computed_at_the_levels_of_the_run():
+    """``timesteps`` and ``sigmas`` of the user's own: a network that counts its time differently, on the grid that says
+    so, is guided as the usual network on the usual grid, with every option that knows the level."""
+    times = [950, 800, 600, 450, 300, 210]
+    model = mixture()
+    relabelled = RelabelledModel(*MIXTURE)
+    for options in (
+        {"guidance_scale": 0.6, "cfg_plus_plus": True},
+        {"guidance_scale": 4.0, "guidance_interval": (0.5, 5.0)},
+        {"guidance_scale": 4.0, "apg_parallel": 0.0},
+        {"guidance_scale": 4.0, "corrector_steps": 1},
+        {"guidance_scale": 4.0, "restart": (0.5, 5.0, 1)},
+    ):
+        found = []
+        for network, grid in ((model, {"timesteps": times}), (relabelled, relabelled_grid(model.path, times))):
+            pipe = pipeline()(unet=network, scheduler=ReverseSDEScheduler())
+            pipe.set_progress_bar_config(disable=True)
+            found.append(pipe([0, 1, 2], generator=seeded(), output_type="latent", **grid, **options).images)
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
+@functools.cache
+def pipeline():
+    return type(load("guided_generation", DEFAULT_MODEL))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +349,8 @@ def test_noisy_classifier_is_small():
     ids=["ode", "sde", "dpm", "flow_map", "flow", "edm", "zero_snr"],
 )
 def test_every_option_with_every_scheduler(scheduler, tmp_path):
-    """A network, all options, all kinds of scheduler: finite pictures, different from the unguided ones."""
+    """A network, all options, all kinds of scheduler: they run, and those that must change nothing do not (a weak model
+    that is the model itself, an interval without levels)."""
     DDPMPipeline(unet=tiny_unet(classes=5), scheduler=scheduler).save_pretrained(tmp_path)
     pipe = load("guided_generation", tmp_path)
 
@@ -294,7 +386,7 @@ def test_half_precision(dtype, tmp_path):
     DDPMPipeline(unet=tiny_unet(classes=5), scheduler=ReverseSDEScheduler()).save_pretrained(tmp_path)
     classifier, results = NoisyClassifierModel(sample_size=8, num_classes=4, block_out_channels=(8, 16)), []
     for kind in (torch.float32, dtype):
-        pipe = load("guided_generation", tmp_path, torch_dtype=kind)
+        pipe = load("guided_generation", tmp_path, dtype=kind)
         images = pipe(
             [0, 3],
             num_inference_steps=4,

@@ -1,4 +1,4 @@
-"""pipelines/inversion.py and diffusers_sde/inversion.py: the way to noise, and the way back."""
+"""pipelines/inversion.py and methods/inversion.py: the way to noise, and the way back."""
 
 import math
 from dataclasses import replace
@@ -13,9 +13,9 @@ from pipeline_parts import PROCESSES, ddpm, oracle, save_oracle, tiny_unet, tiny
 from snippets import load, run
 
 from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
+from diffusers_sde.configs import path_from_config
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.inversion import Trajectory, inversion_points, multistep, reversible, slerp
-from diffusers_sde.paths import path_from_config
 from diffusers_sde.tables import Point
 
 
@@ -37,6 +37,17 @@ def field_of(process, labels=None):
 def start_at(field, x, steps, dtype=torch.float64):
     points = inversion_points(field.path, steps)
     return Trajectory((points[0].alpha * x).to(dtype), None, (points[0],)), points
+
+
+def test_a_network_is_given_the_exact_time():
+    """Between the integers too: UNet2DModel takes 123.75 in a tensor for what it is, and in a Python float for 123."""
+    network, x = tiny_unet(), torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    field = network_field(network, ddpm().config)
+    point = Point(*(float(v) for v in field.path.alpha_sigma(123.75)))
+    with torch.no_grad():
+        found, exact, cut = field.output(x, point), network(x, torch.tensor(123.75)).sample, network(x, 123.75).sample
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+    assert (exact - cut).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("steps", [3, 20, 50])
@@ -97,7 +108,7 @@ def test_both_methods_converge_to_the_exact_ode(process):
     """One Gaussian component, where ``(x_t - alpha m) / std_t`` is constant: errors fall with order 2 or more."""
     model, field = field_of(process, torch.zeros(16, dtype=torch.long))
     field = replace(field, dtype=torch.float64)
-    mean, variance = model._m[0], model.covariances[0].diagonal()
+    mean, variance = model.mixture.means[0], model.covariances[0].diagonal()
     w = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def at(point):
@@ -120,7 +131,9 @@ def test_editing_swaps_the_component(tmp_path):
     model = save_oracle(tmp_path)
     pipe = load("inversion", tmp_path)
     w = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    source, target = ((model._m[k] + w * model.covariances[k].diagonal().sqrt()).reshape(8, 1, 1, 4) for k in (0, 1))
+    source, target = (
+        (model.mixture.means[k] + w * model.covariances[k].diagonal().sqrt()).reshape(8, 1, 1, 4) for k in (0, 1)
+    )
     for method in ("exact", "ode"):
         out = pipe(source, 0, target_labels=1, num_inference_steps=200, method=method, output_type="latent")
         assert relative(out.images, target) < 1e-2

@@ -20,10 +20,11 @@ from diffusers_sde.methods.langevin import (
     mala,
     renoise,
     restart_visits,
-    sample,
+    sample_with_correctors,
     ula,
     ula_gaussian_variance,
 )
+from diffusers_sde.weights import Point
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 PROCESSES = {"vp": LINEAR, "flow": FLOW, "edm": {"sigma_data": 0.5}}
@@ -110,7 +111,7 @@ def exact_variance(monkeypatch, process, start, steps=8, std=0.5, **options):
     monkeypatch.setattr(langevin, "randn_tensor", lambda *_, **__: next(basis)[None, None, None])
     x = next(basis)[None, None, None] * math.sqrt(start * ((alpha * std) ** 2 + sigma**2))
     model = gaussian(scheduler, std)
-    x = sample(lambda x, row: model(x, scheduler.timesteps[row]), scheduler, x, **options)
+    x = sample_with_correctors(lambda x, row: model(x, scheduler.timesteps[row]), scheduler, x, **options)
     return float(x.square().sum())
 
 
@@ -120,8 +121,7 @@ def test_restart_contracts_the_error_by_its_factor(process, monkeypatch):
     (c^2 + s_low^2)/(c^2 + s_high^2) of the error at the end (Xu et al. 2023, arXiv:2306.14878, theorem 1, exact)."""
     scheduler = ProbabilityFlowScheduler(**process)
     scheduler.set_timesteps(8)
-    log_snr = scheduler.path.log_snr_of_label(scheduler.sigmas.double().numpy())[:-1]
-    levels = np.exp(-log_snr)
+    levels = np.exp(-scheduler.levels.log_snr[:-1])
     interval = (levels[6] * 0.999, levels[4] * 1.001)
     errors = [exact_variance(monkeypatch, process, 1.5, restart=(*interval, k)) / 0.25 - 1 for k in range(3)]
     factor = (0.25 + levels[6] ** 2) / (0.25 + levels[4] ** 2)
@@ -135,8 +135,7 @@ def test_correctors_have_ulas_law(process, monkeypatch):
     steps, count, snr, std = 8, 3, 0.4, 0.5
     scheduler = ProbabilityFlowScheduler(**process)
     scheduler.set_timesteps(steps)
-    log_snr = scheduler.path.log_snr_of_label(scheduler.sigmas.double().numpy())
-    alpha, sigma = scheduler.path.alpha_sigma_of(log_snr)
+    alpha, sigma = scheduler.levels.alpha, scheduler.levels.sigma
     v = (alpha * std) ** 2 + sigma**2
     expected = 1.5 * v[0]
     for i in range(steps):
@@ -157,7 +156,7 @@ def test_corrector_step_is_ula():
 
 def test_renoise_is_the_forward_process():
     """From (alpha, sigma) with x = alpha x0 + sigma e1 to the law of (alpha', sigma')."""
-    start, end = (0.8, 0.6), (0.3, 0.95)
+    start, end = Point(0.8, 0.6), Point(0.3, 0.95)
     x0, e1, e2 = torch.eye(3, dtype=torch.float64)
     x = renoise(0.8 * x0 + 0.6 * e1, start, end, e2)
     assert float(x[0]) == pytest.approx(0.3) and float(x[1:].norm()) == pytest.approx(0.95)
@@ -188,7 +187,9 @@ def test_without_options_it_is_the_plain_loop(cls, process):
         model, start = gaussian(scheduler), x * scheduler.init_noise_sigma
         if own:
             results.append(
-                sample(lambda x, i, m=model, s=scheduler: m(x, s.timesteps[i]), scheduler, start, generator=seeded())
+                sample_with_correctors(
+                    lambda x, i, m=model, s=scheduler: m(x, s.timesteps[i]), scheduler, start, generator=seeded()
+                )
             )
         else:
             results.append(loop(scheduler, start, model, generator=seeded()))
@@ -201,18 +202,18 @@ def test_restart_draws_new_noise_in_the_sde(process):
     of N(0, 0.25) data stays exact."""
     scheduler = ReverseSDEScheduler(**process, data_std=0.5, final="exact")
     scheduler.set_timesteps(8)
-    levels = np.exp(-scheduler.path.log_snr_of_label(scheduler.sigmas.double().numpy())[:-1])
+    levels = np.exp(-scheduler.levels.log_snr[:-1])
     alpha, sigma = (float(v) for v in scheduler.path.alpha_sigma(float(scheduler.timesteps[0])))
     x = randn(4000, 1, 1, 4, dtype=torch.float64) * math.hypot(alpha * 0.5, sigma)
     model = gaussian(scheduler, 0.5)
     ticks = []
-    found = sample(
+    found = sample_with_correctors(
         lambda x, i: model(x, scheduler.timesteps[i]),
         scheduler,
         x,
         restart=(levels[6] * 0.999, levels[2] * 1.001, 3),
         generator=seeded(),
-        tick=lambda: ticks.append(1),
+        callback=lambda: ticks.append(1),
     )
     assert len(ticks) == 8 + 3 * 4
     assert float(found.std()) == pytest.approx(0.5, rel=0.02)  # repeated noise: 0.6 and more
@@ -238,7 +239,7 @@ def test_wrong_correctors():
     scheduler.set_timesteps(2)
     for wrong in ({"corrector_steps": -1}, {"corrector_steps": 1, "corrector_snr": 1.5}):
         with pytest.raises(ValueError, match="snr"):
-            sample(lambda x, i: x, scheduler, randn(1, 1, 2, 2), **wrong)
+            sample_with_correctors(lambda x, i: x, scheduler, randn(1, 1, 2, 2), **wrong)
 
 
 def test_pipeline_options(tmp_path):

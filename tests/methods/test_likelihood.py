@@ -1,4 +1,4 @@
-"""pipelines/likelihood.py and diffusers_sde/likelihood.py: the change of variables along the probability-flow ODE."""
+"""pipelines/likelihood.py and methods/likelihood.py: the change of variables along the probability-flow ODE."""
 
 import math
 
@@ -109,7 +109,7 @@ def test_labels_condition(tmp_path):
     model = save_oracle(tmp_path, "flow")
     pipe, x = load("likelihood", tmp_path), model.sample(6, seeded())
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    law = [torch.distributions.MultivariateNormal(model._m[k], model.covariances[k]) for k in range(3)]
+    law = [torch.distributions.MultivariateNormal(model.mixture.means[k], model.covariances[k]) for k in range(3)]
     exact = torch.stack([law[k].log_prob(v.flatten()) for k, v in zip(labels, x, strict=True)])
     found = pipe(x, labels, divergence="exact", rtol=1e-6, noise_std=1e-4)
     torch.testing.assert_close(found.log_likelihood, exact, rtol=1e-3, atol=1e-3)

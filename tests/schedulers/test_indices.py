@@ -121,8 +121,8 @@ def test_noise_at_the_start(process, cls):
     """Image to image: before the first step, noise is that of ``begin_index``, whatever timestep is passed."""
     scheduler = laid_out(cls, **process)
     scheduler.set_begin_index(2)
-    expected = noised(scheduler, *level(scheduler, 2))
-    torch.testing.assert_close(noise_both(scheduler, scheduler.timesteps[4:5]), expected, rtol=1e-5, atol=1e-5)
+    found = noise_both(scheduler, scheduler.timesteps[4:5])
+    torch.testing.assert_close(found, noised(scheduler, *level(scheduler, 2)), rtol=1e-5, atol=1e-5)
 
 
 @by_class

@@ -8,35 +8,64 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from contract_helpers import gaussian
+from five_schedulers import FIVE, build, build_from
 from tiny_pipelines import PIPELINES, generator, stock
 
-from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde import DPMSolverScheduler, FlowMapScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 
 CLASSES = [ProbabilityFlowScheduler, ReverseSDEScheduler, DPMSolverScheduler]
 # Pipelines with a deterministic stock solver to compare with (None: the one they have).
 ODE_OF_STOCK = {
     **dict.fromkeys(["sd", "sd_img2img", "sdxl", "playground", "playground_euler", "sd3", "flux", "flux_img2img"]),
-    **dict.fromkeys(["pixart_alpha", "dit", "ddim", "sana", "wan", "ltx", "cogvideox", "mochi", "svd"]),
+    **dict.fromkeys(["pixart_alpha", "dit", "ddim", "sana", "wan", "ltx", "cogvideox", "mochi"]),
+    **dict.fromkeys(["qwen_image", "z_image", "flux2", "hunyuan_video", "skyreels_sample", "skyreels_forcing"]),
+    **dict.fromkeys(["cosmos_text2world", "cosmos2_text2image", "cosmos2_5"]),
     "deepfloyd_if": diffusers.DPMSolverMultistepScheduler,
+}
+
+
+def ddim(config):
+    clip = config.get("clip_sample", False)
+    settings = {"set_alpha_to_one": True, "timestep_spacing": "trailing", "clip_sample": clip}
+    return diffusers.DDIMScheduler.from_config(config, **settings)
+
+
+def euler(config):
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+
+
+# Pipelines whose process a stock scheduler of first order, ended at clean data, integrates (None: the one they have).
+FIRST_ORDER_OF_STOCK = {
+    **dict.fromkeys(["sd", "sd_img2img", "sd_inpaint", "sd_inpaint_9_channels", "panorama"], ddim),
+    **dict.fromkeys(["sdxl", "sdxl_img2img", "sdxl_inpaint", "sdxl_refiner", "pixart_alpha", "dit", "ddim"], ddim),
+    **dict.fromkeys(["kandinsky_img2img", "kandinsky_2_2_img2img"], ddim),
+    **dict.fromkeys(["wan", "wan_2_2", "skyreels_flow"], euler),
+    **dict.fromkeys(["sd3", "sd3_img2img", "sd3_inpaint", "flux", "flux_img2img", "flux_inpaint", "flux2", "sana"]),
+    **dict.fromkeys(["qwen_image", "z_image", "hunyuan_video", "ltx", "mochi", "cogvideox"]),
+    **dict.fromkeys(["playground_euler", "svd", "cosmos_text2world", "cosmos_video2world"]),
+    **dict.fromkeys(["cosmos2_text2image", "cosmos2_video2world"]),
 }
 
 
 by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
-def denoiser(pipe):
-    return next(pipe.components[name] for name in ("unet", "transformer", "prior") if name in pipe.components)
+def networks(pipe):
+    return [pipe.components[n] for n in ("unet", "transformer", "transformer_2", "prior") if pipe.components.get(n)]
 
 
 def run(pipe, kwargs):
     """Call the pipeline; return its output, the number of network calls, and the first and last sample of the loop."""
     steps, calls = [], []
-    original = pipe.scheduler.step
+    original = type(pipe.scheduler).step
 
     @functools.wraps(original)  # pipelines look at the signature
     def step(*args, **kw):
@@ -45,13 +74,13 @@ def run(pipe, kwargs):
         steps.append((sample, result[0]))
         return result
 
-    hook = denoiser(pipe).register_forward_hook(lambda *_: calls.append(1))
-    pipe.scheduler.step = step
+    hooks = [network.register_forward_hook(lambda *_: calls.append(1)) for network in networks(pipe)]
     try:
-        output = torch.as_tensor(pipe(**kwargs)[0])
+        with mock.patch.object(type(pipe.scheduler), "step", step):  # on the class: some pipelines copy the object
+            output = torch.as_tensor(pipe(**kwargs)[0])
     finally:
-        hook.remove()
-        del pipe.scheduler.step
+        for hook in hooks:
+            hook.remove()
     return SimpleNamespace(output=output, calls=len(calls), first=steps[0][0], last=steps[-1][1])
 
 
@@ -111,10 +140,32 @@ def test_has_the_limit_of_stock(name):
         pipe, kwargs, _ = PIPELINES[name]()
         same_start = {"timestep_spacing": "trailing"} if "timestep_spacing" in pipe.scheduler.config else {}
         pipe.scheduler = (cls or type(pipe.scheduler)).from_config(pipe.scheduler.config, **same_start)
-        steps = 400 if name == "svd" else 100  # stock is first order there; PNDM wants a divisor of 1000
-        outputs.append(torch.as_tensor(pipe(**kwargs | {"num_inference_steps": steps})[0]))
+        outputs.append(
+            torch.as_tensor(pipe(**kwargs | {"num_inference_steps": 100})[0])
+        )  # PNDM wants a divisor of 1000
     expected, output = outputs
     assert (output - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER_OF_STOCK)
+def test_first_order_on_the_grid_of_stock_is_stock(name):
+    """At order 1 on the stock timesteps the picture is that of DDIM or Euler, whatever else the pipeline does with its
+    scheduler: noise added to images, several views, two networks, steps taken twice, copies of the scheduler."""
+    pipe, kwargs, _ = PIPELINES[name]()
+    make = FIRST_ORDER_OF_STOCK[name]
+    pipe.scheduler = stock_scheduler = make(pipe.scheduler.config) if make else pipe.scheduler
+    expected = torch.as_tensor(pipe(**kwargs)[0])
+    pipe, kwargs, _ = PIPELINES[name]()
+    pipe.scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config, solver_order=1)
+    lay_out = ProbabilityFlowScheduler.set_timesteps
+
+    @functools.wraps(lay_out)
+    def on_stock_timesteps(self, num_inference_steps=None, device=None, **_):
+        lay_out(self, timesteps=stock_scheduler.timesteps, device=device)
+
+    with mock.patch.object(ProbabilityFlowScheduler, "set_timesteps", on_stock_timesteps):
+        output = torch.as_tensor(pipe(**kwargs)[0])
+    assert (output - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.xfail(reason="the pipeline preconditions in VE coordinates, which the config does not say")
@@ -128,14 +179,20 @@ def test_latent_upscaler_has_the_limit_of_stock():
     assert (output - expected).norm() < 0.05 * expected.norm()
 
 
+class LaidOut(Exception):
+    """Raised in place of the first step."""
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_network_sees_the_times_of_stock(name):
     """Index, c_noise or 1000 sigma: what the network is conditioned on spans the range it has under the stock class."""
     ranges = []
-    for scheduler in (lambda config: None, ProbabilityFlowScheduler.from_config):
+    for swap in (lambda config: None, ProbabilityFlowScheduler.from_config):
         pipe, kwargs, _ = PIPELINES[name]()
-        pipe.scheduler = scheduler(pipe.scheduler.config) or pipe.scheduler
-        pipe(**kwargs | {"num_inference_steps": 20})
+        pipe.scheduler = swap(pipe.scheduler.config) or pipe.scheduler
+        step = functools.wraps(type(pipe.scheduler).step)(mock.Mock(side_effect=LaidOut))
+        with mock.patch.object(type(pipe.scheduler), "step", step), pytest.raises(LaidOut):
+            pipe(**kwargs | {"num_inference_steps": 100})
         times = pipe.scheduler.timesteps.double()
         ranges.append((times[0].item(), times[-1].item()))
     (start, end), found = ranges
@@ -244,3 +301,89 @@ def test_saved_pipeline_loads_in_a_fresh_process(tmp_path):
     for name, want in expected.items():
         assert found[name]["config"] == json.loads(json.dumps(want["config"]))
         assert np.isclose(found[name]["mean"], want["mean"], atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", FIVE, ids=lambda cls: cls.__name__)
+def test_views_of_a_panorama_have_histories_of_their_own(cls):
+    """One view at a time, each with a saved copy of `scheduler.__dict__`, or both views in one batch: one picture."""
+    pictures = []
+    for views in (1, 2):
+        pipe, kwargs, _ = PIPELINES["panorama"]()
+        pipe.scheduler = build_from(cls, pipe.scheduler.config, (3,))
+        latents = torch.randn(1, 4, 64, 72, generator=generator())
+        changes = {"latents": latents, "generator": None, "num_inference_steps": 3, "view_batch_size": views}
+        pictures.append(pipe(**kwargs | changes)[0])
+    torch.testing.assert_close(*pictures, atol=2e-4, rtol=2e-4)
+
+
+def test_both_networks_of_wan_2_2_are_used_on_their_side_of_the_boundary():
+    """The first network at timesteps from 875 on, the second below: all evaluations of the run, in that order."""
+    pipe, kwargs, _ = swapped("wan_2_2", ProbabilityFlowScheduler)
+    seen = []
+    for network in (pipe.transformer, pipe.transformer_2):
+        network.register_forward_pre_hook(lambda m, _, kw: seen.append((m, float(kw["timestep"][0]))), with_kwargs=True)
+    pipe(**kwargs | {"num_inference_steps": 8, "guidance_scale": 1.0, "guidance_scale_2": 1.0})
+    assert [time for _, time in seen] == pipe.scheduler.timesteps.tolist()
+    above = [time >= 875 for _, time in seen]
+    assert [network is pipe.transformer for network, _ in seen] == above
+    assert any(above) and not all(above)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in FIVE if cls not in (ReverseSDEScheduler, FlowMapScheduler)])
+def test_frames_are_dropped_as_chronoedit_drops_them(cls):
+    """After two steps it keeps the first and last frame of its latents, of `model_outputs` and of `last_sample`. What
+    is left goes on as if nothing had happened to the others."""
+    process = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "shift": 2.0}
+    results = []
+    for drop in (False, True):
+        scheduler = build(cls, process, (8,))
+        scheduler.set_timesteps(8)
+        model = gaussian(scheduler)
+        x = torch.randn(1, 4, 5, 2, 2, generator=generator(), dtype=torch.float64)
+        for i, t in enumerate(scheduler.timesteps):
+            if drop and i == 2:
+                x = x[:, :, [0, -1]]
+                for j in range(len(scheduler.model_outputs)):
+                    if scheduler.model_outputs[j] is not None and x.shape[-3] != scheduler.model_outputs[j].shape[-3]:
+                        scheduler.model_outputs[j] = scheduler.model_outputs[j][:, :, [0, -1]]
+                if scheduler.last_sample is not None:
+                    scheduler.last_sample = scheduler.last_sample[:, :, [0, -1]]
+            x = scheduler.step(model(x, t), t, x, return_dict=False)[0]
+        results.append(x)
+    whole, left = results
+    torch.testing.assert_close(left, whole[:, :, [0, -1]], atol=1e-9, rtol=1e-9)
+
+
+def test_karras_and_flow_sigmas_together():
+    """Cosmos-Predict2.5: the levels are s / (1 + s) of a Karras ramp of s, as stock lays them out."""
+    stock_scheduler = PIPELINES["cosmos2_5"]()[0].scheduler
+    ours = ProbabilityFlowScheduler.from_config(stock_scheduler.config)
+    for scheduler in (stock_scheduler, ours):
+        scheduler.set_timesteps(8)
+    ramp = np.linspace(200 ** (1 / 7), 0.01 ** (1 / 7), 8) ** 7
+    np.testing.assert_allclose(ours.levels.sigma[:-1], ramp / (1 + ramp), rtol=1e-6)
+    np.testing.assert_allclose(ours.levels.sigma, stock_scheduler.sigmas, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours.timesteps, 1000 * ramp / (1 + ramp), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["flow_prediction", "sample", "epsilon"])
+def test_flow_sigmas_with_every_prediction_type(kind):
+    """A flow config may say that its network predicts data or noise (SkyReels): the run then ends where the ODE of the
+    exact network of that type does, or the config is refused by its prediction type."""
+    config = stock("UniPCMultistepScheduler", prediction_type=kind, use_flow_sigmas=True, flow_shift=3.0).config
+    try:
+        scheduler = ProbabilityFlowScheduler.from_config(config)
+    except ValueError as error:
+        assert kind == "epsilon" and "prediction_type" in str(error)
+        return
+    scheduler.set_timesteps(100)
+    start = x = torch.randn(1, 4, 8, 8, generator=generator(), dtype=torch.float64)
+    std, mean = 0.5, 0.3
+    for t in scheduler.timesteps:
+        sigma = float(t) / 1000
+        alpha = 1 - sigma
+        data = mean + std**2 * alpha / (std**2 * alpha**2 + sigma**2) * (x - alpha * mean)
+        noise = (x - alpha * data) / sigma
+        output = {"flow_prediction": noise - data, "sample": data, "epsilon": noise}[kind]
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+    torch.testing.assert_close(x, mean + std * start, atol=5e-3, rtol=0)

@@ -77,7 +77,7 @@ def test_error_lab(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "bad", "said"),
+    ("endpoint", "bad", "words"),
     [
         ("/compare", {"budgets": [101]}, "from 1 to 100"),
         ("/compare", {"seed": -1}, "seed"),
@@ -88,8 +88,8 @@ def test_error_lab(client: Client) -> None:
         ("/error_lab", {"samplers": ["ddpm"]}, "stochastic"),
     ],
 )
-def test_the_server_refuses_kindly(client: Client, endpoint: str, bad: dict, said: str) -> None:
-    with pytest.raises(AppError, match=said) as caught:
+def test_the_server_refuses_kindly(client: Client, endpoint: str, bad: dict, words: str) -> None:
+    with pytest.raises(AppError, match=words) as caught:
         client.predict(api_name=endpoint, **bad)
     assert "Traceback" not in str(caught.value)
 

@@ -20,8 +20,9 @@ from space.recording import record
 from space_helpers import DEMO
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler
+from diffusers_sde.comparison import engine
 from diffusers_sde.errors import UsageError
-from diffusers_sde.named_samplers import SAMPLERS
+from diffusers_sde.sampler_names import SAMPLERS
 from diffusers_sde.sampling import network_denoiser, sample
 
 SMALL = {"samplers": ["unipc", "reverse-sde"], "budgets": [2, 3], "images": 2, "choice": "bag", "seed": 3}
@@ -31,7 +32,7 @@ SMALL = {"samplers": ["unipc", "reverse-sde"], "budgets": [2, 3], "images": 2, "
 def quick() -> pytest.MonkeyPatch:
     """A reference that is good enough to be told from what it judges."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "REFERENCE_STEPS", 12)
+        patch.setattr(engine, "REFERENCE_STEPS", 12)
         yield patch
 
 
@@ -103,28 +104,58 @@ def test_a_model_that_fails_to_load_is_greyed_from_then_on(monkeypatch: pytest.M
 
 
 def test_time_on_a_gpu_grows_with_steps_and_samplers() -> None:
-    one = gpu.duration("sdxl", [20], ["a"], 64)
-    assert gpu.duration("sdxl", [20, 40], ["a"], 64) > one < gpu.duration("sdxl", [20], ["a", "b"], 64) <= gpu.LONGEST
+    one = gpu.duration("sdxl", [20], 1, 64)
+    assert gpu.duration("sdxl", [20, 40], 1, 64) > one < gpu.duration("sdxl", [20], 2, 64) <= gpu.LONGEST
 
 
 # -- compare --
 
 
 def test_a_sheet_fills_cell_by_cell_with_true_evaluations(sheets: list[compare.Sheet]) -> None:
-    done = [sheet.done for sheet in sheets]
-    assert done == sorted(done) and done[-1] == sheets[-1].total and len(sheets[0].results) == 1
-    assert [(r.sampler, r.nfe) for r in sheets[-1].results] == [
+    states = [sheet.comparison for sheet in sheets]
+    done = [state.done for state in states]
+    assert done == sorted(done) and done[-1] == states[-1].total and len(states[1].results) == 1
+    assert [(r.sampler, r.nfe) for r in states[-1].results] == [
         ("unipc", 2), ("reverse-sde", 2), ("unipc", 3), ("reverse-sde", 3)
     ]  # fmt: skip
-    assert all(r.seconds > 0 for r in sheets[-1].results) and sheets[-1].finished
+    assert all(r.seconds > 0 for r in states[-1].results) and states[-1].finished
 
 
-def test_distances_are_to_the_reference_and_only_of_deterministic_samplers(sheets: list[compare.Sheet]) -> None:
-    final = sheets[-1]
-    assert final.reference is not None
-    for result in final.results:
-        expected = (result.images - final.reference).double().square().mean((1, 2, 3)).sqrt().mean().item()
-        assert result.mean is None if SAMPLERS[result.sampler].stochastic else result.mean == pytest.approx(expected)
+def test_the_space_compares_as_the_command_does(sheets: list[compare.Sheet]) -> None:
+    """One engine: the same cells, reference and errors as ``diffusers-sde compare`` finds."""
+    final = sheets[-1].comparison
+    *_, expected = engine.compare(compare.problem_of(sheets[-1].request), SMALL["samplers"], SMALL["budgets"])
+    assert [(r.sampler, r.budget, r.mean) for r in final.results] == [
+        (r.sampler, r.budget, r.mean) for r in expected.results
+    ]
+    assert (final.reference_steps, final.reference_error) == (expected.reference_steps, expected.reference_error)
+
+
+def test_a_reference_is_kept_for_other_samplers_on_the_same_noise(quick: pytest.MonkeyPatch) -> None:
+    request = compare.checked(**SMALL)
+    *_, first = compare.sheets(request)
+    quick.setattr(compare, "reference_scheduler", None)
+    *_, second = compare.sheets(replace(request, samplers=("ddim",)))
+    assert second.comparison.reference is first.comparison.reference
+
+
+def test_the_samplers_of_the_model_are_compared_where_none_are_named() -> None:
+    assert compare.choices("fashion")[1] == ["calibrated", "pf-ode", "dpm++2m", "unipc"]
+    sheet = next(compare.sheets(compare.checked(budgets=[5, 7])))
+    assert sheet.comparison.samplers == ("calibrated", "pf-ode", "dpm++2m", "unipc")
+    unloaded, chosen = compare.choices("sana")
+    assert "calibrated" not in unloaded and chosen == ["pf-ode", "dpm++2m", "unipc", "ddim"]
+
+
+def test_the_page_says_where_a_calibrated_sampler_is_not_offered() -> None:
+    """At 7 evaluations it would be the exact solver under another's name."""
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
+    from space import compare_tab
+
+    sheet = next(compare.sheets(compare.checked(samplers=["calibrated", "unipc"], budgets=[5, 7])))
+    assert ("calibrated", 7) not in sheet.comparison.jobs and len(sheet.comparison.jobs) == 3
+    page = compare_tab.render(sheet)
+    assert page.count("not calibrated for 7") == 1 and "not calibrated for 5" not in page
 
 
 def test_the_shared_pipeline_keeps_its_scheduler(sheets: list[compare.Sheet]) -> None:
@@ -140,23 +171,21 @@ def test_the_shared_pipeline_keeps_its_scheduler(sheets: list[compare.Sheet]) ->
 def test_the_program_of_a_cell_makes_its_pixels(sheets: list[compare.Sheet], sampler: str) -> None:
     names: dict = {}
     exec(compare.program(sheets[-1].request, sampler, 3), names)
-    torch.testing.assert_close(names["images"], sheets[-1].cell(sampler, 3).images, rtol=0, atol=0)
+    torch.testing.assert_close(names["images"], sheets[-1].comparison.cell(sampler, 3).images, rtol=0, atol=0)
 
 
 def test_the_program_of_a_calibrated_cell_makes_its_pixels() -> None:
-    if "calibrated" not in compare.offered("fashion"):
-        pytest.skip("no calibrated scheduler lies beside the model")
     request, names = compare.checked(samplers=["calibrated"], budgets=[5], images=1), {}
     exec(compare.program(request, "calibrated", 5), names)
     problem = models.problem("fashion", seed=0, guidance=2.0, images=1)
-    torch.testing.assert_close(names["images"], compare.solve_cell(problem, "calibrated", 5).images, rtol=0, atol=0)
+    torch.testing.assert_close(names["images"], engine.solve_cell(problem, "calibrated", 5).images, rtol=0, atol=0)
 
 
 def test_a_cancelled_comparison_stops_between_cells(quick: pytest.MonkeyPatch) -> None:
     calls = []
-    quick.setattr(compare, "solve_cell", lambda *a, solve=compare.solve_cell: (calls.append(a), solve(*a))[1])
+    quick.setattr(engine, "solve_cell", lambda *a, solve=engine.solve_cell: (calls.append(a), solve(*a))[1])
     stream = compare.sheets(compare.checked(**SMALL))
-    next(stream)
+    next(stream), next(stream)
     stream.close()
     assert len(calls) == 1
 
@@ -204,7 +233,7 @@ def test_a_recording_ends_where_sampling_ends() -> None:
     scheduler.set_timesteps(7)
     torch.testing.assert_close(found.states[-1], sample(network_denoiser(model), scheduler, noise))
     assert found.states.shape == (8, 5, 1, 1, 2) and found.clean.shape[0] == 7
-    assert (np.diff(found.log_snr) > 0).all() and np.isposinf(found.log_snr[-1])
+    assert (np.diff(found.levels.log_snr) > 0).all() and np.isposinf(found.levels.log_snr[-1])
 
 
 def test_the_picture_of_the_sde_stays_from_20_to_40_steps_and_ancestral_does_not() -> None:

@@ -27,7 +27,7 @@ SETTINGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
-PATIENCE = 60_000  # milliseconds; CI machines are busy
+PATIENCE = 120_000  # milliseconds; CI machines are busy
 WAYS = {"light": ("light", 1280), "dark": ("dark", 1280), "phone": ("light", 390)}
 
 

@@ -27,8 +27,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde.configs import alphas_cumprod_from_config
 from diffusers_sde.dynamics import drift_and_diffusion
-from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving, alphas_cumprod_from_config
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
 from diffusers_sde.prediction import PREDICTION_TYPES, convert, model_coefficients, prediction_coefficients
 from diffusers_sde.sampling import sample
 from diffusers_sde.tables import Point, build_multistep, linear_coefficients

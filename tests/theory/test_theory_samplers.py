@@ -36,8 +36,8 @@ from helpers import (
 from scipy.integrate import solve_ivp
 
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde.configs import alphas_cumprod_from_config
 from diffusers_sde.grids import Nodes
-from diffusers_sde.paths import alphas_cumprod_from_config
 from diffusers_sde.tables import Point, Table, build_multistep, build_singlestep, lagrange_weights, tau_from_eta
 
 INF = math.inf
@@ -337,6 +337,8 @@ def test_sa_solver_is_the_table_plus_its_few_step_term(predictor, corrector, tau
     adds to two-node weights "for few steps sampling"."""
     sa = stock(
         "SASolverScheduler",
+        n=20,
+        use_exponential_sigmas=True,  # equal steps: over growing ones at tau = 1 rows here read fewer evaluations
         predictor_order=predictor,
         corrector_order=corrector,
         tau_func=lambda t: tau,

@@ -12,15 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from training_helpers import common, launch, losses, make_images, tiny_config, train_here
 
@@ -223,7 +218,7 @@ def test_the_result_is_a_stock_pipeline_with_card_curve_and_samples(data: Path, 
         ("vp", "epsilon", DDPMScheduler),
         ("cosine", "v_prediction", DDPMScheduler),
         ("flow", "flow_prediction", FlowMatchEulerDiscreteScheduler),
-        ("edm", "epsilon", EDMEulerScheduler),
+        ("edm", "epsilon", diffusers.EDMEulerScheduler),
         ("ve", "score", diffusers_sde.ProbabilityFlowScheduler),
         ("vp", "flow_prediction", diffusers_sde.ProbabilityFlowScheduler),
     ],

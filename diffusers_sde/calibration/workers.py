@@ -1,6 +1,6 @@
-"""Several processes, one calibration: each has its share of the samples, sums are over all of them.
+"""Several processes of one ``accelerate launch``, one calibration: each worker has its share of the samples.
 
-Knows Accelerate.  Everything decided is decided from such sums, so that all processes decide alike.
+Knows Accelerate.  Everything decided is decided from sums over all workers, so that all of them decide alike.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ def _state() -> Any:
 
 
 def is_main() -> bool:
+    """Whether this worker prints and writes for all."""
     return bool(_state().is_main_process)
 
 
 def share(items: Sequence[Any]) -> list[Any]:
-    """This process's part of ``items``."""
+    """This worker's part of ``items``."""
     return list(items[_state().process_index :: _state().num_processes])
 
 
-def total(values: np.ndarray) -> np.ndarray:
-    """The sum of a float64 array over all processes."""
+def sum_over_workers(values: np.ndarray) -> np.ndarray:
+    """The sum of a float64 array over all workers."""
     if _state().num_processes == 1:
         return values
     bits = torch.from_numpy(np.ascontiguousarray(values, np.float64)).to(_state().device)
@@ -38,12 +39,12 @@ def total(values: np.ndarray) -> np.ndarray:
 
 
 def wait() -> None:
-    """Until every process is here."""
+    """Until every worker is here."""
     _state().wait_for_everyone()
 
 
-def part() -> None:
-    """The end of a program of several processes: nobody leaves before the others are done."""
+def leave_together() -> None:
+    """The end of a program of several workers: nobody leaves before the others are done."""
     if _state().num_processes > 1:
         wait()
         _state().destroy_process_group()
