@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 from training_helpers import TINY_VAE, common, config_file, losses, make_images, train_here
 
+from diffusers_sde.assets import ASSETS
 from diffusers_sde.training import autoencoders
 from diffusers_sde.training.arguments import read_settings
 from diffusers_sde.training.data import DataError, load_images
@@ -158,6 +160,21 @@ def test_the_default_autoencoder_has_a_quarter_of_the_side_and_four_channels() -
         assert latents.shape == (1, 4, 16, 16) and vae.decode(latents).sample.shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match="multiple of 4"):
         autoencoders.default_autoencoder(30, 3)
+
+
+def test_the_embedded_autoencoder_reconstructs_held_out_emoji() -> None:
+    """The sheet of its card has 40 of them, enlarged twice with a gap of 2, each above what the autoencoder makes."""
+    folder = ASSETS / "emoji/vae"
+    pixels = np.asarray(Image.open(folder / "samples.png").convert("RGB"))[2:, 2:]
+    tiles = torch.from_numpy(pixels[: 8 * 130, : 10 * 130].reshape(8, 130, 10, 130, 3)[:, :128:2, :, :128:2].copy())
+    images, shown = (tiles[k::2].permute(0, 2, 4, 1, 3).reshape(40, 3, 64, 64) / 127.5 - 1 for k in (0, 1))
+    vae = AutoencoderKL.from_pretrained(folder)
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mean
+        made = vae.decode(latents).sample
+    assert psnr(made, images).mean() > 31 and psnr(made, shown).min() > 40
+    assert (latents * vae.config.scaling_factor).std() == pytest.approx(1, abs=0.05)
+    assert (folder / WEIGHTS).stat().st_size < 3e6
 
 
 # -- refusals --
