@@ -8,7 +8,7 @@ Each name is imported when it is first used, so that the command line answers be
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from diffusers_sde.registration import register
@@ -60,9 +60,12 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name in __all__:
+        value = getattr(importlib.import_module(_MODULES.get(name, "diffusers_sde.schedulers")), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES.get(name, "diffusers_sde.schedulers")), name)
     globals()[name] = value  # from now on it is found without this function
     return value
 

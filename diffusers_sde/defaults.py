@@ -8,13 +8,14 @@ of evaluations (README, "How the defaults were chosen", says on what and with wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
-from diffusers_sde.tables import Table, build_multistep
+from diffusers_sde.tables import Table, build_multistep, check_solver
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     laws = _MEASURED[stochastic].get(path.family, [_ROBUST])
     grid, rho = next((grid, rho) for below, grid, rho in laws if n < below)
     return Defaults(grid, rho, path.default_clock, 0.0 if stochastic else path.data_scale)
+
+
+def check_multistep(config: Any, orders: Sequence[int] = (1, 2, 3, 4)) -> None:
+    """Raise ``ValueError`` where :func:`multistep_table` could not use a config; ``orders``: those that exist."""
+    data_std, clock, final = config.data_std or 0.0, config.clock or "log_snr", config.final or "denoise"
+    check_solver(config.solver_order, data_std, clock, final=final, orders=orders)
 
 
 def multistep_table(

@@ -216,13 +216,18 @@ _OPTIONS = {
 }
 
 
+def check_grid(name: str) -> None:
+    """Raise ``ValueError`` for a grid that does not exist."""
+    if name not in GRIDS:
+        raise ValueError(f"grid {name!r} is unknown: use one of {', '.join(GRIDS)}, or pass timesteps= or sigmas=.")
+
+
 def make_grid(path: Path, name: str, n: int, **options: Any) -> Array:
     """``n`` times of the grid ``name``; options that the grid does not have, or that are None, are left out.
 
     Raises ``ValueError`` for an unknown name or ``n < 1``.
     """
-    if name not in GRIDS:
-        raise ValueError(f"grid {name!r} is unknown: use one of {', '.join(GRIDS)}, or pass timesteps= or sigmas=.")
+    check_grid(name)
     if n < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {n}.")
     chosen = {k: options[k] for k in _OPTIONS.get(name, ()) if options.get(k) is not None}
@@ -245,15 +250,20 @@ def distinct_integers(times: Array) -> Array:
     return rounded
 
 
+def check_final(final: str) -> None:
+    """Raise ``ValueError`` for a ``final_sigmas_type`` that does not exist."""
+    if final not in ("zero", "sigma_min"):
+        raise ValueError(f"final_sigmas_type must be 'zero' or 'sigma_min', not {final!r}.")
+
+
 def nodes_from_times(path: Path, times: Any, final: str = "zero") -> Nodes:
     """Evaluation times plus the terminal node: sigma = 0 (``final="zero"``) or the cleanest training time."""
     times = np.asarray(times, np.float64)
+    check_final(final)
     end = path.cleanest
     alpha, sigma = path.alpha_sigma(np.append(times, end))
     if final == "zero":
         alpha[-1], sigma[-1] = 1.0, 0.0
-    elif final != "sigma_min":
-        raise ValueError(f"final_sigmas_type must be 'zero' or 'sigma_min', not {final!r}.")
     return Nodes(np.append(times, end), alpha, sigma)
 
 

@@ -21,7 +21,6 @@ import torch
 # The tree spans this interval of half log-SNR; beyond it exp(-2 * 16) is below float32 rounding.
 LOG_SNR_SPAN = 16.0
 CELLS = 64  # independent increments over the span; within a cell the path is bisected
-_EXTRA_LEVELS = 0
 _MAX_NODE = 2**50
 
 
@@ -30,10 +29,16 @@ def brownian_weights(
 ) -> list[tuple[tuple[int, float], ...]]:
     """For each step of the grid, ``((node, weight), ...)`` with ``z = sum weight xi_node`` its unit-variance noise.
 
-    ``log_snr``: the n + 1 half log-SNRs of a grid, non-decreasing; infinite ends allowed.  ``xi_node`` are independent
-    standard normals: nodes below CELLS are the increments of the cells, CELLS + j bisects cell j, k has the halves 2k
-    and 2k + 1.  Squared weights of a step sum to 1 and those
-    of different steps are orthogonal: exactly a Brownian motion at the grid nodes.
+    Args:
+        log_snr: the n + 1 half log-SNRs of a grid, non-decreasing; infinite ends allowed.
+        tau: the noise level, or one per step.
+        data_std: the data scale of the table.
+
+    Returns:
+        One tuple of pairs a step, empty where a step has no length.  ``xi_node`` are independent standard normals:
+        nodes below CELLS are the increments of the cells, CELLS + j bisects cell j, k has the halves 2k and 2k + 1.
+        Squared weights of a step sum to 1 and those of different steps are orthogonal: exactly a Brownian motion at
+        the grid nodes.
     """
     lam = np.clip(np.asarray(log_snr, np.float64), -LOG_SNR_SPAN, LOG_SNR_SPAN)
     steps = len(lam) - 1
@@ -97,7 +102,7 @@ def _bisect(lam: np.ndarray, clock: Callable[[np.ndarray], np.ndarray]) -> list[
         right = {**left, int(j): float(steps[j])}
         inside = [i for i in range(len(lam)) if cell[i] == j]
         ends = (edges[j], float(at_edges[j]), left), (edges[j + 1], float(at_edges[j + 1]), right)
-        _split(CELLS + int(j), ends, inside, lam, clock, _EXTRA_LEVELS, out)
+        _split(CELLS + int(j), ends, inside, lam, clock, out)
     return out
 
 
@@ -110,10 +115,9 @@ def _split(
     inside: list[int],
     lam: np.ndarray,
     clock: Callable[[np.ndarray], np.ndarray],
-    spare: int,
     out: list[dict[int, float]],
 ) -> None:
-    """Bisect an interval until each part holds one of the grid nodes ``inside``, ``spare`` times more, and bridge."""
+    """Bisect an interval until each part holds one of the grid nodes ``inside``, and bridge."""
     left, right = ends
     for end in ends:
         for i in [i for i in inside if lam[i] == end[0]]:
@@ -121,8 +125,7 @@ def _split(
     inside = [i for i in inside if left[0] < lam[i] < right[0]]
     if not inside:
         return
-    distinct = len({lam[i] for i in inside})
-    leaf = (distinct == 1 and spare == 0) or k >= _MAX_NODE
+    leaf = len({lam[i] for i in inside}) == 1 or k >= _MAX_NODE
     at = float(lam[inside[0]]) if leaf else 0.5 * (left[0] + right[0])
     c = float(clock(np.array([at]))[0])
     u = (c - left[1]) / (right[1] - left[1]) if right[1] > left[1] else 0.5
@@ -133,8 +136,8 @@ def _split(
             out[i] = value
         return
     here = (at, c, value)
-    _split(2 * k, (left, here), inside, lam, clock, spare - (distinct == 1), out)
-    _split(2 * k + 1, (here, right), inside, lam, clock, spare - (distinct == 1), out)
+    _split(2 * k, (left, here), inside, lam, clock, out)
+    _split(2 * k + 1, (here, right), inside, lam, clock, out)
 
 
 # -- counter-based normals --
@@ -161,7 +164,7 @@ def _wrap(value: int) -> int:
 
 def seeds_from_latents(sample: torch.Tensor) -> torch.Tensor:
     """One int64 seed per sample, a hash of its values (batch,): same latents, same seed; no synchronisation."""
-    bits = sample.detach().float().contiguous().view(torch.int32).flatten(1).long()
+    bits = sample.detach().float().contiguous().view(torch.int32).reshape(len(sample), -1).long()
     place = torch.arange(bits.shape[1], device=bits.device)
     return _mix(_mix(bits + place * _GOLDEN).sum(1))
 

@@ -449,7 +449,7 @@ class FlowMatching(Path):
             return self.grid_times(sigmas, mu)
         return self._times_of_sigma(self.shift(sigmas, mu))
 
-    def habitual_sigmas(self, n: int) -> Array | None:
+    def habitual_sigmas(self, n: int) -> Array:
         return np.linspace(1, 1 / max(n, 1), n)
 
     def own_prediction(self, prediction_type: str, sigma: float) -> tuple[float, float] | None:

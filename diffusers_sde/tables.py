@@ -68,7 +68,7 @@ class Table:
 MAX_STEP_RATIO = 4.0  # a step to the one before it
 MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}  # sum |b| / |sum b|, by the number of evaluations
 MAX_STIFFNESS = 2.0  # of a stochastic step, see Method.stiffness
-MAX_FRESH = (5.0, 1.5)  # amplification times fresh noise, for data prediction and for an F that contains the noise
+MAX_FRESH = (6.2, 1.5)  # amplification times fresh noise, for data prediction and for an F that contains the noise
 MAX_CANCELLATION = 0.3  # of MAX_AMPLIFICATION: what errors of x_0 may grow to when noise predictions are subtracted
 
 
@@ -148,20 +148,36 @@ def build_multistep(
 ) -> Table:
     """Exponential Adams table: predictor of ``order`` 1-4, optionally corrected when the next evaluation arrives.
 
-    corrector: True redoes each step with the new evaluation and ``order`` old ones (UniC, order + 1); an integer is
-    the number of nodes of that redone step, the new one first (SA-Solver's corrector order).  No model evaluation.
-    tau: one noise level, or one per step.
-    final: what a step to sigma = 0 does.  ``denoise`` returns D, noise free; ``corrected`` moves D with the corrected
-    state as far as D of N(0, data_std^2) data would; ``exact`` is the limit of the formula (needs data_std > 0),
-    ``second_order`` its two-node version.
-
     The order of a row is lowered where the history is short or where extrapolation would amplify errors.
-    Raises ``ValueError`` for an order, clock, rule, tau or final that does not exist or does not fit.
+
+    Args:
+        path: the process; needed for the clock ``time`` only.
+        nodes: of the grid.
+        order: 1 to 4.
+        corrector: True redoes each step with the new evaluation and ``order`` old ones (UniC, order + 1); an integer is
+            the number of nodes of that redone step, the new one first (SA-Solver's corrector order).  No model
+            evaluation.
+        data_std, clock, rule: see :class:`Method`.
+        tau: one noise level, or one per step.
+        final: what a step to sigma = 0 does.  ``denoise`` returns D, noise free; ``corrected`` moves D with the
+            corrected state as far as D of N(0, data_std^2) data would; ``exact`` is the limit of the formula (needs
+            data_std > 0), ``second_order`` its two-node version.
+
+    Returns:
+        One row an evaluation.
+
+    Raises:
+        ValueError: for an order, clock, rule, tau or final that does not exist or does not fit.
     """
-    taus = _check(nodes, order, data_std, clock, tau, rule, final)
+    check_solver(order, data_std, clock, rule, final)
+    taus = _noise_levels(tau, len(nodes) - 1)
     method = Method(path, float(data_std), clock, rule)
     points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
     rows: list[Row] = []
+    # A correction redoes the step before with the evaluation that has just arrived.  The state from which that step
+    # started is gone, but it is not needed: the corrected state is the current one plus the difference of the two
+    # sets of weights on evaluations that are kept.  So a row carries it in its own weights, ahead of its prediction,
+    # and a corrector costs neither an evaluation nor an operation.
     previous = np.zeros(0)  # weights that produced the current state, on F_{i-1}, F_{i-2}, ...
     for i, (start, end) in enumerate(itertools.pairwise(points)):
         if end.sigma == 0 and final in ("denoise", "corrected"):
@@ -208,12 +224,26 @@ def build_singlestep(
     stages at log-SNR midpoint / thirds.  These put their extra evaluations into the table as rows of their own.
 
     The anchor is not stored: the noise-free state of the stage before is an affine function of it, which makes
-    every row a row like any other (and Brownian increments add up).  Raises ``ValueError`` as build_multistep.
+    every row a row like any other (and Brownian increments add up).  A step is split at a stage from which it would
+    amplify errors, and where tau changes: the state there is its next anchor.
+
+    Args:
+        path: the process; needed for stages between grid nodes and for the clock ``time``.
+        nodes: of the grid.
+        method: one of ``SINGLESTEP_METHODS``.
+        data_std, clock, tau, rule, final: as in :func:`build_multistep`; tau per step of ``nodes``.
+
+    Returns:
+        One row an evaluation.
+
+    Raises:
+        ValueError: as :func:`build_multistep`, and where the path is needed and missing.
     """
     if method not in SINGLESTEP_METHODS:
         raise ValueError(f"method {method!r} is unknown: use one of {', '.join(SINGLESTEP_METHODS)}.")
     order, fractions = SINGLESTEP_METHODS[method]
-    taus = _check(nodes, order, data_std, clock, tau, rule, final)
+    check_solver(order, data_std, clock, rule, final)
+    taus = _noise_levels(tau, len(nodes) - 1)
     if fractions is not None:
         nodes, taus = insert_stages(path, nodes, fractions, taus)
     weigh = Method(path, float(data_std), clock, rule)
@@ -299,11 +329,17 @@ def _groups(points: Sequence[Point], order: int) -> list[tuple[int, int]]:
     return list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
 
 
-def _check(
-    nodes: Nodes, order: int, data_std: float, clock: str, tau: float | Sequence[float], rule: str, final: str
-) -> list[float]:
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"solver_order must be 1, 2, 3 or 4, not {order}.")
+def check_solver(
+    order: int,
+    data_std: float = 0.0,
+    clock: str = "log_snr",
+    rule: str = "exact",
+    final: str = "denoise",
+    orders: Sequence[int] = (1, 2, 3, 4),
+) -> None:
+    """Raise ``ValueError`` for settings of :func:`build_multistep` that do not exist; ``orders``: those that do."""
+    if order not in orders:
+        raise ValueError(f"solver_order must be {', '.join(map(str, orders[:-1]))} or {orders[-1]}, not {order}.")
     if clock not in CLOCKS:
         raise ValueError(f"clock {clock!r} is unknown: use one of {', '.join(CLOCKS)}.")
     if rule not in ("exact", "midpoint"):
@@ -312,10 +348,21 @@ def _check(
         raise ValueError(f"final {final!r} is unknown: use one of {', '.join(FINALS)}.")
     if not data_std >= 0:
         raise ValueError(f"data_std must be 0 or more (inf for noise prediction), not {data_std}.")
-    steps = len(nodes) - 1
+
+
+def check_tau(tau: float | Sequence[float]) -> None:
+    """Raise ``ValueError`` unless the noise level, or each of several, lies between 0 and ``MAX_TAU``."""
+    for value in np.ravel(np.asarray(tau, np.float64)):
+        if not 0 <= value <= MAX_TAU:
+            raise ValueError(f"tau must be a number from 0 to {MAX_TAU:g}, or one for each step, not {value:g}.")
+
+
+def _noise_levels(tau: float | Sequence[float], steps: int) -> list[float]:
+    """One noise level for each step."""
+    check_tau(tau)
     taus = [float(tau)] * steps if np.ndim(tau) == 0 else [float(x) for x in tau]  # type: ignore[arg-type, union-attr]
-    if len(taus) < steps or not all(0 <= x <= MAX_TAU for x in taus):
-        raise ValueError(f"tau must be one number from 0 to {MAX_TAU:g}, or one for each of the {steps} steps.")
+    if len(taus) < steps:
+        raise ValueError(f"tau has {len(taus)} values for {steps} steps: pass one number, or one for each step.")
     return taus[:steps]
 
 

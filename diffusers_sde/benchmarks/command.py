@@ -49,7 +49,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(section: str, args: argparse.Namespace) -> None:
-    from diffusers_sde.benchmarks import calibration, deterministic, errors, labels, steps, stochastic, training
+    from diffusers_sde.benchmarks import (
+        calibration,
+        deterministic,
+        errors,
+        labels,
+        robustness,
+        steps,
+        stochastic,
+        training,
+    )
 
     if section == "speed":
         steps.step_times()
@@ -62,7 +71,7 @@ def _measure(section: str, args: argparse.Namespace) -> None:
     elif section == "sde":
         stochastic.sde_quality(args.seed)
     elif section == "robustness":
-        deterministic.robustness(args.seed)
+        robustness.measure(args.seed)
     elif section == "labels":
         labels.measure(args.seed)
     elif section == "calibration":

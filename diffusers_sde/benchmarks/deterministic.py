@@ -1,15 +1,13 @@
-"""``diffusers-sde bench --sections oracle network robustness``: error to the exact ODE solution against evaluations.
+"""``diffusers-sde bench --sections oracle network``: error to the exact ODE solution against evaluations.
 
 Knows our settings and what they are measured on: mixture oracles and the embedded network, all from the same noise.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from typing import Any
 
-import diffusers
 import torch
 from tqdm.auto import tqdm
 
@@ -23,10 +21,8 @@ from diffusers_sde.benchmarks.common import (
     reference_solution,
 )
 from diffusers_sde.benchmarks.competition import stock_odes
-from diffusers_sde.grids import GRIDS
 from diffusers_sde.sampling import Denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler
-from diffusers_sde.weights import CLOCKS
 
 ERROR_STEPS = (5, 6, 8, 10, 15, 20)
 
@@ -94,32 +90,3 @@ def errors(title: str, denoiser: Denoiser, noise: torch.Tensor, config: dict[str
     header = ["", *(f"{n} NFE" for n in ERROR_STEPS), "mean"]
     print_table(f"Error to the exact ODE solution: {title} (reference converged to {uncertainty:.1e})", header, rows)
     print("best of diffusers was: " + "; ".join(f"{n}: {name}" for n, (_, name) in zip(ERROR_STEPS, best, strict=True)))
-
-
-def robustness(seed: int) -> None:
-    """The worst error of every grid x clock x order x data scale x corrector a user can select, at few evaluations."""
-    process = PROCESSES["linear"]
-    model = oracle(seed=seed, process=process)
-    denoiser, count = network_denoiser(model), 0
-    noise = torch.randn(16, *model.sample_shape, generator=torch.Generator().manual_seed(seed + 1))
-    reference = reference_solution(denoiser, noise, process, 240)
-    rows = []
-    for n in (5, 10):
-        worst = (0.0, "")
-        settings = list(itertools.product(GRIDS, CLOCKS, (1, 2, 3, 4), (0.0, 0.5, 1.0, float("inf")), (False, True)))
-        for grid, clock, order, data_std, corrector in tqdm(settings, desc=f"robustness, {n}", leave=False):
-            options: dict[str, Any] = {"grid": grid, "clock": clock, "solver_order": order, "data_std": data_std}
-            scheduler = ProbabilityFlowScheduler.from_config(process, corrector=corrector, **options)
-            scheduler.set_timesteps(n)
-            worst = max(
-                worst, (mean_error(sample(denoiser, scheduler, noise), reference), f"{options}, corrector {corrector}")
-            )
-            count += 1
-        ddim = diffusers.DDIMScheduler.from_config(process, clip_sample=False, timestep_spacing="trailing")
-        ddim.set_timesteps(n)
-        rows.append(
-            [str(n), f"{worst[0]:.3f}", f"{mean_error(sample(denoiser, ddim, noise), reference):.3f}", worst[1]]
-        )
-    spread = reference.std().item()
-    title = f"Worst error of {count} runs, every selectable setting (standard deviation of the data {spread:.2f})"
-    print_table(title, ["NFE", "worst", "DDIM", "setting"], rows)

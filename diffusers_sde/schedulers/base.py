@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 
 from diffusers_sde import noise
 from diffusers_sde.configs import settled
-from diffusers_sde.grids import Nodes
+from diffusers_sde.grids import Nodes, check_final, check_grid
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import model_coefficients, split_variance
 from diffusers_sde.schedulers import traced
@@ -83,6 +83,10 @@ class TableScheduler(RunLayout, Conversion):
         middle = 0.5 * (path.noisiest + path.cleanest)
         alpha, sigma = (float(v) for v in path.alpha_sigma(middle))
         model_coefficients(path, self.config.prediction_type, alpha, sigma)  # raises on an unknown prediction type
+        for grid in (self.config.grid, self.config.sigma_schedule):
+            if grid is not None:
+                check_grid(grid)
+        check_final(self.config.final_sigmas_type)
 
     # -- configs and copies --
 

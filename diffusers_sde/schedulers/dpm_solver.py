@@ -10,7 +10,7 @@ from diffusers_sde.configs import scheduler_init
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.tables import Table, build_multistep, build_singlestep
+from diffusers_sde.tables import Table, build_multistep, build_singlestep, check_solver
 
 # algorithm_type -> (data_std, tau): noise or data prediction, ODE or SDE
 ALGORITHMS = {
@@ -51,15 +51,18 @@ class DPMSolverScheduler(TableScheduler):
         singlestep: bool = False,
         noise_seed: int | None = None,
     ):
-        if solver_order not in (1, 2, 3):
-            raise ValueError(f"solver_order must be 1, 2 or 3, not {solver_order}.")
-        if algorithm_type not in ALGORITHMS:
-            raise ValueError(f"algorithm_type {algorithm_type!r} is unknown: use one of {', '.join(ALGORITHMS)}.")
-        if solver_type not in SOLVER_TYPES:
-            raise ValueError(f"solver_type {solver_type!r} is unknown: use exact, midpoint or heun.")
         if solver_type == "exact":  # the name that diffusers' classes accept for the same weights
             self.register_to_config(solver_type="heun")
         self._setup()
+
+    def _check(self) -> None:
+        super()._check()
+        c = self.config
+        check_solver(c.solver_order, orders=(1, 2, 3))
+        if c.algorithm_type not in ALGORITHMS:
+            raise ValueError(f"algorithm_type {c.algorithm_type!r} is unknown: use one of {', '.join(ALGORITHMS)}.")
+        if c.solver_type not in SOLVER_TYPES:
+            raise ValueError(f"solver_type {c.solver_type!r} is unknown: use exact, midpoint or heun.")
 
     @classmethod
     def _inherits(cls, config: Mapping[str, Any], key: str, ours: bool) -> bool:

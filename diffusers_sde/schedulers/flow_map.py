@@ -41,11 +41,15 @@ class FlowMapScheduler(TableScheduler):
 
     @scheduler_init
     def __init__(self, flow_map: str = "consistency", gamma: float | None = None, noise_seed: int | None = None):
+        self._setup()
+
+    def _check(self) -> None:
+        super()._check()
+        flow_map, gamma = self.config.flow_map, self.config.gamma
         if flow_map not in FLOW_MAPS:
             raise ValueError(f"flow_map {flow_map!r} is unknown: use {' or '.join(FLOW_MAPS)}.")
         if gamma is not None and not 0 <= gamma <= 1:
             raise ValueError(f"gamma must lie between 0 (deterministic jumps) and 1 (consistency), not {gamma}.")
-        self._setup()
 
     @classmethod
     def _solver_settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffusers_sde.configs import scheduler_init
-from diffusers_sde.defaults import multistep_table
+from diffusers_sde.defaults import check_multistep, multistep_table
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
@@ -39,6 +39,10 @@ class ProbabilityFlowScheduler(TableScheduler):
         final: str | None = None,
     ):
         self._setup()
+
+    def _check(self) -> None:
+        super()._check()
+        check_multistep(self.config)
 
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
         return multistep_table(self.config, path, nodes, tau=tau, final=self._final)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from diffusers_sde.configs import scheduler_init
-from diffusers_sde.defaults import multistep_table
+from diffusers_sde.defaults import check_multistep, multistep_table
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.tables import Table, tau_from_eta
+from diffusers_sde.tables import Table, check_tau, tau_from_eta
 
 
 class ReverseSDEScheduler(TableScheduler):
@@ -49,9 +49,14 @@ class ReverseSDEScheduler(TableScheduler):
         final: str | None = None,
         noise_seed: int | None = None,
     ):
-        if solver_order not in (1, 2, 3):
-            raise ValueError(f"solver_order must be 1, 2 or 3, not {solver_order}.")
         self._setup()
+
+    def _check(self) -> None:
+        super()._check()
+        check_multistep(self.config, orders=(1, 2, 3))
+        check_tau(self.config.tau)
+        if self.config.eta is not None and not 0 <= self.config.eta <= 1:
+            raise ValueError(f"eta must lie between 0 (DDIM) and 1 (DDPM), not {self.config.eta}.")
 
     @property
     def stochastic(self) -> bool:

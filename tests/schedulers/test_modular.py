@@ -140,7 +140,7 @@ def test_saved_pipeline_names_our_class(tmp_path):
     """`save_pretrained` of the blocks' pipeline writes the scheduler, and loading it restores class and config."""
     pipe = sdxl()
     pipe.update_components(scheduler=ProbabilityFlowScheduler.from_config(pipe.scheduler.config, solver_order=3))
-    pipe.save_pretrained(str(tmp_path))
+    pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
     again = diffusers.ModularPipeline.from_pretrained(str(tmp_path))
     again.load_components(names=["scheduler"])
     assert type(again.scheduler) is ProbabilityFlowScheduler

@@ -19,6 +19,7 @@ from five_schedulers import FIVE, build, build_from
 from tiny_pipelines import PIPELINES, generator, stock
 
 from diffusers_sde import DPMSolverScheduler, FlowMapScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde.paths import VarianceExploding
 
 CLASSES = [ProbabilityFlowScheduler, ReverseSDEScheduler, DPMSolverScheduler]
 # Pipelines with a deterministic stock solver to compare with (None: the one they have).
@@ -161,7 +162,10 @@ def test_first_order_on_the_grid_of_stock_is_stock(name):
 
     @functools.wraps(lay_out)
     def on_stock_timesteps(self, num_inference_steps=None, device=None, **_):
-        lay_out(self, timesteps=stock_scheduler.timesteps, device=device)
+        if isinstance(self.path, VarianceExploding):  # the timesteps of Cosmos 2 name no level
+            lay_out(self, sigmas=stock_scheduler.sigmas[:-1], device=device)
+        else:
+            lay_out(self, timesteps=stock_scheduler.timesteps, device=device)
 
     with mock.patch.object(ProbabilityFlowScheduler, "set_timesteps", on_stock_timesteps):
         output = torch.as_tensor(pipe(**kwargs)[0])
@@ -183,7 +187,7 @@ class LaidOut(Exception):
     """Raised in place of the first step."""
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", [name for name in PIPELINES if not name.startswith("cosmos2_")])  # they see sigmas
 def test_network_sees_the_times_of_stock(name):
     """Index, c_noise or 1000 sigma: what the network is conditioned on spans the range it has under the stock class."""
     ranges = []
@@ -227,23 +231,6 @@ def test_base_and_refiner_share_one_schedule(cls):
     assert torch.equal(first.output, second.first)
     assert tuple(second.output.shape) == shape
     assert second.output.isfinite().all()
-
-
-@by_class
-def test_step_taken_twice(cls):
-    """Cosmos asks `step` for the denoised sample, puts the step index back, and steps again with the guided one."""
-    config = stock("EDMEulerScheduler", sigma_min=0.002, sigma_max=80.0, sigma_data=0.5).config
-    scheduler = cls.from_config(config)
-    scheduler.set_timesteps(6)
-    target = torch.randn(1, 4, 8, 8, generator=generator(1))
-    sample = torch.randn(1, 4, 8, 8, generator=generator()) * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        output = torch.zeros(2, 4, 8, 8)
-        denoised = scheduler.step(output, t, torch.cat([sample, sample]), return_dict=False)[1]
-        assert denoised.shape == output.shape
-        scheduler._step_index -= 1
-        sample = scheduler.step(target, t, sample, return_dict=False, pred_original_sample=target)[0]
-    torch.testing.assert_close(sample, target, atol=1e-3, rtol=1e-3)
 
 
 @by_class
@@ -387,3 +374,17 @@ def test_flow_sigmas_with_every_prediction_type(kind):
         output = {"flow_prediction": noise - data, "sample": data, "epsilon": noise}[kind]
         x = scheduler.step(output, t, x, return_dict=False)[0]
     torch.testing.assert_close(x, mean + std * start, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"solver_order": 1}, {"solver_order": 3}, {"corrector": False}, {"rho": 5.0}], ids=str
+)
+def test_a_setting_of_the_solver_does_not_change_the_process(setting):
+    """What the caller adds to a stock config is a choice of solver or grid, not a hint at the class it came from."""
+    for name in ("playground_euler", "sdxl", "sd3", "wan"):
+        config = PIPELINES[name]()[0].scheduler.config
+        plain = ProbabilityFlowScheduler.from_config(config)
+        changed = ProbabilityFlowScheduler.from_config(config, **setting)
+        times = np.linspace(plain.path.noisiest, plain.path.cleanest, 7)
+        np.testing.assert_array_equal(changed.path.alpha_sigma(times), plain.path.alpha_sigma(times))
+        assert changed.config.prediction_type == plain.config.prediction_type

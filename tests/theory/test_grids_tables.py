@@ -326,7 +326,7 @@ def test_weights_agree_with_thirty_digits(start, h, order, tau):
 @given(shift=st.floats(-4, 4), tau=st.sampled_from([0.0, 0.7, 1.0]), order=st.integers(1, 4))
 def test_data_prediction_weights_do_not_depend_on_where_the_step_is(shift, tau, order):
     """c = 0: the weights over alpha_t depend on the steps of log-SNR only."""
-    lam = 0.5 * np.array([-1.0, -0.6, -0.1, 0.5, 0.9])
+    lam = np.array([-1.0, -0.6, -0.1, 0.5, 0.9])
     rows = []
     for offset in (0.0, shift):
         nodes = nodes_of(PATHS["edm"], lam + offset)
@@ -642,3 +642,31 @@ def test_a_stretched_shift_keeps_the_start_of_one_step():
 def test_a_start_outside_the_range_is_refused(start):
     with pytest.raises(ValueError, match="start must lie in"):
         make_grid(PATHS["vp_linear"], "power", 5, start=start)
+
+
+# -- single steps: one tau a step, and a split where a stage would amplify --
+
+
+@pytest.mark.parametrize("method", SINGLESTEP_METHODS)
+def test_singlestep_takes_one_tau_a_step(method):
+    """As many as the grid has steps, also where stages are inserted; each step draws its own noise: none at tau = 0."""
+    nodes = nodes_of(PATHS["vp_linear"], np.linspace(-2, 2, 5))
+    taus = [0.0, 1.0, 0.0, 0.5]
+    table = build_singlestep(PATHS["vp_linear"], nodes, method=method, tau=taus)
+    log_snr = [math.log(row.alpha / row.sigma) for row in table.rows]
+    step = np.clip(np.searchsorted(nodes.log_snr, np.array(log_snr) + 1e-9, side="right") - 1, 0, 3)
+    for row, i in zip(table.rows, step, strict=True):
+        if taus[i] == 0:
+            assert row.c == 0
+    assert sum(row.c > 0 for row in table.rows) >= 2
+    with pytest.raises(ValueError, match="one for each"):
+        build_singlestep(PATHS["vp_linear"], nodes, method=method, tau=taus[:-1])
+
+
+def test_a_single_step_is_split_where_its_stage_would_amplify():
+    """Three stages whose last leaps 5.8 of log-SNR after steps of 1: that step starts at its stage."""
+    lam = [-1.1, 0.0, 1.1, 6.9]
+    rows = build_singlestep(PATHS["flow"], nodes_of(PATHS["flow"], lam), method="grid3").rows
+    assert [len(row.b) for row in rows] == [1, 2, 1]
+    even = build_singlestep(PATHS["flow"], nodes_of(PATHS["flow"], [-1.1, 0.0, 1.1, 2.2]), method="grid3").rows
+    assert [len(row.b) for row in even] == [1, 2, 3]

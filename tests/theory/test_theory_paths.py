@@ -109,7 +109,7 @@ def test_alpha_and_sigma_obey_their_family(name, law):
 @every_path
 @given(u=unit)
 def test_log_snr_is_inverted_exactly_by_time(name, u):
-    """time(log_snr(t)) = t on the whole training range, fractional times included (DESIGN 1)."""
+    """time(log_snr(t)) = t on the whole training range, fractional times included (Kingma et al. 2021)."""
     path = PATHS[name]
     t = path.noisiest + u * (path.cleanest - path.noisiest)
     scale = max(abs(path.noisiest), abs(path.cleanest))
@@ -119,7 +119,7 @@ def test_log_snr_is_inverted_exactly_by_time(name, u):
 @every_path
 @given(u=unit)
 def test_time_is_inverted_exactly_by_log_snr(name, u):
-    """log_snr(time(lambda)) = lambda at every noise level of the training range (DESIGN 1)."""
+    """log_snr(time(lambda)) = lambda at every noise level of the training range (Kingma et al. 2021)."""
     path = PATHS[name]
     low, high = (max(float(path.log_snr(t)), -9.0) for t in (path.noisiest, path.cleanest))
     lam = low + u * (high - low)
@@ -139,7 +139,7 @@ def test_log_snr_decreases_with_noise(name, u, v):
 
 @pytest.mark.parametrize("name", BETA_CONFIGS)
 def test_vp_log_snr_is_linear_between_training_times(name):
-    """Between integers the log-SNR is interpolated linearly, in the angle next to an infinite end (DESIGN 1)."""
+    """Between integers the log-SNR is interpolated linearly, in the angle next to an infinite end."""
     path = PATHS[f"vp_{name}"]
     k = np.arange(int(path.noisiest))
     left, middle, right = (path.log_snr(k + u) for u in (0.0, 0.5, 1.0))

@@ -337,8 +337,6 @@ def test_sa_solver_is_the_table_plus_its_few_step_term(predictor, corrector, tau
     adds to two-node weights "for few steps sampling"."""
     sa = stock(
         "SASolverScheduler",
-        n=20,
-        use_exponential_sigmas=True,  # equal steps: over growing ones at tau = 1 rows here read fewer evaluations
         predictor_order=predictor,
         corrector_order=corrector,
         tau_func=lambda t: tau,
@@ -573,7 +571,7 @@ def test_order_of_single_step_methods(exact_flow, method, order):
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("std", [0.1, 1.0, 3.0])
 def test_noise_does_not_need_many_steps_where_the_data_scale_is_known(std, tau, n):
-    """With data_std = c every tau reproduces N(0, c^2) at any number of steps; with c = 0 it needs many (DESIGN 3)."""
+    """With data_std = c every tau reproduces N(0, c^2) at any number of steps; with c = 0 it needs many."""
     nodes = nodes_of(PATHS["vp_linear"], np.linspace(-4, 4, n + 1))
     first, last = (nodes.alpha[i] ** 2 * std**2 + nodes.sigma[i] ** 2 for i in (0, -1))
     for order, corrector in ((1, False), (2, False), (2, True), (3, True)):
