@@ -38,8 +38,15 @@ COMPATIBLE = (
 # fmt: on
 # Keywords of from_pretrained that diffusers' load_config passes on although they say how to load, not what.
 _LOADING = (
-    "device_map", "dtype", "output_loading_info", "resume_download", "torch_dtype", "trust_remote_code",
-    "use_auth_token", "use_safetensors", "variant",
+    "device_map",
+    "dtype",
+    "output_loading_info",
+    "resume_download",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_auth_token",
+    "use_safetensors",
+    "variant",
 )  # fmt: skip
 
 

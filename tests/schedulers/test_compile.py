@@ -29,7 +29,12 @@ def steps(scheduler, step, x):
     model = gaussian(scheduler)
     for t in scheduler.timesteps:
         out = step(model(x, t), t, x)
-        yield from (out.prev_sample, out.pred_original_sample, out.prev_sample_mean, torch.as_tensor(out.noise_std, dtype=torch.float64))
+        yield from (
+            out.prev_sample,
+            out.pred_original_sample,
+            out.prev_sample_mean,
+            torch.as_tensor(out.noise_std, dtype=torch.float64),
+        )
         x = out.prev_sample
 
 
