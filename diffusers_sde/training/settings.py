@@ -185,9 +185,9 @@ class Settings:
         return f"{self.objective}, weighting {self.loss_weighting}, times {self.time_sampling}, loss {self.loss}"
 
     def public(self) -> dict[str, Any]:
-        """The settings that may be shown to others: those with a value, without the token of the Hub."""
+        """The settings that trackers may show: single numbers and words, without the token of the Hub."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if value is not None and name != "hub_token"}
+        return {n: v for n, v in values.items() if isinstance(v, int | float | str) and n != "hub_token"}
 
 
 def build_parser() -> argparse.ArgumentParser:

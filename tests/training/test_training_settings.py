@@ -99,10 +99,11 @@ def test_defaults_follow_from_other_settings(words: str, expected: dict[str, obj
     assert {name: getattr(read, name) for name in expected} == expected
 
 
-def test_the_token_of_the_hub_is_not_shown_to_trackers() -> None:
-    read = read_settings([*LEAST, "--hub_token", "secret"])
+def test_trackers_are_shown_numbers_and_words_and_not_the_token_of_the_hub() -> None:
+    read = read_settings([*LEAST, "--hub_token", "secret", "--validation_prompts", "a", "b"])
     assert read.hub_token == "secret" and "secret" not in map(str, read.public().values())
-    assert read.public()["train_data_dir"] == "data"
+    assert read.public()["train_data_dir"] == "data" and read.public()["use_ema"] is False
+    assert all(isinstance(value, int | float | str) for value in read.public().values())
 
 
 def test_settings_made_in_python_are_checked_as_those_of_the_command_line() -> None:
