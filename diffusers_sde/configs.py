@@ -78,8 +78,8 @@ TABLE = (
     Key("thresholding", "bool", False, DATA, "limit it to its dynamic_thresholding_ratio quantile (Saharia et al.)"),
     Key("dynamic_thresholding_ratio", "float", 0.995, DATA, "see thresholding"),
     Key("sample_max_value", "float", 1.0, DATA, "upper limit of the quantile"),
-    Key("variance_type", "str", "fixed_small", DATA, "learned and learned_range outputs are split; fixed_large is "
-        "honoured by the first-order reverse SDE"),
+    Key("variance_type", "str", "fixed_small", DATA, "learned and learned_range outputs are split; fixed_large, "
+        "the posterior of unit normal data, is honoured by the first-order reverse SDE"),
 )
 # fmt: on
 SHARED = {key.name: key for key in TABLE}

@@ -61,6 +61,18 @@ class Table:
         return max((len(row.b) - 1 - k for k, row in enumerate(self.rows[i + 1 :])), default=0)
 
 
+def points_of(nodes: Nodes) -> tuple[Point, ...]:
+    """The nodes of a grid, or of a run (``scheduler.levels``), one by one.
+
+    Args:
+        nodes: n evaluations and the terminal node.
+
+    Returns:
+        n + 1 points with ``alpha``, ``sigma`` and ``log_snr``.
+    """
+    return tuple(Point(float(alpha), float(sigma)) for alpha, sigma in zip(nodes.alpha, nodes.sigma, strict=True))
+
+
 # -- builders --
 
 # What a row may do before it reads fewer evaluations, found by a scan over every selectable setting (the robustness
@@ -172,7 +184,7 @@ def build_multistep(
     check_solver(order, data_std, clock, rule, final)
     taus = _noise_levels(tau, len(nodes) - 1)
     method = Method(path, float(data_std), clock, rule)
-    points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
+    points = points_of(nodes)
     rows: list[Row] = []
     # A correction redoes the step before with the evaluation that has just arrived.  The state from which that step
     # started is gone, but it is not needed: the corrected state is the current one plus the difference of the two
@@ -247,7 +259,7 @@ def build_singlestep(
     if fractions is not None:
         nodes, taus = insert_stages(path, nodes, fractions, taus)
     weigh = Method(path, float(data_std), clock, rule)
-    points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
+    points = points_of(nodes)
     rows: list[Row] = []
     for first, size in _groups(points, order):
         anchor, previous = first, np.zeros(0)

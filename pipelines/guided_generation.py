@@ -50,7 +50,6 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import TableScheduler
-from diffusers_sde.methods.fields import points_of
 from diffusers_sde.methods.guidance import (
     Classifier,
     adaptive_projection,
@@ -73,6 +72,7 @@ from diffusers_sde.methods.pipeline_io import (
 )
 from diffusers_sde.prediction import from_model
 from diffusers_sde.sampling import null_label
+from diffusers_sde.tables import points_of
 
 
 class GuidedGenerationPipeline(DiffusionPipeline):

@@ -64,11 +64,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import FlowMapScheduler, ReverseSDEScheduler, TableScheduler
-from diffusers_sde.methods.fields import network_field, points_of
+from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.images import from_latents, from_state
 from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out, sample_shape
 from diffusers_sde.methods.posterior import Measurement, check_method, check_observation, conditional_mean
 from diffusers_sde.prediction import to_model
+from diffusers_sde.tables import points_of
 
 
 class PosteriorSamplingPipeline(DiffusionPipeline):

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_sde.methods.fields import points_of
 from diffusers_sde.prediction import NOISE, from_model
+from diffusers_sde.tables import points_of
 from diffusers_sde.weights import Point
 
 Function = Callable[[torch.Tensor], torch.Tensor]
