@@ -62,11 +62,6 @@ def jump_coefficients(path: Path, prediction_type: str, t: Any, s: Any) -> tuple
     return np.vectorize(one, otypes=[float, float])(*path.alpha_sigma(t), *path.alpha_sigma(s))
 
 
-def consistency_coefficients(path: Path, prediction_type: str, t: Any) -> tuple[np.ndarray, np.ndarray]:
-    """``(k_x, k_m)`` of the consistency function ``f(x_t, t) = k_x x_t + k_m m``: the jump to ``path.cleanest``."""
-    return jump_coefficients(path, prediction_type, t, path.cleanest)
-
-
 def jump(path: Path, prediction_type: str, x: torch.Tensor, m: torch.Tensor, t: Any, s: Any) -> torch.Tensor:
     """``x_s = k_x x + k_m m`` on tensors (N, ...); ``t``, ``s``: numbers, or one a sample (arrays or CPU tensors)."""
     k_x, k_m = (_like(k, x) for k in jump_coefficients(path, prediction_type, _floats(t), _floats(s)))

@@ -379,7 +379,7 @@ def _noise_levels(tau: float | Sequence[float], steps: int) -> list[float]:
 
 
 def _explicit(
-    method: Method, start: Point, end: Point, basis: list[Point], tau: float
+    method: Method, start: Point, end: Point, basis: Sequence[Point], tau: float
 ) -> tuple[float, float, np.ndarray]:
     """``(a, c, weights)`` of a step: weights of the longest safe prefix of ``basis`` (newest first)."""
     a, c = linear_coefficients(start, end, method.data_std, tau)
@@ -396,7 +396,7 @@ def _explicit(
     return a, c, method.weights(start, end, basis[:1], tau)
 
 
-def _implicit(method: Method, nodes: list[Point], start: Point, tau: float) -> np.ndarray | None:
+def _implicit(method: Method, nodes: Sequence[Point], start: Point, tau: float) -> np.ndarray | None:
     """Weights of the step from ``start`` redone with the evaluation at its end, on ``nodes`` (newest first: the end,
     ``start``, older ones) or the longest safe prefix of them; None where that is impossible."""
     end = nodes[0]

@@ -24,16 +24,15 @@ from diffusers_sde.benchmarks.common import (
     mean_error,
     network_start,
     oracle,
+    print_left_out,
     print_table,
     reference_solution,
     sliced_wasserstein,
 )
-from diffusers_sde.benchmarks.competition import stock_odes
+from diffusers_sde.benchmarks.competition import best_stock_ode
 from diffusers_sde.calibration.run import calibrate
-from diffusers_sde.calibration.stock import fitting_samplers
-from diffusers_sde.named_samplers import CALIBRATED, make_scheduler
-from diffusers_sde.sampler_names import SAMPLERS
-from diffusers_sde.sampling import Denoiser, lay_out, network_denoiser, sample
+from diffusers_sde.named_samplers import CALIBRATED
+from diffusers_sde.sampling import Denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 
 STEPS = (4, 5, 6, 8, 10)
@@ -92,17 +91,6 @@ def networks(seed: int, num_images: int, guidance_scales: list[float], shipped: 
         yield Case(f"embedded network, guidance {scale:g}", denoiser, noise, dict(pipe.scheduler.config), learn)
 
 
-def competition(config: dict[str, Any], n: int) -> Iterator[tuple[str, Any]]:
-    """Every stock setting of the bench; for flow matching the named stock samplers."""
-    if not config.get("use_flow_sigmas"):
-        yield from stock_odes(config, n)
-        return
-    for name in fitting_samplers(config, stochastic=False)[0]:
-        scheduler = make_scheduler(name, config)
-        lay_out(scheduler, SAMPLERS[name].steps(n))
-        yield name, scheduler
-
-
 def errors(case: Case, scheduler: CalibratedScheduler) -> None:
     """Error to the converged solution from fresh noise at each number of steps, and the ratios."""
     reference = reference_solution(case.denoiser, case.noise, case.config, 160)
@@ -110,22 +98,18 @@ def errors(case: Case, scheduler: CalibratedScheduler) -> None:
     table: dict[str, list[str]] = {
         k: [] for k in ("best of diffusers", "exact (default)", "calibrated", "to exact", "to diffusers", "setting")
     }
-    failed = []
+    left_out: list[str] = []
     for n in tqdm(STEPS, desc=case.name, leave=False):
-        best = (float("inf"), "")
-        for name, stock in competition(case.config, n):
-            try:
-                best = min(best, (mean_error(sample(case.denoiser, stock, case.noise), reference), name))
-            except Exception as error:  # a stock scheduler may crash on its own grid in any way
-                failed.append(f"{name} at {n} ({type(error).__name__})")
+        error, setting, missing = best_stock_ode(case.config, n, case.denoiser, case.noise, reference)
+        left_out += missing
         found = []
         for own in (exact, scheduler):
             own.set_timesteps(n)
             found.append(mean_error(sample(case.denoiser, own, case.noise), reference))
         cells = (
-            *(f"{v:.4f}" for v in (best[0], *found)),
-            *(f"{found[1] / v:.2f}" for v in (found[0], best[0])),
-            best[1],
+            *(f"{v:.4f}" for v in (error, *found)),
+            *(f"{found[1] / v:.2f}" for v in (found[0], error)),
+            setting,
         )
         for values, cell in zip(table.values(), cells, strict=True):
             values.append(cell)
@@ -133,8 +117,7 @@ def errors(case: Case, scheduler: CalibratedScheduler) -> None:
     title = f"Calibrated samplers, error to the exact ODE solution: {case.name}, {len(case.noise)} samples"
     print_table(title, ["", *(f"{n} NFE" for n in STEPS)], [[k, *v] for k, v in table.items()])
     print("best of diffusers was: " + "; ".join(f"{n}: {name}" for n, name in zip(STEPS, settings, strict=True)))
-    if failed:
-        print(f"left out, since they crash: {', '.join(failed)}")
+    print_left_out(left_out)
 
 
 # -- quality of the samples --

@@ -17,10 +17,11 @@ from diffusers_sde.benchmarks.common import (
     mean_error,
     network_start,
     oracle,
+    print_left_out,
     print_table,
     reference_solution,
 )
-from diffusers_sde.benchmarks.competition import stock_odes
+from diffusers_sde.benchmarks.competition import best_stock_ode
 from diffusers_sde.sampling import Denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler
 
@@ -68,15 +69,12 @@ def errors(title: str, denoiser: Denoiser, noise: torch.Tensor, config: dict[str
     reference = reference_solution(denoiser, noise, config, 240)
     uncertainty = mean_error(reference_solution(denoiser, noise, config, 120), reference)
     best: list[tuple[float, str]] = []
+    left_out: list[str] = []
     own: dict[str, list[float]] = {name: [] for name in ours(config, candidates)}
     for n in tqdm(ERROR_STEPS, desc=title, leave=False):
-        measured = []
-        for name, scheduler in stock_odes(config, n):
-            try:
-                measured.append((mean_error(sample(denoiser, scheduler, noise), reference), name))
-            except Exception:  # a stock scheduler that crashes on its own grid is no competition
-                continue
-        best.append(min(measured))
+        error, setting, missing = best_stock_ode(config, n, denoiser, noise, reference)
+        best.append((error, setting))
+        left_out += missing
         for name, scheduler in ours(config, candidates).items():
             scheduler.set_timesteps(n)
             own[name].append(mean_error(sample(denoiser, scheduler, noise), reference))
@@ -90,3 +88,4 @@ def errors(title: str, denoiser: Denoiser, noise: torch.Tensor, config: dict[str
     header = ["", *(f"{n} NFE" for n in ERROR_STEPS), "mean"]
     print_table(f"Error to the exact ODE solution: {title} (reference converged to {uncertainty:.1e})", header, rows)
     print("best of diffusers was: " + "; ".join(f"{n}: {name}" for n, (_, name) in zip(ERROR_STEPS, best, strict=True)))
+    print_left_out(left_out)

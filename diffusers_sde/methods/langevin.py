@@ -59,29 +59,6 @@ def ula(
     return x
 
 
-def ula_gaussian_variance(variance: float, step: float, num_steps: float = math.inf, start: float = 0.0) -> float:
-    """The exact variance of :func:`ula` on N(0, v): ``v_inf + q^(2k) (start - v_inf)``, ``q = 1 - step/v``,
-    ``v_inf = v / (1 - step/(2 v))`` (Lu, arXiv:2607.01693, chapter 2).
-
-    Args:
-        variance: v of the target.
-        step: h.
-        num_steps: k; inf for the stationary law.
-        start: variance at the start.
-
-    Returns:
-        The variance after k steps.
-
-    Raises:
-        ValueError: for steps of ``2 v`` or more, with which it diverges.
-    """
-    if not 0 < step < 2 * variance:
-        raise ValueError(f"step must lie between 0 and 2 variance = {2 * variance:g}, not {step:g}: ULA diverges.")
-    limit = variance / (1 - step / (2 * variance))
-    remembered = 0.0 if math.isinf(num_steps) else (1 - step / variance) ** (2 * num_steps)
-    return limit + remembered * (start - limit)
-
-
 def mala(
     log_density: Function,
     score: Function,
