@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from diffusers_sde.benchmarks.common import BETAS
+from diffusers_sde.benchmarks.common import PROCESSES
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.flow_maps import exact_flow_map
 from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
@@ -169,9 +169,7 @@ def _rms(difference: torch.Tensor) -> float:
 
 def _last_level() -> tuple[float, float]:
     """``(alpha_T, sigma_T)`` of the betas that stop early."""
-    alpha, sigma = path_from_config({**BETAS, "beta_start": 0.0001, "beta_schedule": "linear", **SHORT}).alpha_sigma(
-        999
-    )
+    alpha, sigma = path_from_config({**PROCESSES["linear"], **SHORT}).alpha_sigma(999)
     return float(alpha), float(sigma)
 
 
