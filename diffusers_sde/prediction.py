@@ -61,8 +61,8 @@ def model_coefficients(path: Path, prediction_type: str, alpha: float, sigma: fl
     Raises:
         ValueError: as :func:`prediction_coefficients`.
     """
-    own = path.own_prediction(prediction_type, sigma)
-    return prediction_coefficients(prediction_type, alpha, sigma) if own is None else own
+    special = path.own_prediction(prediction_type, sigma)
+    return prediction_coefficients(prediction_type, alpha, sigma) if special is None else special
 
 
 def convert(source: Coefficients, target: Coefficients, alpha: float, sigma: float) -> Coefficients:

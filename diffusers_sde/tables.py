@@ -350,8 +350,8 @@ def _implicit(method: Method, nodes: Sequence[Point], start: Point, tau: float) 
 
 def _denoise(method: Method, start: Point, end: Point) -> tuple[float, float, np.ndarray]:
     """The row that returns ``end.alpha D``, without noise."""
-    own = evaluation_coefficients(method.data_std, start.alpha, start.sigma)
-    k_x, k_f = convert(own, DATA, start.alpha, start.sigma)
+    evaluation = evaluation_coefficients(method.data_std, start.alpha, start.sigma)
+    k_x, k_f = convert(evaluation, DATA, start.alpha, start.sigma)
     return end.alpha * k_x, 0.0, np.array([end.alpha * k_f])
 
 

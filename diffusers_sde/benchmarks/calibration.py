@@ -54,12 +54,12 @@ class Case:
 
 def oracles(seed: int) -> Iterator[Case]:
     """The bench's mixtures under both betas and flow matching, and one guided with weight 7.5 to its components."""
-    for name, process, scale in (
-        *((f"mixture, {name} betas", process, None) for name, process in PROCESSES.items()),
+    for name, process_config, scale in (
+        *((f"mixture, {name} betas", process_config, None) for name, process_config in PROCESSES.items()),
         ("mixture, flow matching", FLOW, None),
         ("mixture, guidance 7.5", PROCESSES["scaled linear"], 7.5),
     ):
-        model, n = oracle(seed=seed, process=process), ORACLE_SAMPLES
+        model, n = oracle(seed=seed, process=process_config), ORACLE_SAMPLES
         components = len(model.config.weights)
         model.register_to_config(num_class_embeds=components + 1)
         labels = torch.arange(n) % components
@@ -68,12 +68,12 @@ def oracles(seed: int) -> Iterator[Case]:
         denoiser = network_denoiser(model, labels, 1.0 if scale is None else scale)
         noise = torch.randn(n, *model.sample_shape, generator=torch.Generator().manual_seed(seed + 12345))
 
-        def learn(denoiser: Any = denoiser, process: Any = process, shape: Any = model.sample_shape) -> Any:
-            scheduler = ProbabilityFlowScheduler.from_config(process)
+        def learn(denoiser: Any = denoiser, config: Any = process_config, shape: Any = model.sample_shape) -> Any:
+            scheduler = ProbabilityFlowScheduler.from_config(config)
             options = {"scheduler": scheduler, "sample_shape": shape, "seed": seed, "progress": False}
             return calibrate(denoiser, STEPS, ORACLE_SAMPLES, **options)
 
-        yield Case(name, denoiser, noise, process, learn)
+        yield Case(name, denoiser, noise, process_config, learn)
 
 
 def networks(seed: int, num_images: int, guidance_scales: list[float], shipped: bool) -> Iterator[Case]:
@@ -103,9 +103,9 @@ def errors(case: Case, scheduler: CalibratedScheduler) -> None:
         error, setting, missing = best_stock_ode(case.config, n, case.denoiser, case.noise, reference)
         left_out += missing
         found = []
-        for own in (exact, scheduler):
-            own.set_timesteps(n)
-            found.append(mean_error(sample(case.denoiser, own, case.noise), reference))
+        for ours in (exact, scheduler):
+            ours.set_timesteps(n)
+            found.append(mean_error(sample(case.denoiser, ours, case.noise), reference))
         cells = (
             *(f"{v:.4f}" for v in (error, *found)),
             *(f"{found[1] / v:.2f}" for v in (found[0], error)),
@@ -172,12 +172,12 @@ def quality(scheduler: CalibratedScheduler, scale: float, folder: str, count: in
     noise, labels = network_start(pipe.unet, count, seed + 54321)
     real_features, rows = features(pipe, real), []
     exact = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
-    for name, own, n in (("teacher", exact, 80), *(("calibrated", scheduler, n) for n in STEPS)):
+    for name, ours, n in (("teacher", exact, 80), *(("calibrated", scheduler, n) for n in STEPS)):
         made = []
         for first in tqdm(range(0, count, 50), desc=f"quality, {name} {n}", leave=False):
             part = slice(first, first + 50)
-            own.set_timesteps(n)
-            made.append(sample(network_denoiser(pipe.unet, labels[part], scale), own, noise[part]))
+            ours.set_timesteps(n)
+            made.append(sample(network_denoiser(pipe.unet, labels[part], scale), ours, noise[part]))
         images = torch.cat(made)
         distances = (sliced_wasserstein(images, real), frechet(features(pipe, images), real_features))
         rows.append([f"{name}, {n} NFE", *(f"{v:.4f}" for v in distances)])

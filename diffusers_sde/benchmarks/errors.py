@@ -6,7 +6,7 @@ Knows three sources and how to switch each on alone: *initialisation* (starting 
 * Gaussian data: everything is Gaussian, so the laws at the end and their KL divergences from the data's are closed
   forms (Lu, arXiv:2607.01693, chapter 6: ``KL <= init + discretisation + score`` up to constants; KL is quadratic in
   small errors, so that square roots of it add).
-* A mixture: samples of both processes from coupled starts.  With ``flow`` the exact map of a denoiser, ``solver`` its
+* A mixture: samples of both flows from coupled starts.  With ``flow`` the exact map of a denoiser, ``solver`` its
   discretisation and ``x_T ~ p_T`` coupled to its own noise eps,
 
       solver(wrong, eps) - flow(right, x_T) = [solver(wrong, eps) - flow(wrong, eps)]        discretisation

@@ -45,7 +45,7 @@ def ula(
         x: where to start (N, ...).
         step: h, in squared units of x; positive.
         num_steps: how often.
-        generator: of z, on the CPU.
+        generator: of z.
 
     Returns:
         The states (N, ...).
@@ -55,7 +55,7 @@ def ula(
     """
     _check_step(step)
     for _ in range(num_steps):
-        x = x + step * score(x) + math.sqrt(2 * step) * _normals(x, generator)
+        x = x + step * score(x) + math.sqrt(2 * step) * randn_tensor(x.shape, generator, x.device, x.dtype)
     return x
 
 
@@ -88,7 +88,7 @@ def mala(
     _check_step(step)
     log_p, slope, accepted = log_density(x), score(x), 0.0
     for _ in range(num_steps):
-        y = x + step * slope + math.sqrt(2 * step) * _normals(x, generator)
+        y = x + step * slope + math.sqrt(2 * step) * randn_tensor(x.shape, generator, x.device, x.dtype)
         log_p_y, slope_y = log_density(y), score(y)
         forward, backward = (
             (a - b - step * g).flatten(1).square().sum(1) for a, b, g in ((y, x, slope), (x, y, slope_y))
@@ -252,7 +252,3 @@ def sample_with_correctors(
 def _check_step(step: float) -> None:
     if not 0 < step < math.inf:
         raise ValueError(f"The step of Langevin dynamics must be positive, not {step}.")
-
-
-def _normals(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    return torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
