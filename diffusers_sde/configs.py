@@ -1,7 +1,8 @@
 """The keys of a scheduler config: ONE table of their defaults, families and meanings, and the path that they describe.
 
 Knows diffusers' names for the parameters of a forward process, the further parameters that all schedulers here share,
-and how a config that was changed in place is read.  Knows nothing of diffusers' classes, of steps or of tables
+and how a config that was changed in place is read.  A *process* is a forward process in this package, its *process
+keys* are those of a config that describe it.  Knows nothing of diffusers' classes, of steps or of tables
 (:mod:`diffusers_sde.stock_configs` knows the classes).
 """
 
@@ -78,8 +79,8 @@ TABLE = (
     Key("thresholding", "bool", False, DATA, "limit it to its dynamic_thresholding_ratio quantile (Saharia et al.)"),
     Key("dynamic_thresholding_ratio", "float", 0.995, DATA, "see thresholding"),
     Key("sample_max_value", "float", 1.0, DATA, "upper limit of the quantile"),
-    Key("variance_type", "str", "fixed_small", DATA, "learned and learned_range outputs are split; fixed_large is "
-        "honoured by the first-order reverse SDE"),
+    Key("variance_type", "str", "fixed_small", DATA, "learned and learned_range outputs are split; fixed_large, "
+        "the posterior of unit normal data, is honoured by the first-order reverse SDE"),
 )
 # fmt: on
 SHARED = {key.name: key for key in TABLE}
@@ -147,8 +148,8 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
 # -- the signature of the schedulers --
 
 
-def scheduler_init(own: Callable[..., None]) -> Callable[..., None]:
-    """Make ``own``'s keyword parameters and those of :data:`TABLE` the signature of ``__init__``, document the latter
+def scheduler_init(init: Callable[..., None]) -> Callable[..., None]:
+    """Make ``init``'s keyword parameters and those of :data:`TABLE` the signature of ``__init__``, document the latter
     and register all of them.
 
     Everything goes into the config, defaults too: other classes' defaults differ (``beta_start`` is 0.00085 in some),
@@ -156,13 +157,13 @@ def scheduler_init(own: Callable[..., None]) -> Callable[..., None]:
     are marked as unset (``_use_default_values``) where nobody passed them, and every name that diffusers has for a key
     gets its value.  The class is named too, so that a conversion to a stock class and back knows whose word counts.
     """
-    parameters = list(inspect.signature(own).parameters.values())
+    parameters = list(inspect.signature(init).parameters.values())
     names = {p.name for p in parameters}
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     shared = [inspect.Parameter(k.name, kind, default=k.default, annotation=k.annotation) for k in TABLE]
     signature = inspect.Signature([*parameters, *(p for p in shared if p.name not in names)])
 
-    @functools.wraps(own)
+    @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **{k: v for k, v in kwargs.items() if not k.startswith("_")})
         unset = sorted(names - set(bound.arguments))
@@ -171,7 +172,7 @@ def scheduler_init(own: Callable[..., None]) -> Callable[..., None]:
         aliases = {alias: values[name] for alias, name in ALIASES.items()}
         marks = {"_class_name": type(self).__name__, **({"_use_default_values": unset} if unset else {})}
         self.register_to_config(**values, **aliases, **marks)
-        own(self, **{k: v for k, v in values.items() if k in names})
+        init(self, **{k: v for k, v in values.items() if k in names})
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
     __init__.__doc__ = described(TABLE)
@@ -242,8 +243,8 @@ def path_from_config(config: Mapping[str, Any]) -> Path:
 
 @functools.lru_cache(maxsize=32)
 def _build_path(values: tuple) -> Path:
-    given = dict(zip(_PATH_KEYS, values, strict=True))
-    config = {key: process_value(given, key) for key in _PATH_KEYS}
+    written = dict(zip(_PATH_KEYS, values, strict=True))
+    config = {key: process_value(written, key) for key in _PATH_KEYS}
     family = family_of(config)
     if family == EDM:
         return VarianceExploding(
@@ -255,7 +256,7 @@ def _build_path(values: tuple) -> Path:
         )
     if family == VP:
         return VariancePreserving(alphas_cumprod_from_config(config))
-    steps, limits = config["num_train_timesteps"], (given["sigma_min"], given["sigma_max"])
+    steps, limits = config["num_train_timesteps"], (written["sigma_min"], written["sigma_max"])
     ratio = None not in limits
     low, high = (s / (1 + s) for s in limits) if ratio else (1 / steps, 1.0)
     silent = config["prediction_type"] in ("epsilon", "score")

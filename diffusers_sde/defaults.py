@@ -54,6 +54,14 @@ def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     SDE: data_std 0.  A positive one is exact for data of that scale and reaches the sampling floor of a smooth mixture
     at 10 steps, but it draws noise that data concentrated on images does not absorb: the embedded network's pictures
     at 10 steps were visibly speckled from data_std 0.1 on.
+
+    Args:
+        path: the forward process.
+        n: evaluations.
+        stochastic: of the reverse SDE, not of the ODE.
+
+    Returns:
+        :class:`Defaults`.
     """
     laws = _MEASURED[stochastic].get(path.family, [_ROBUST])
     grid, rho = next((grid, rho) for below, grid, rho in laws if n < below)
@@ -70,7 +78,19 @@ def multistep_table(
     config: Any, path: Path, nodes: Nodes, *, tau: list[float], final: str, stochastic: bool = False
 ) -> Table:
     """The table of a config's ``solver_order``, ``corrector``, ``data_std`` and ``clock``, with the measured defaults
-    for those that are None; at order 1 the published methods (data_std 0, no corrector): DDIM and DDPM."""
+    for those that are None; at order 1 the published methods (data_std 0, no corrector): DDIM and DDPM.
+
+    Args:
+        config: with these four attributes.
+        path: the forward process.
+        nodes: of the grid.
+        tau: one noise level a step.
+        final: the step to sigma = 0, see :func:`diffusers_sde.tables.build_multistep`.
+        stochastic: whose measured defaults.
+
+    Returns:
+        One row an evaluation.
+    """
     default, first = measured_defaults(path, len(nodes) - 1, stochastic), config.solver_order == 1
     standard = 0.0 if first else default.data_std
     return build_multistep(
@@ -90,7 +110,16 @@ _STANDARD = SimpleNamespace(solver_order=2, corrector=None, data_std=None, clock
 
 def standard_table(path: Path, nodes: Nodes, tau: list[float] | None = None) -> Table:
     """The exact table with the measured defaults at order 2, its last row to clean data corrected: what a learned table
-    must beat, and what it is a correction of.  ``tau``: one noise level a step of the reverse SDE, None for the ODE."""
+    must beat, and what it is a correction of.
+
+    Args:
+        path: the forward process.
+        nodes: of the grid.
+        tau: one noise level a step of the reverse SDE; None: the ODE.
+
+    Returns:
+        One row an evaluation.
+    """
     stochastic = tau is not None
     levels = [0.0] * (len(nodes) - 1) if tau is None else tau
     return multistep_table(_STANDARD, path, nodes, tau=levels, final="corrected", stochastic=stochastic)

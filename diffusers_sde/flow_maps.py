@@ -46,11 +46,19 @@ from diffusers_sde.tables import Row, Table
 
 
 def jump_coefficients(path: Path, prediction_type: str, t: Any, s: Any) -> tuple[np.ndarray, np.ndarray]:
-    """``(k_x, k_m)`` with ``x_s = k_x x_t + k_m m`` for the model output m at times ``t``, ``s`` (broadcast, float64).
+    """The jump in terms of the model output m: with ``m = A x_0 + B eps`` at t, ``det = alpha_t B - sigma_t A``,
+    ``k_x = (alpha_s B - sigma_s A)/det``, ``k_m = (sigma_s alpha_t - alpha_s sigma_t)/det``.
 
-    With ``m = A x_0 + B eps`` at t, ``det = alpha_t B - sigma_t A``:
-    ``k_x = (alpha_s B - sigma_s A)/det``, ``k_m = (sigma_s alpha_t - alpha_s sigma_t)/det``.  Raises ``ValueError`` for
-    epsilon prediction at alpha = 0.
+    Args:
+        path: the forward process.
+        prediction_type: what m is.
+        t, s: times to jump from and to, numbers or arrays that broadcast.
+
+    Returns:
+        ``(k_x, k_m)`` with ``x_s = k_x x_t + k_m m``, float64, of the broadcast shape.
+
+    Raises:
+        ValueError: for epsilon prediction at alpha = 0.
     """
 
     def one(alpha: float, sigma: float, alpha_s: float, sigma_s: float) -> tuple[float, float]:
@@ -62,13 +70,21 @@ def jump_coefficients(path: Path, prediction_type: str, t: Any, s: Any) -> tuple
     return np.vectorize(one, otypes=[float, float])(*path.alpha_sigma(t), *path.alpha_sigma(s))
 
 
-def consistency_coefficients(path: Path, prediction_type: str, t: Any) -> tuple[np.ndarray, np.ndarray]:
-    """``(k_x, k_m)`` of the consistency function ``f(x_t, t) = k_x x_t + k_m m``: the jump to ``path.cleanest``."""
-    return jump_coefficients(path, prediction_type, t, path.cleanest)
-
-
 def jump(path: Path, prediction_type: str, x: torch.Tensor, m: torch.Tensor, t: Any, s: Any) -> torch.Tensor:
-    """``x_s = k_x x + k_m m`` on tensors (N, ...); ``t``, ``s``: numbers, or one a sample (arrays or CPU tensors)."""
+    """The jump of states, ``x_s = k_x x + k_m m``.
+
+    Args:
+        path, prediction_type: as in :func:`jump_coefficients`.
+        x: the states (N, ...) at t.
+        m: the model output (N, ...).
+        t, s: times, numbers or one a sample (arrays or CPU tensors).
+
+    Returns:
+        The states (N, ...) at s.
+
+    Raises:
+        ValueError: as :func:`jump_coefficients`.
+    """
     k_x, k_m = (_like(k, x) for k in jump_coefficients(path, prediction_type, _floats(t), _floats(s)))
     return k_x * x + k_m * m
 
@@ -79,7 +95,17 @@ def average_prediction(
     """The model output m whose :func:`jump` takes ``x`` at t to ``x_s`` at s: ``m = (x_s - k_x x)/k_m``.
 
     It is what a flow map network is trained on: with ``x_s = X(x_u, u, s)`` and x_u one small step further along the
-    trajectory; u = s gives the ordinary target.  Raises ``ValueError`` where t = s: nothing can be inferred there.
+    trajectory; u = s gives the ordinary target.
+
+    Args:
+        path, prediction_type, t, s: as in :func:`jump`.
+        x, x_s: the states (N, ...) at t and at s.
+
+    Returns:
+        m (N, ...).
+
+    Raises:
+        ValueError: where t = s: nothing can be inferred there.
     """
     k_x, k_m = jump_coefficients(path, prediction_type, _floats(t), _floats(s))
     if np.any(k_m == 0):
@@ -89,7 +115,19 @@ def average_prediction(
 
 def gamma_targets(path: Path, nodes: Nodes, gamma: float) -> Nodes:
     """Where each step of ``nodes`` jumps to, n levels: ``(sigma/alpha)_u = sqrt(1 - gamma^2) (sigma/alpha)_next``;
-    below the cleanest training level the terminal node.  Raises ``ValueError`` unless ``0 <= gamma <= 1``."""
+    below the cleanest training level the terminal node.
+
+    Args:
+        path: the forward process.
+        nodes: of the grid, n evaluations and the terminal node.
+        gamma: 0 (deterministic jumps) to 1 (jumps to clean data).
+
+    Returns:
+        n nodes.
+
+    Raises:
+        ValueError: for another gamma.
+    """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie between 0 (deterministic jumps) and 1 (jumps to clean data), not {gamma}.")
     time, alpha, sigma = nodes.time[1:].copy(), nodes.alpha[1:].copy(), nodes.sigma[1:].copy()
@@ -108,6 +146,15 @@ def build_flow_map(path: Path, nodes: Nodes, gamma: float) -> Table:
 
     ``x_u = (sigma_u/sigma_t) x + (alpha_u - alpha_t sigma_u/sigma_t) D``, then
     ``x_next = (alpha_next/alpha_u) x_u + c z`` with ``c^2 = sigma_next^2 - (alpha_next sigma_u/alpha_u)^2``.
+
+    Args:
+        path, nodes, gamma: as in :func:`gamma_targets`.
+
+    Returns:
+        One row an evaluation.
+
+    Raises:
+        ValueError: as :func:`gamma_targets`.
     """
     targets = gamma_targets(path, nodes, gamma)
     rows = []
@@ -134,8 +181,21 @@ def exact_flow_map(
 ) -> torch.Tensor:
     """``X(x, t, s)`` of an exact denoiser ``D = denoise(x, alpha, sigma)`` by adaptive integration (DOP853), float64.
 
-    The ODE is ``dy/dr = eps - D`` in the coordinates of the module docstring, finite at alpha = 0.  Either direction;
-    raises ``ValueError`` for an end at sigma = 0 and ``RuntimeError`` if the solver fails.
+    The ODE is ``dy/dr = eps - D`` in the coordinates of the module docstring, finite at alpha = 0.
+
+    Args:
+        path: the forward process.
+        denoise: D, (N, ...) to (N, ...).
+        x: the states (N, ...) at t.
+        t, s: times to go from and to, in either direction.
+        rtol, atol: tolerances of the integrator.
+
+    Returns:
+        The states (N, ...) at s, float64.
+
+    Raises:
+        ValueError: for an end at sigma = 0.
+        RuntimeError: if the solver fails.
     """
     (alpha, sigma), (alpha_s, sigma_s) = ([float(v) for v in path.alpha_sigma(u)] for u in (t, s))
     if sigma == 0 or sigma_s == 0:

@@ -55,7 +55,7 @@ def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: 
     Variance exploding: ``t_i = t_min + (t_max - t_min) ((n-1-i)/(n-1))^rho`` in the network's time.
 
     Args:
-        path: the process.
+        path: the forward process.
         n: evaluations, at least 2.
         rho: exponent.
         mu: dynamic shift of flow models.
@@ -83,7 +83,7 @@ def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None, star
     matching time is noise: G is the unshifted time.
 
     Args:
-        path: the process.
+        path: the forward process.
         n: evaluations, at least 2.
         rho: exponent.
         mu: dynamic shift of flow models.
@@ -114,18 +114,46 @@ def _clock_at(path: Path, start: float) -> float:
 
 
 def trailing(path: Path, n: int, mu: float | None = None) -> Array:
-    """``t_i = T (n-i)/n - 1`` (Lin et al. 2023, arXiv:2305.08891, table 2)."""
+    """``t_i = T (n-i)/n - 1`` (Lin et al. 2023, arXiv:2305.08891, table 2).
+
+    Args:
+        path: the forward process.
+        n: evaluations.
+        mu: dynamic shift of flow models.
+
+    Returns:
+        (n,) float64, times.
+    """
     return power(path, n, 1.0, mu)
 
 
 def linspace(path: Path, n: int, mu: float | None = None) -> Array:
-    """``n`` equally spaced times, both ends of the training range included."""
+    """``n`` equally spaced times, both ends of the training range included.
+
+    Args:
+        path: the forward process.
+        n: evaluations.
+        mu: dynamic shift of flow models.
+
+    Returns:
+        (n,) float64, times.
+    """
     high, low, _ = path.grid_range
     return path.grid_times(np.linspace(high, low, n), mu)
 
 
 def leading(path: Path, n: int, mu: float | None = None, steps_offset: int = 0) -> Array:
-    """diffusers' ``leading``: ``t_i = (n-1-i) floor(T/n) + steps_offset``; it never sees the highest noise."""
+    """diffusers' ``leading``: ``t_i = (n-1-i) floor(T/n) + steps_offset``; it never sees the highest noise.
+
+    Args:
+        path: the forward process.
+        n: evaluations.
+        mu: dynamic shift of flow models.
+        steps_offset: added to each.
+
+    Returns:
+        (n,) float64, times.
+    """
     total, (high, _, clean) = path.num_train_timesteps, path.grid_range
     if total is None:
         return linspace(path, n, mu)
@@ -134,12 +162,29 @@ def leading(path: Path, n: int, mu: float | None = None, steps_offset: int = 0) 
 
 
 def log_snr(path: Path, n: int) -> Array:
-    """Equal steps of the log-SNR over the training range (Lu et al. 2022, arXiv:2206.00927; also ``exponential``)."""
+    """Equal steps of the log-SNR over the training range (Lu et al. 2022, arXiv:2206.00927; also ``exponential``).
+
+    Args:
+        path: the forward process.
+        n: evaluations, at least 2.
+
+    Returns:
+        (n,) float64, times.
+    """
     return _times_of_noise(path, _ramp_levels(*path.noise_range(), np.linspace(0, 1, n), None))
 
 
 def karras(path: Path, n: int, rho: float = 7.0) -> Array:
-    """``s_i = (s_max^(1/rho) + i/(n-1) (s_min^(1/rho) - s_max^(1/rho)))^rho`` (Karras et al. 2022, eq. 5)."""
+    """``s_i = (s_max^(1/rho) + i/(n-1) (s_min^(1/rho) - s_max^(1/rho)))^rho`` (Karras et al. 2022, eq. 5).
+
+    Args:
+        path: the forward process.
+        n: evaluations, at least 2.
+        rho: exponent.
+
+    Returns:
+        (n,) float64, times.
+    """
     return _times_of_noise(path, _ramp_levels(*path.noise_range(), np.linspace(0, 1, n), rho))
 
 
@@ -151,7 +196,16 @@ def _ramp_levels(low: float, high: float, ramp: Array, rho: float | None) -> Arr
 
 
 def beta(path: Path, n: int, a: float = 0.6, b: float = 0.6) -> Array:
-    """Quantiles of Beta(0.6, 0.6) between the smallest and the largest noise level (Lee et al., arXiv:2407.12173)."""
+    """Quantiles of Beta(0.6, 0.6) between the smallest and the largest noise level (Lee et al., arXiv:2407.12173).
+
+    Args:
+        path: the forward process.
+        n: evaluations, at least 2.
+        a, b: of the Beta law.
+
+    Returns:
+        (n,) float64, times.
+    """
     low, high = path.noise_range()
     return _times_of_noise(path, low + (high - low) * betaincinv(a, b, 1 - np.linspace(0, 1, n)))
 
@@ -162,7 +216,15 @@ _AYS_NOISE = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.
 
 def ays(path: Path, n: int) -> Array:
     """Align Your Steps: the published noise levels, log-linearly interpolated to ``n`` steps and mapped onto this
-    path's range of log-SNR (exact for the betas they were optimised on)."""
+    path's range of log-SNR (exact for the betas they were optimised on).
+
+    Args:
+        path: the forward process.
+        n: evaluations.
+
+    Returns:
+        (n,) float64, times.
+    """
     published = np.log(_AYS_NOISE)
     levels = np.interp(np.linspace(0, 1, n + 1)[:-1], np.linspace(0, 1, len(published)), published)
     low, high = np.log(path.noise_range())
@@ -173,7 +235,20 @@ def ays(path: Path, n: int) -> Array:
 def distilled(path: Path, n: int, original: int, strength: float = 1.0) -> Array:
     """``n`` of the ``original`` equal steps ``t_j = j floor(T/original) - 1`` that a distilled network was trained on,
     the noisiest first, among those below the fraction ``strength`` of time (Luo et al. 2023, arXiv:2310.04378, section
-    4.3; diffusers' LCMScheduler).  Raises ``ValueError`` where there are fewer than ``n``."""
+    4.3; diffusers' LCMScheduler).
+
+    Args:
+        path: the forward process.
+        n: evaluations.
+        original: equal steps of the training.
+        strength: fraction of equal steps of time to begin at, in (0, 1].
+
+    Returns:
+        (n,) float64, times.
+
+    Raises:
+        ValueError: where there are fewer than ``n``.
+    """
     trained = int(original * strength)
     if path.num_train_timesteps is None or original > path.num_train_timesteps or trained < n:
         raise ValueError(
@@ -223,9 +298,19 @@ def check_grid(name: str) -> None:
 
 
 def make_grid(path: Path, name: str, n: int, **options: Any) -> Array:
-    """``n`` times of the grid ``name``; options that the grid does not have, or that are None, are left out.
+    """The times of a named grid.
 
-    Raises ``ValueError`` for an unknown name or ``n < 1``.
+    Args:
+        path: the forward process.
+        name: a key of ``GRIDS``.
+        n: evaluations, at least 1.
+        options: of the grid's function; those that it does not have, or that are None, are left out.
+
+    Returns:
+        (n,) float64, times.
+
+    Raises:
+        ValueError: for an unknown name or ``n < 1``.
     """
     check_grid(name)
     if n < 1:
@@ -259,7 +344,19 @@ def check_final(final: str) -> None:
 
 
 def nodes_from_times(path: Path, times: Any, final: str = "zero") -> Nodes:
-    """Evaluation times plus the terminal node: sigma = 0 (``final="zero"``) or the cleanest training time."""
+    """Evaluation times plus the terminal node.
+
+    Args:
+        path: the forward process.
+        times: (n,), of decreasing noise.
+        final: where the last step ends: ``zero`` (sigma = 0) or ``sigma_min`` (the cleanest training time).
+
+    Returns:
+        n + 1 nodes.
+
+    Raises:
+        ValueError: for another ``final``.
+    """
     times = np.asarray(times, np.float64)
     check_final(final)
     end = path.cleanest
@@ -280,16 +377,25 @@ def nodes_from_user(
 ) -> Nodes:
     """Nodes of a user's ``timesteps`` and/or ``sigmas``, in the meaning that diffusers' pipelines give them.
 
-    timesteps: what the network sees.  sigmas: ``sigma/alpha`` for variance preserving and exploding paths; unshifted
-    sigmas for flow matching (the shift is applied here, once); a ramp that rises from 0 to 1 for EDM, along the Karras
-    law of exponent ``ramp_rho`` or, for None, along the log of sigma.  A terminal 0 is recognised and not evaluated.
-    With both, the network sees ``timesteps`` and the state has ``sigmas``.
+    Args:
+        path: the forward process.
+        timesteps: what the network sees, (n,) or None.
+        sigmas: (n,) or None: ``sigma/alpha`` for variance preserving and exploding paths; unshifted sigmas for flow
+            matching (the shift is applied here, once); a ramp that rises from 0 to 1 for EDM.  A terminal 0 is
+            recognised and not evaluated.  With both, the network sees ``timesteps`` and the state has ``sigmas``.
+        mu: dynamic shift of flow models.
+        final: see :func:`nodes_from_times`.
+        ramp_rho: exponent of the Karras law along which a ramp runs; None: along the log of sigma.
 
-    Raises ``ValueError`` for lists that are empty, of unequal length, not finite, or not of decreasing noise.
+    Returns:
+        n + 1 nodes.
+
+    Raises:
+        ValueError: for lists that are empty, of unequal length, not finite, or not of decreasing noise.
     """
-    own = times = np.zeros(0)
+    levels = times = np.zeros(0)  # times at the states' levels, times that the network sees
     if timesteps is not None:
-        own = times = _as_list(timesteps, "timesteps")
+        levels = times = _as_list(timesteps, "timesteps")
         low, high = sorted((path.cleanest, path.noisiest))
         slack = 1e-3 + (path.num_train_timesteps is not None)  # some lists count timesteps from 1
         if times.min() < low - slack or times.max() > high + slack:
@@ -299,14 +405,14 @@ def nodes_from_user(
         if len(labels) > 1 and labels[-1] == 0 and np.all(np.diff(labels) <= 0):
             labels = labels[:-1]
         if path.is_sigma_ramp(labels):
-            own = _times_of_noise(path, _ramp_levels(*path.noise_range(), labels, ramp_rho))
+            levels = _times_of_noise(path, _ramp_levels(*path.noise_range(), labels, ramp_rho))
         else:
-            own = path.times_of_sigmas(labels, mu)
-        if timesteps is not None and len(times) != len(own):
-            raise ValueError(f"{len(times)} timesteps but {len(own)} sigmas: pass as many of one as of the other.")
+            levels = path.times_of_sigmas(labels, mu)
+        if timesteps is not None and len(times) != len(levels):
+            raise ValueError(f"{len(times)} timesteps but {len(levels)} sigmas: pass as many of one as of the other.")
     # a level that does not exist has no finite time or no log-SNR, clean data cannot be evaluated
-    log_snr = path.log_snr(own) if np.all(np.isfinite(own)) else np.full(len(own), np.nan)
-    nodes = nodes_from_times(path, own, final) if np.all(log_snr < np.inf) else None
+    log_snr = path.log_snr(levels) if np.all(np.isfinite(levels)) else np.full(len(levels), np.nan)
+    nodes = nodes_from_times(path, levels, final) if np.all(log_snr < np.inf) else None
     if nodes is None or not np.all(nodes.log_snr[1:] >= nodes.log_snr[:-1]):
         raise ValueError("timesteps and sigmas must be noise levels of this model, from high to low.")
     return nodes if timesteps is None else replace(nodes, time=np.append(times, nodes.time[-1]))

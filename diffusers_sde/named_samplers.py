@@ -65,7 +65,7 @@ def reference_scheduler(config: Mapping[str, Any]) -> ProbabilityFlowScheduler:
     return _for_process(ProbabilityFlowScheduler, config, solver_order=2, corrector=True, **grid)
 
 
-def _process(config: Mapping[str, Any]) -> dict[str, Any]:
+def _process_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``config`` that say what its process is; what its solver was set to stays behind."""
     source = canonical_config(config)
     return {k: source[k] for k in process_keys(family_of(config)) if k in source}
@@ -89,23 +89,23 @@ def _of_this_package(sampler: Sampler, config: Mapping[str, Any]) -> Any:
 
 def _for_process(cls: Any, config: Mapping[str, Any], **options: Any) -> Any:
     variance = canonical_config(config).get("variance_type") or SHARED["variance_type"].default
-    return cls(**{**_process(config), "variance_type": variance, **UNLIMITED, **options})
+    return cls(**{**_process_values(config), "variance_type": variance, **UNLIMITED, **options})
 
 
 def _of_diffusers(sampler: Sampler, config: Mapping[str, Any]) -> Any:
     """Raises :class:`UsageError` where diffusers has no class for the family or that cannot express the process."""
-    family, process = family_of(config), _process(config)
+    family, process_config = family_of(config), _process_values(config)
     if family not in sampler.classes:
         raise UsageError(f"diffusers has no {family} form of it")
     cls = getattr(diffusers, sampler.classes[family])
     known = inspect.signature(cls.__init__).parameters
     if family == FLOW:
         if "use_flow_sigmas" in known:
-            process["flow_shift"] = process.pop("shift")
-        elif process["prediction_type"] == "flow_prediction":  # such a class knows no other
-            del process["use_flow_sigmas"], process["prediction_type"]
-    lost = [k for k, v in process.items() if k in SHARED and k not in known and v != SHARED[k].default]
+            process_config["flow_shift"] = process_config.pop("shift")
+        elif process_config["prediction_type"] == "flow_prediction":  # such a class knows no other
+            del process_config["use_flow_sigmas"], process_config["prediction_type"]
+    lost = [k for k, v in process_config.items() if k in SHARED and k not in known and v != SHARED[k].default]
     if lost:
         raise UsageError(f"{cls.__name__} ignores {' and '.join(lost)}")
-    wanted = {**process, "timestep_spacing": "trailing", **UNLIMITED, **sampler.options}
-    return cls(**{k: v for k, v in wanted.items() if k in known})
+    options = {**process_config, "timestep_spacing": "trailing", **UNLIMITED, **sampler.options}
+    return cls(**{k: v for k, v in options.items() if k in known})

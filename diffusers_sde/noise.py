@@ -163,14 +163,33 @@ def _wrap(value: int) -> int:
 
 
 def seeds_from_latents(sample: torch.Tensor) -> torch.Tensor:
-    """One int64 seed per sample, a hash of its values (batch,): same latents, same seed; no synchronisation."""
+    """One seed per sample, a hash of its values: same latents, same seed; no synchronisation.
+
+    Args:
+        sample: (batch, ...), any floating dtype.
+
+    Returns:
+        (batch,) int64, on sample's device.
+    """
     bits = sample.detach().float().contiguous().view(torch.int32).reshape(len(sample), -1).long()
     place = torch.arange(bits.shape[1], device=bits.device)
     return _mix(_mix(bits + place * _GOLDEN).sum(1))
 
 
 def seeds_from_generator(generator, batch: int, device: torch.device) -> torch.Tensor:
-    """One int64 seed per sample from a ``torch.Generator`` or a list with one generator per sample."""
+    """One seed per sample from the caller's generators.
+
+    Args:
+        generator: a ``torch.Generator``, or a list with one for each sample.
+        batch: number of samples.
+        device: of the seeds.
+
+    Returns:
+        (batch,) int64.
+
+    Raises:
+        ValueError: for another number of generators.
+    """
     generators = generator if isinstance(generator, list | tuple) else [generator]
     if len(generators) not in (1, batch):
         raise ValueError(f"{len(generators)} generators for a batch of {batch}: pass one, or one for each sample.")
@@ -180,12 +199,30 @@ def seeds_from_generator(generator, batch: int, device: torch.device) -> torch.T
 
 
 def seeds_from_int(seed: int, batch: int, device: torch.device) -> torch.Tensor:
-    """Seeds ``hash(seed, k)`` for the samples ``k`` of a batch."""
+    """Seeds ``hash(seed, k)`` for the samples k of a batch.
+
+    Args:
+        seed: any int64.
+        batch: number of samples.
+        device: of the seeds.
+
+    Returns:
+        (batch,) int64.
+    """
     return _mix(_mix(torch.full((batch,), seed, dtype=torch.int64, device=device)) + torch.arange(batch, device=device))
 
 
 def normals(seeds: torch.Tensor, node: int, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-    """Standard normals (float32) of ``shape``: element e of sample k is a function of ``(seeds[k], node, e)`` only."""
+    """Standard normals: element e of sample k is a function of ``(seeds[k], node, e)`` only.
+
+    Args:
+        seeds: (batch,) int64.
+        node: of the tree.
+        shape: (batch, ...).
+
+    Returns:
+        Float32 of ``shape``, on the seeds' device.
+    """
     return combine([(node, 1.0)], seeds, shape)
 
 
@@ -196,6 +233,14 @@ def combine(
 
     Each ``xi`` comes from hashed counters through Box-Muller, two values per 64-bit word with uniforms of 24 bits
     (|xi| < 5.9).
+
+    Args:
+        weights: pairs ``(node, weight)``, see :func:`brownian_weights`.
+        seeds: (batch,) int64.
+        shape: (batch, ...).
+
+    Returns:
+        Float32 of ``shape``, on the seeds' device.
     """
     count = math.prod(shape[1:])
     half = (count + 1) // 2

@@ -48,9 +48,21 @@ def prediction_coefficients(prediction_type: str, alpha: float, sigma: float) ->
 
 def model_coefficients(path: Path, prediction_type: str, alpha: float, sigma: float) -> Coefficients:
     """``(A, B)`` of what this path's network returns: :func:`prediction_coefficients`, unless the family gives the type
-    a meaning of its own (:meth:`diffusers_sde.paths.Path.own_prediction`; EDM's preconditioning, inverted flow)."""
-    own = path.own_prediction(prediction_type, sigma)
-    return prediction_coefficients(prediction_type, alpha, sigma) if own is None else own
+    a meaning of its own (:meth:`diffusers_sde.paths.Path.own_prediction`; EDM's preconditioning, inverted flow).
+
+    Args:
+        path: the forward process.
+        prediction_type: the config's.
+        alpha, sigma: of the state.
+
+    Returns:
+        ``(A, B)`` with ``output = A x_0 + B eps``.
+
+    Raises:
+        ValueError: as :func:`prediction_coefficients`.
+    """
+    special = path.own_prediction(prediction_type, sigma)
+    return prediction_coefficients(prediction_type, alpha, sigma) if special is None else special
 
 
 def convert(source: Coefficients, target: Coefficients, alpha: float, sigma: float) -> Coefficients:
@@ -101,7 +113,19 @@ def from_model(
 
 
 def to_model(path: Path, prediction_type: str, alpha: float, sigma: float, source: Coefficients = DATA) -> Coefficients:
-    """The inverse of :func:`from_model`: ``(k_x, k_d)`` with ``m = k_x x + k_d (A x_0 + B eps)``."""
+    """The inverse of :func:`from_model`: what a network would say of a state whose x_0, or any other ``A x_0 + B eps``,
+    is known.
+
+    Args:
+        path, prediction_type, alpha, sigma: as in :func:`from_model`.
+        source: ``(A, B)`` of what is known.
+
+    Returns:
+        ``(k_x, k_d)`` with ``m = k_x x + k_d (A x_0 + B eps)``.
+
+    Raises:
+        ValueError: as :func:`convert` and :func:`prediction_coefficients`.
+    """
     return convert(source, model_coefficients(path, prediction_type, alpha, sigma), alpha, sigma)
 
 

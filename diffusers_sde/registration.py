@@ -16,7 +16,7 @@ from typing import Any
 
 LOADER = "diffusers.pipelines.pipeline_loading_utils"
 # Base classes of components, looked up as attributes of the package, with their methods to save and to load.
-METHODS = {base: ["save_pretrained", "from_pretrained"] for base in ("ModelMixin", "SchedulerMixin")}
+LOADING_METHODS = {base: ["save_pretrained", "from_pretrained"] for base in ("ModelMixin", "SchedulerMixin")}
 
 
 def register() -> None:
@@ -28,7 +28,7 @@ def register() -> None:
 
 
 def _enter(loader: ModuleType) -> None:
-    loader.LOADABLE_CLASSES.setdefault(__package__, METHODS)
+    loader.LOADABLE_CLASSES.setdefault(__package__, LOADING_METHODS)
 
 
 class _WhenImported:

@@ -179,23 +179,23 @@ def canonical_config(
     defaults, ours = stock_defaults(name), is_canonical(now)
     values = {k: v for k, v in now.items() if k != "_use_default_values"}
     if ours:
-        said = {k for k in defaults if k in values and k not in unset} | set(changes)
+        stated = {k for k in defaults if k in values and k not in unset} | set(changes)
         values |= changes
     else:
         cosine = name.startswith("Cosine") or (not name and _looks_cosine(values))
         values = {**defaults, **values, **changes}
         if values.get("sigma_data") is not None:
             values["noise_conditioning"] = changes.get("noise_conditioning", "atan" if cosine else "log")
-        said = set(values)
+        stated = set(values)
         _refuse_other_kinds(name, values, flow_maps)
         _spell_process(values, name, tells_prediction=not defaults or "prediction_type" in {**defaults, **changes})
-    if "timestep_type" in said:
+    if "timestep_type" in stated:
         _spell_timestep_type(values)
-    values["shift"] = _shift(values, said & set(defaults or values), changes)
+    values["shift"] = _shift(values, stated & set(defaults or values), changes)
     values |= {alias: values[key] for alias, key in ALIASES.items()}
     before = values.get("grid")
     own_law = not ours and values.get("sigma_data") is not None and not values["use_flow_sigmas"]
-    values["grid"] = named_grid(changes) if own_law and "grid" not in changes else _grid(values, said, changes)
+    values["grid"] = named_grid(changes) if own_law and "grid" not in changes else _grid(values, stated, changes)
     betas = "beta_start" in defaults or (not ours and not defaults and "beta_start" in values)
     if values["grid"] in _RAMPS and values["grid"] != before and betas and values["use_flow_sigmas"]:
         _spell_ramp(values)
@@ -259,10 +259,10 @@ def _spell_ramp(values: dict[str, Any]) -> None:
         values[key] = level if values.get(key) is None else values[key]
 
 
-def _shift(values: Mapping[str, Any], said: set[str], changes: Mapping[str, Any]) -> float:
+def _shift(values: Mapping[str, Any], stated: set[str], changes: Mapping[str, Any]) -> float:
     """The static shift: the caller's, else the source's own, else what a conversion left in the config."""
     named = [key for key in ("shift", "flow_shift") if key in changes]
-    order = [*named, *(key for key in ("flow_shift", "shift") if key in said), "shift"]
+    order = [*named, *(key for key in ("flow_shift", "shift") if key in stated), "shift"]
     return next((values[key] for key in order if values.get(key) is not None), float(SHARED["shift"].default))
 
 
@@ -275,12 +275,12 @@ def named_grid(flags: Mapping[str, Any], habits: tuple[str, ...] = ()) -> str | 
     return None if spacing in habits else spacing
 
 
-def _grid(values: Mapping[str, Any], said: set[str], changes: Mapping[str, Any]) -> str | None:
+def _grid(values: Mapping[str, Any], stated: set[str], changes: Mapping[str, Any]) -> str | None:
     """The grid: the caller's, else what the source's flags ask for, else the one that a conversion left, unless the
     source now says no to it."""
     if "grid" in changes:
         return changes["grid"]
-    flags = {key: values[key] for key in (*_GRID_FLAGS, "timestep_spacing") if key in said}
+    flags = {key: values[key] for key in (*_GRID_FLAGS, "timestep_spacing") if key in stated}
     chosen = named_grid(changes) or named_grid(flags, habits=("leading", "linspace"))
     left = values.get("grid")
     flag = next((flag for flag, grid in _GRID_FLAGS.items() if grid == left), None)

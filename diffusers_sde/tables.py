@@ -1,7 +1,7 @@
 """Sampler tables: every known sampler is ``x <- a x + sum_j b_j F_j + c z`` with finished coefficients.
 
 Knows how to build them from the weights of single steps (:mod:`diffusers_sde.weights`, where F and the formula are):
-which evaluations a row uses, and when it may extrapolate.
+which evaluations a row uses.  When it may extrapolate from them is said by :mod:`diffusers_sde.extrapolation`.
 
 Correctors (UniC, Zhao et al. arXiv:2302.04867) and the held anchors of single-step methods need no code of their own
 at run time: the anchor is an affine function of the current state and of stored evaluations, so redoing a step is
@@ -17,17 +17,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from diffusers_sde.extrapolation import MAX_FEEDBACK, MAX_STIFFNESS, Method
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import DATA, convert
 from diffusers_sde.weights import (
     CLOCKS,
     Point,
-    clock_values,
     evaluation_coefficients,
-    lagrange_weights,
     linear_coefficients,
-    midpoint_weights,
 )
 
 FINALS = ("denoise", "corrected", "exact", "second_order")
@@ -61,87 +59,19 @@ class Table:
         return max((len(row.b) - 1 - k for k, row in enumerate(self.rows[i + 1 :])), default=0)
 
 
-# -- builders --
+def points_of(nodes: Nodes) -> tuple[Point, ...]:
+    """The nodes of a grid, or of a run (``scheduler.levels``), one by one.
 
-# What a row may do before it reads fewer evaluations, found by a scan over every selectable setting (the robustness
-# section of the bench), where looser limits let few steps end far outside the data.
-MAX_STEP_RATIO = 4.0  # a step to the one before it
-MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}  # sum |b| / |sum b|, by the number of evaluations
-MAX_STIFFNESS = 2.0  # of a stochastic step, see Method.stiffness
-MAX_FRESH = (6.2, 1.5)  # amplification times fresh noise, for data prediction and for an F that contains the noise
-MAX_FEEDBACK = 1.1  # of a correction, see Method.feedback
-MAX_CANCELLATION = 0.3  # of MAX_AMPLIFICATION: what errors of x_0 may grow to when noise predictions are subtracted
+    Args:
+        nodes: n evaluations and the terminal node.
 
-
-@dataclass(frozen=True)
-class Method:
-    """How to weigh evaluations: everything about a solver but the grid and the order.
-
-    data_std, clock, tau: see :mod:`diffusers_sde.weights`; ``rule`` is ``exact`` or ``midpoint`` (two-node rules only).
+    Returns:
+        n + 1 points with ``alpha``, ``sigma`` and ``log_snr``.
     """
+    return tuple(Point(float(alpha), float(sigma)) for alpha, sigma in zip(nodes.alpha, nodes.sigma, strict=True))
 
-    path: Path | None
-    data_std: float
-    clock: str
-    rule: str = "exact"
 
-    def weights(self, start: Point, end: Point, basis: Sequence[Point], tau: float) -> np.ndarray:
-        if start.log_snr == end.log_snr:
-            return np.zeros(len(basis))
-        if self.rule == "midpoint" and len(basis) == 2 and end.sigma > 0 and start.alpha > 0:
-            return midpoint_weights(self.path, start, end, basis, data_std=self.data_std, tau=tau)
-        clock = self.clock
-        if end.sigma == 0 and clock == "log_snr":  # log-SNR has no finite coordinate there
-            clock = "angle"
-        return lagrange_weights(self.path, start, end, basis, data_std=self.data_std, clock=clock, tau=tau)
-
-    def stiffness(self, start: Point, end: Point, tau: float) -> float:
-        """Gain of a feedback through the noise prediction, whose slope at the end is 1/s_t: ``A/2 (s_s/s_t - 1)``;
-        0 for a finite data_std, where evaluations are bounded."""
-        if not math.isinf(self.data_std):
-            return 0.0
-        return 0.5 * (1 + tau**2) * math.expm1(end.log_snr - start.log_snr) if end.sigma > 0 else math.inf
-
-    def feedback(self, weight: float, end: Point) -> float:
-        """What a correction with this weight on the new evaluation makes of an error of the predicted state where the
-        data prediction does not follow the state (data with no spread): ``|w| data_std^2 alpha/(rho sigma)``, the
-        slope of F there; above 1 the error grows."""
-        if not 0 < self.data_std < math.inf or end.sigma == 0:
-            return 0.0
-        rho = math.hypot(self.data_std * end.alpha, end.sigma)
-        return abs(weight) * self.data_std**2 * end.alpha / (rho * end.sigma)
-
-    def safe_weights(
-        self, start: Point, end: Point, basis: Sequence[Point], tau: float, newest_first: Sequence[Point]
-    ) -> np.ndarray | None:
-        """:meth:`weights`, or None where interpolating over these nodes is impossible or would amplify errors: nodes
-        that coincide or are infinite in the clock, too large a step ratio, too large a sum of |weights|, too much fresh
-        noise or cancellation between them.
-
-        Args:
-            start, end: of the step.
-            basis: the evaluations, in the order of the weights.
-            tau: the noise level of the step.
-            newest_first: the same evaluations by age.
-        """
-        order = len(basis)
-        at = clock_values(self.path, self.clock, np.array([p.log_snr for p in (end, *newest_first)]), self.data_std)
-        if not np.all(np.isfinite(at[1:])) or len(set(at[1:])) < order:
-            return None
-        if math.isfinite(at[0]) and abs(at[0] - at[1]) > MAX_STEP_RATIO * abs(at[1] - at[2]):
-            return None
-        weights = self.weights(start, end, basis, tau)
-        amplification = np.abs(weights).sum() / max(abs(weights.sum()), 1e-300)
-        # extrapolation lives on evaluations that resemble each other: noise drawn between them enters amplified
-        fresh = -math.expm1(-2 * tau**2 * (newest_first[0].log_snr - newest_first[-1].log_snr)) if tau else 0.0
-        safe = amplification <= MAX_AMPLIFICATION[order]
-        safe &= amplification * fresh <= MAX_FRESH[self.data_std != 0]
-        if math.isinf(self.data_std):
-            safe &= tau == 0 or amplification * self.stiffness(start, end, tau) <= MAX_STIFFNESS
-            # an error d of x_0 is one of min(1, d/s) of the noise, which weights of size s turn into the end's state
-            errors = np.abs(weights) @ [min(1.0, p.alpha / p.sigma) for p in basis]
-            safe &= errors <= MAX_CANCELLATION * MAX_AMPLIFICATION[order] * math.hypot(end.alpha, end.sigma)
-        return weights if safe else None
+# -- builders --
 
 
 def build_multistep(
@@ -182,7 +112,7 @@ def build_multistep(
     check_solver(order, data_std, clock, rule, final)
     taus = _noise_levels(tau, len(nodes) - 1)
     method = Method(path, float(data_std), clock, rule)
-    points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
+    points = points_of(nodes)
     rows: list[Row] = []
     # A correction redoes the step before with the evaluation that has just arrived.  The state from which that step
     # started is gone, but it is not needed: the corrected state is the current one plus the difference of the two
@@ -257,7 +187,7 @@ def build_singlestep(
     if fractions is not None:
         nodes, taus = insert_stages(path, nodes, fractions, taus)
     weigh = Method(path, float(data_std), clock, rule)
-    points = [Point(float(a), float(s)) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
+    points = points_of(nodes)
     rows: list[Row] = []
     for first, size in _groups(points, order):
         anchor, previous = first, np.zeros(0)
@@ -318,7 +248,15 @@ def insert_stages(
 
 def tau_from_eta(eta: float, nodes: Nodes) -> list[float]:
     """The per-step tau of DDIM's eta: ``exp(-2 tau^2 h) = 1 - eta^2 (1 - exp(-2h))`` with h the step in log-SNR
-    (Song et al. 2021, arXiv:2010.02502, eq. 16); eta = 1 is DDPM and Euler ancestral, tau = 1."""
+    (Song et al. 2021, arXiv:2010.02502, eq. 16); eta = 1 is DDPM and Euler ancestral, tau = 1.
+
+    Args:
+        eta: 0 to 1.
+        nodes: of the grid.
+
+    Returns:
+        One tau a step.
+    """
     h = np.diff(nodes.log_snr)
     taus = []
     for step in h:
@@ -377,7 +315,7 @@ def _noise_levels(tau: float | Sequence[float], steps: int) -> list[float]:
 
 
 def _explicit(
-    method: Method, start: Point, end: Point, basis: list[Point], tau: float
+    method: Method, start: Point, end: Point, basis: Sequence[Point], tau: float
 ) -> tuple[float, float, np.ndarray]:
     """``(a, c, weights)`` of a step: weights of the longest safe prefix of ``basis`` (newest first)."""
     a, c = linear_coefficients(start, end, method.data_std, tau)
@@ -394,7 +332,7 @@ def _explicit(
     return a, c, method.weights(start, end, basis[:1], tau)
 
 
-def _implicit(method: Method, nodes: list[Point], start: Point, tau: float) -> np.ndarray | None:
+def _implicit(method: Method, nodes: Sequence[Point], start: Point, tau: float) -> np.ndarray | None:
     """Weights of the step from ``start`` redone with the evaluation at its end, on ``nodes`` (newest first: the end,
     ``start``, older ones) or the longest safe prefix of them; None where that is impossible."""
     end = nodes[0]
@@ -415,8 +353,8 @@ def _implicit(method: Method, nodes: list[Point], start: Point, tau: float) -> n
 
 def _denoise(method: Method, start: Point, end: Point) -> tuple[float, float, np.ndarray]:
     """The row that returns ``end.alpha D``, without noise."""
-    own = evaluation_coefficients(method.data_std, start.alpha, start.sigma)
-    k_x, k_f = convert(own, DATA, start.alpha, start.sigma)
+    evaluation = evaluation_coefficients(method.data_std, start.alpha, start.sigma)
+    k_x, k_f = convert(evaluation, DATA, start.alpha, start.sigma)
     return end.alpha * k_x, 0.0, np.array([end.alpha * k_f])
 
 

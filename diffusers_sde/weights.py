@@ -47,7 +47,15 @@ class Point:
 
 def evaluation_coefficients(data_std: float, alpha: float, sigma: float) -> tuple[float, float]:
     """``(A, B)`` with ``F = A x_0 + B eps``: ``(sigma, -data_std^2 alpha)/rho``, ``rho^2 = data_std^2 alpha^2 +
-    sigma^2``; ``(1, 0)`` at data_std = 0 and, rescaled, ``(0, -1)`` at data_std = inf."""
+    sigma^2``; ``(1, 0)`` at data_std = 0 and, rescaled, ``(0, -1)`` at data_std = inf.
+
+    Args:
+        data_std: the data scale, 0 to inf.
+        alpha, sigma: of the state.
+
+    Returns:
+        ``(A, B)``.
+    """
     if data_std == 0:
         return 1.0, 0.0
     if math.isinf(data_std):
@@ -57,7 +65,20 @@ def evaluation_coefficients(data_std: float, alpha: float, sigma: float) -> tupl
 
 
 def linear_coefficients(start: Point, end: Point, data_std: float, tau: float) -> tuple[float, float]:
-    """``(a, c)``: the factor on the state and the standard deviation of the noise from ``start`` to ``end``."""
+    """The linear part of a step, ``a = (alpha_t/alpha_s) (r_t/r_s)^A`` and ``c = alpha_t r_t sqrt(1 - (r_t/r_s)^(2
+    tau^2))`` of the module docstring.
+
+    Args:
+        start, end: of the step.
+        data_std: the data scale, 0 to inf.
+        tau: the noise level.
+
+    Returns:
+        ``(a, c)``: the factor on the state and the standard deviation of the noise.
+
+    Raises:
+        ValueError: for noise prediction (data_std = inf) from alpha = 0.
+    """
     ratio = end.sigma * start.alpha, end.alpha * start.sigma  # s_t / s_s as a quotient, free of infinities
     if math.isinf(data_std):
         if start.alpha == 0:
@@ -81,8 +102,17 @@ def linear_coefficients(start: Point, end: Point, data_std: float, tau: float) -
 
 
 def quadrature(start: Point, end: Point, data_std: float, tau: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes ``lambda_u`` and weights ``w_u`` with ``sum_u w_u L(lambda_u)`` the integral of the module docstring times
-    ``alpha_t``: the weight of an evaluation with Lagrange basis L in ``x_t``."""
+    """A Gauss rule for the integral of the module docstring: ``sum_u w_u L(lambda_u)`` is the weight in ``x_t`` of an
+    evaluation with Lagrange basis L.
+
+    Args:
+        start, end: of the step.
+        data_std: the data scale, 0 to inf.
+        tau: the noise level.
+
+    Returns:
+        ``(lambda_u, w_u)``, each (nodes,) float64; the factor ``alpha_t`` is in the weights.
+    """
     A = 1 + tau**2
     low, high = start.log_snr, end.log_snr
     finite = math.isfinite(low) and math.isfinite(high)
@@ -121,7 +151,20 @@ def _gauss(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
 
 def clock_values(path: Path | None, clock: str, log_snr: np.ndarray, data_std: float) -> np.ndarray:
     """The coordinate in which evaluations are interpolated: ``log_snr``, ``sigma`` (s), ``angle``
-    (``atan(s / data_std)``, ``atan(s)`` at data_std 0 and inf) or ``time``."""
+    (``atan(s / data_std)``, ``atan(s)`` at data_std 0 and inf) or ``time``.
+
+    Args:
+        path: the forward process; needed for ``time`` only.
+        clock: one of ``CLOCKS``.
+        log_snr: half log-SNRs, an array of any shape.
+        data_std: the data scale.
+
+    Returns:
+        The coordinates, of log_snr's shape.
+
+    Raises:
+        ValueError: for an unknown clock, and for ``time`` without a path.
+    """
     if clock == "log_snr":
         return log_snr
     s = np.exp(-log_snr)
@@ -137,7 +180,19 @@ def clock_values(path: Path | None, clock: str, log_snr: np.ndarray, data_std: f
 def lagrange_weights(
     path: Path | None, start: Point, end: Point, basis: Sequence[Point], *, data_std: float, clock: str, tau: float
 ) -> np.ndarray:
-    """Weights of the evaluations at ``basis`` in the step from ``start`` to ``end`` (exact up to quadrature)."""
+    """Weights of a step by interpolation of the evaluations, exact up to quadrature.
+
+    Args:
+        path: the forward process; needed for the clock ``time`` only.
+        start, end: of the step.
+        basis: where the k evaluations were made, distinct in the clock.
+        data_std: the data scale.
+        clock: see :func:`clock_values`.
+        tau: the noise level.
+
+    Returns:
+        (k,), in the order of ``basis``.
+    """
     lam, w = quadrature(start, end, data_std, tau)
     if len(basis) == 1:
         return np.array([w.sum()])
@@ -151,7 +206,16 @@ def midpoint_weights(
     path: Path | None, start: Point, end: Point, basis: Sequence[Point], *, data_std: float, tau: float
 ) -> np.ndarray:
     """The ``midpoint`` rule of DPM-Solver++ 2M and UniPC: the slope of F in log-SNR enters as if the kernel were flat,
-    ``total (F_0 + h/2 F')``.  Second order like the exact weights, with another error constant."""
+    ``total (F_0 + h/2 F')``.  Second order like the exact weights, with another error constant (Lu et al.
+    arXiv:2211.01095, algorithm 2).
+
+    Args:
+        path, start, end, data_std, tau: as in :func:`lagrange_weights`.
+        basis: where the two evaluations were made, that of ``start`` first.
+
+    Returns:
+        (2,), in the order of ``basis``.
+    """
     total = lagrange_weights(path, start, end, basis[:1], data_std=data_std, clock="log_snr", tau=tau)[0]
     slope = 0.5 * (end.log_snr - start.log_snr) / (basis[1].log_snr - basis[0].log_snr)
     return np.array([total * (1 - slope), total * slope])

@@ -37,7 +37,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import FlowMapScheduler
-from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out, pictures
+from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out_grid, pictures
 from diffusers_sde.sampling import flow_map_denoiser
 
 
@@ -93,7 +93,7 @@ class FlowMapPipeline(DiffusionPipeline):
         batch = (batch_size or 1) if labels is None else len(labels)
         scheduler = self.scheduler
         x = initial_noise(self.unet, scheduler, batch, generator, latents)
-        lay_out(scheduler, num_inference_steps, x.device, timesteps)
+        lay_out_grid(scheduler, num_inference_steps, x.device, timesteps)
         denoiser = flow_map_denoiser(self.unet, scheduler, labels)
         for t in self.progress_bar(scheduler.timesteps):
             m = denoiser(scheduler.scale_model_input(x, t), t)

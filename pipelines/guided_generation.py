@@ -50,7 +50,6 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import TableScheduler
-from diffusers_sde.methods.fields import points_of
 from diffusers_sde.methods.guidance import (
     Classifier,
     adaptive_projection,
@@ -68,11 +67,12 @@ from diffusers_sde.methods.pipeline_io import (
     initial_noise,
     label_tensor,
     labels_of,
-    lay_out,
+    lay_out_grid,
     pictures,
 )
 from diffusers_sde.prediction import from_model
 from diffusers_sde.sampling import null_label
+from diffusers_sde.tables import points_of
 
 
 class GuidedGenerationPipeline(DiffusionPipeline):
@@ -154,7 +154,7 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         classes = None if class_labels is None else labels_of(class_labels, num_images).to(self.unet.device)
         batch = (num_images or 1) if classes is None else len(classes)
         x = initial_noise(self.unet, scheduler, batch, generator, latents)
-        lay_out(scheduler, num_inference_steps, x.device, timesteps, sigmas)
+        lay_out_grid(scheduler, num_inference_steps, x.device, timesteps, sigmas)
         path, kind, points = scheduler.path, scheduler.config.prediction_type, points_of(scheduler.levels)
         average = None
 

@@ -64,11 +64,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import FlowMapScheduler, ReverseSDEScheduler, TableScheduler
-from diffusers_sde.methods.fields import network_field, points_of
+from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.images import from_latents, from_state
-from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out, sample_shape
+from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out_grid, sample_shape
 from diffusers_sde.methods.posterior import Measurement, check_method, check_observation, conditional_mean
 from diffusers_sde.prediction import to_model
+from diffusers_sde.tables import points_of
 
 
 class PosteriorSamplingPipeline(DiffusionPipeline):
@@ -154,7 +155,7 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         scheduler = self.scheduler
         if not isinstance(scheduler, TableScheduler) or isinstance(scheduler, FlowMapScheduler):  # a jump is no solver
             scheduler = ReverseSDEScheduler.from_config(scheduler.config)
-        lay_out(scheduler, num_inference_steps, device, timesteps, sigmas, mu)
+        lay_out_grid(scheduler, num_inference_steps, device, timesteps, sigmas, mu)
         to_pixels = None if self.vae is None else lambda z: from_latents(self.vae, z)
         measurement = Measurement(operator, y.repeat_interleave(num_images, dim=0), noise_std, to_pixels)
         x = initial_noise(self.unet, scheduler, count * num_images, generator, latents).float()

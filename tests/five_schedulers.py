@@ -10,7 +10,7 @@ from diffusers_sde import (
     ReverseSDEScheduler,
 )
 from diffusers_sde.defaults import standard_table
-from diffusers_sde.schedulers.calibrated import process_of
+from diffusers_sde.schedulers.calibrated import process_values
 from diffusers_sde.schedulers.calibration_format import written_calibration, written_entry
 
 FIVE = [ProbabilityFlowScheduler, ReverseSDEScheduler, DPMSolverScheduler, CalibratedScheduler, FlowMapScheduler]
@@ -28,7 +28,7 @@ def calibration(config, steps):
         table = standard_table(exact.path, exact.levels)
         errors = dict.fromkeys(["training", "held_out", "exact", "stock"], 0.0)
         tables[n] = written_entry(exact.levels, table, None, errors)
-    return written_calibration(process_of(exact.config), table.data_std, False, tables)
+    return written_calibration(process_values(exact.config), table.data_std, False, tables)
 
 
 def build(cls, process=None, steps=(10,), **kwargs):

@@ -17,7 +17,8 @@ from diffusers_sde.configs import alphas_cumprod_from_config
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
 from diffusers_sde.prediction import convert, prediction_coefficients
-from diffusers_sde.tables import Table, evaluation_coefficients
+from diffusers_sde.tables import Table
+from diffusers_sde.weights import evaluation_coefficients
 
 settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("tests")

@@ -24,16 +24,15 @@ from diffusers_sde.benchmarks.common import (
     mean_error,
     network_start,
     oracle,
+    print_left_out,
     print_table,
     reference_solution,
     sliced_wasserstein,
 )
-from diffusers_sde.benchmarks.competition import stock_odes
+from diffusers_sde.benchmarks.competition import best_stock_ode
 from diffusers_sde.calibration.run import calibrate
-from diffusers_sde.calibration.stock import fitting_samplers
-from diffusers_sde.named_samplers import CALIBRATED, make_scheduler
-from diffusers_sde.sampler_names import SAMPLERS
-from diffusers_sde.sampling import Denoiser, lay_out, network_denoiser, sample
+from diffusers_sde.named_samplers import CALIBRATED
+from diffusers_sde.sampling import Denoiser, network_denoiser, sample
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
 
 STEPS = (4, 5, 6, 8, 10)
@@ -55,12 +54,12 @@ class Case:
 
 def oracles(seed: int) -> Iterator[Case]:
     """The bench's mixtures under both betas and flow matching, and one guided with weight 7.5 to its components."""
-    for name, process, scale in (
-        *((f"mixture, {name} betas", process, None) for name, process in PROCESSES.items()),
+    for name, process_config, scale in (
+        *((f"mixture, {name} betas", process_config, None) for name, process_config in PROCESSES.items()),
         ("mixture, flow matching", FLOW, None),
         ("mixture, guidance 7.5", PROCESSES["scaled linear"], 7.5),
     ):
-        model, n = oracle(seed=seed, process=process), ORACLE_SAMPLES
+        model, n = oracle(seed=seed, process=process_config), ORACLE_SAMPLES
         components = len(model.config.weights)
         model.register_to_config(num_class_embeds=components + 1)
         labels = torch.arange(n) % components
@@ -69,12 +68,12 @@ def oracles(seed: int) -> Iterator[Case]:
         denoiser = network_denoiser(model, labels, 1.0 if scale is None else scale)
         noise = torch.randn(n, *model.sample_shape, generator=torch.Generator().manual_seed(seed + 12345))
 
-        def learn(denoiser: Any = denoiser, process: Any = process, shape: Any = model.sample_shape) -> Any:
-            scheduler = ProbabilityFlowScheduler.from_config(process)
+        def learn(denoiser: Any = denoiser, config: Any = process_config, shape: Any = model.sample_shape) -> Any:
+            scheduler = ProbabilityFlowScheduler.from_config(config)
             options = {"scheduler": scheduler, "sample_shape": shape, "seed": seed, "progress": False}
             return calibrate(denoiser, STEPS, ORACLE_SAMPLES, **options)
 
-        yield Case(name, denoiser, noise, process, learn)
+        yield Case(name, denoiser, noise, process_config, learn)
 
 
 def networks(seed: int, num_images: int, guidance_scales: list[float], shipped: bool) -> Iterator[Case]:
@@ -92,17 +91,6 @@ def networks(seed: int, num_images: int, guidance_scales: list[float], shipped: 
         yield Case(f"embedded network, guidance {scale:g}", denoiser, noise, dict(pipe.scheduler.config), learn)
 
 
-def competition(config: dict[str, Any], n: int) -> Iterator[tuple[str, Any]]:
-    """Every stock setting of the bench; for flow matching the named stock samplers."""
-    if not config.get("use_flow_sigmas"):
-        yield from stock_odes(config, n)
-        return
-    for name in fitting_samplers(config, stochastic=False)[0]:
-        scheduler = make_scheduler(name, config)
-        lay_out(scheduler, SAMPLERS[name].steps(n))
-        yield name, scheduler
-
-
 def errors(case: Case, scheduler: CalibratedScheduler) -> None:
     """Error to the converged solution from fresh noise at each number of steps, and the ratios."""
     reference = reference_solution(case.denoiser, case.noise, case.config, 160)
@@ -110,22 +98,18 @@ def errors(case: Case, scheduler: CalibratedScheduler) -> None:
     table: dict[str, list[str]] = {
         k: [] for k in ("best of diffusers", "exact (default)", "calibrated", "to exact", "to diffusers", "setting")
     }
-    failed = []
+    left_out: list[str] = []
     for n in tqdm(STEPS, desc=case.name, leave=False):
-        best = (float("inf"), "")
-        for name, stock in competition(case.config, n):
-            try:
-                best = min(best, (mean_error(sample(case.denoiser, stock, case.noise), reference), name))
-            except Exception as error:  # a stock scheduler may crash on its own grid in any way
-                failed.append(f"{name} at {n} ({type(error).__name__})")
+        error, setting, missing = best_stock_ode(case.config, n, case.denoiser, case.noise, reference)
+        left_out += missing
         found = []
-        for own in (exact, scheduler):
-            own.set_timesteps(n)
-            found.append(mean_error(sample(case.denoiser, own, case.noise), reference))
+        for ours in (exact, scheduler):
+            ours.set_timesteps(n)
+            found.append(mean_error(sample(case.denoiser, ours, case.noise), reference))
         cells = (
-            *(f"{v:.4f}" for v in (best[0], *found)),
-            *(f"{found[1] / v:.2f}" for v in (found[0], best[0])),
-            best[1],
+            *(f"{v:.4f}" for v in (error, *found)),
+            *(f"{found[1] / v:.2f}" for v in (found[0], error)),
+            setting,
         )
         for values, cell in zip(table.values(), cells, strict=True):
             values.append(cell)
@@ -133,8 +117,7 @@ def errors(case: Case, scheduler: CalibratedScheduler) -> None:
     title = f"Calibrated samplers, error to the exact ODE solution: {case.name}, {len(case.noise)} samples"
     print_table(title, ["", *(f"{n} NFE" for n in STEPS)], [[k, *v] for k, v in table.items()])
     print("best of diffusers was: " + "; ".join(f"{n}: {name}" for n, name in zip(STEPS, settings, strict=True)))
-    if failed:
-        print(f"left out, since they crash: {', '.join(failed)}")
+    print_left_out(left_out)
 
 
 # -- quality of the samples --
@@ -189,12 +172,12 @@ def quality(scheduler: CalibratedScheduler, scale: float, folder: str, count: in
     noise, labels = network_start(pipe.unet, count, seed + 54321)
     real_features, rows = features(pipe, real), []
     exact = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
-    for name, own, n in (("teacher", exact, 80), *(("calibrated", scheduler, n) for n in STEPS)):
+    for name, ours, n in (("teacher", exact, 80), *(("calibrated", scheduler, n) for n in STEPS)):
         made = []
         for first in tqdm(range(0, count, 50), desc=f"quality, {name} {n}", leave=False):
             part = slice(first, first + 50)
-            own.set_timesteps(n)
-            made.append(sample(network_denoiser(pipe.unet, labels[part], scale), own, noise[part]))
+            ours.set_timesteps(n)
+            made.append(sample(network_denoiser(pipe.unet, labels[part], scale), ours, noise[part]))
         images = torch.cat(made)
         distances = (sliced_wasserstein(images, real), frechet(features(pipe, images), real_features))
         rows.append([f"{name}, {n} NFE", *(f"{v:.4f}" for v in distances)])

@@ -33,6 +33,12 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
         )
 
 
+def print_left_out(settings: list[str]) -> None:
+    """The settings that took no part in a comparison, each with its reason; nothing where there are none."""
+    if settings:
+        print(f"left out, since they refuse or crash: {', '.join(settings)}")
+
+
 def oracle(
     dimension: int = 36, components: int = 10, seed: int = 0, process: dict[str, Any] | None = None
 ) -> GaussianMixtureModel:

@@ -1,4 +1,7 @@
-"""The competition: every scheduler of diffusers, deterministic or stochastic, with every grid that it offers."""
+"""The competition: every scheduler of diffusers, deterministic or stochastic, with every grid that it offers.
+
+Knows these settings, how many steps give each so many evaluations, and the best of them on a problem.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,33 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
+import torch
+
+from diffusers_sde.benchmarks.common import mean_error
+from diffusers_sde.calibration.stock import fitting_samplers
+from diffusers_sde.named_samplers import make_scheduler
+from diffusers_sde.sampler_names import SAMPLERS
+from diffusers_sde.sampling import Denoiser, lay_out, sample
 
 SPACINGS = [{"timestep_spacing": s} for s in ("trailing", "linspace", "leading")]
 SIGMAS = [{f"use_{s}_sigmas": True} for s in ("karras", "exponential", "beta")]
 LU = [{"use_lu_lambdas": True}]
 
 
-def stock_odes(config: dict[str, Any], n: int) -> Iterator[tuple[str, Any]]:
-    """Every deterministic scheduler of diffusers with every grid it offers, laid out for ``n`` evaluations."""
+def stock_odes(config: dict[str, Any], n: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every deterministic scheduler of diffusers with every grid it offers, for flow matching the named ones.
+
+    Args:
+        config: of the process, variance preserving or flow matching.
+        n: evaluations.
+
+    Yields:
+        A setting in words, and what makes its scheduler, laid out for ``n`` evaluations; that may raise anything.
+    """
+    if config.get("use_flow_sigmas"):
+        for name in fitting_samplers(config, stochastic=False)[0]:
+            yield name, functools.partial(_named, name, config, n)
+        return
     families: list[tuple[str, list[dict], list[dict]]] = [
         ("DDIMScheduler", SPACINGS, [{}]),
         ("EulerDiscreteScheduler", SPACINGS + SIGMAS, [{}]),
@@ -28,24 +50,64 @@ def stock_odes(config: dict[str, Any], n: int) -> Iterator[tuple[str, Any]]:
         ("DPMSolverSinglestepScheduler", SIGMAS, [{"solver_order": k} for k in (2, 3)]),
     ]
     for name, grids, solvers in families:
-        cls = getattr(diffusers, name)
         for solver in solvers:
             for grid in grids:
-                scheduler = cls.from_config({**config, "_class_name": name}, clip_sample=False, **solver, **grid)
-                evaluations = (
-                    (n + 1) // 2 if name.startswith(("Heun", "KDPM2")) else n - 1 if name.startswith("PNDM") else n
-                )
-                try:
-                    scheduler.set_timesteps(evaluations)
-                except Exception:  # a setting that this n does not allow is no competition
-                    continue
-                if len(scheduler.timesteps) <= n:
-                    label = name.replace("Scheduler", "").replace("Discrete", "").replace("Multistep", "")
-                    order = f"-{solver['solver_order']}" if "solver_order" in solver else ""
-                    yield f"{label}{order} {'/'.join(str(k if v is True else v) for k, v in grid.items())}", scheduler
+                label = name.replace("Scheduler", "").replace("Discrete", "").replace("Multistep", "")
+                order = f"-{solver['solver_order']}" if "solver_order" in solver else ""
+                yield f"{label}{order} {_words(grid)}", functools.partial(_laid_out, name, config, n, **solver, **grid)
+
+
+def _words(grid: dict[str, Any]) -> str:
+    return "/".join(str(key if value is True else value) for key, value in grid.items())
+
+
+def _named(name: str, config: dict[str, Any], n: int) -> Any:
+    scheduler = make_scheduler(name, config)
+    lay_out(scheduler, SAMPLERS[name].steps(n))
+    return scheduler
+
+
+def _laid_out(name: str, config: dict[str, Any], n: int, **options: Any) -> Any:
+    scheduler = getattr(diffusers, name).from_config({**config, "_class_name": name}, clip_sample=False, **options)
+    two_stage, one_more = name.startswith(("Heun", "KDPM2")), name.startswith("PNDM")
+    scheduler.set_timesteps((n + 1) // 2 if two_stage else n - 1 if one_more else n)
+    if len(scheduler.timesteps) > n:
+        raise ValueError(f"It makes {len(scheduler.timesteps)} evaluations instead of {n}.")
+    return scheduler
+
+
+def best_stock_ode(
+    config: dict[str, Any], n: int, denoiser: Denoiser, noise: torch.Tensor, reference: torch.Tensor
+) -> tuple[float, str, list[str]]:
+    """The best of :func:`stock_odes` on a problem.
+
+    Args:
+        config, n: see :func:`stock_odes`.
+        denoiser: the network.
+        noise: (N, ...), to start from.
+        reference: (N, ...), the solution.
+
+    Returns:
+        Its error, its name, and which settings were left out, since they refuse this number of evaluations or crash.
+    """
+    best, left_out = (float("inf"), ""), []
+    for name, make in stock_odes(config, n):
+        try:
+            best = min(best, (mean_error(sample(denoiser, make(), noise), reference), name))
+        except Exception as error:  # a stock scheduler may fail on its own grid in any way
+            left_out.append(f"{name} at {n} ({type(error).__name__})")
+    return *best, left_out
 
 
 def stock_sdes(config: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every stochastic scheduler of diffusers with every grid it offers.
+
+    Args:
+        config: of the process, variance preserving.
+
+    Yields:
+        A setting in words, and what makes its scheduler.
+    """
     families: list[tuple[str, list[dict], dict[str, Any]]] = [
         ("EulerAncestralDiscreteScheduler", SPACINGS, {}),
         ("DDPMScheduler", SPACINGS, {}),
@@ -55,7 +117,7 @@ def stock_sdes(config: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]
     ]
     for name, grids, options in families:
         for grid in grids:
-            label = f"{name.replace('Scheduler', '')} {'/'.join(str(k if v is True else v) for k, v in grid.items())}"
+            label = f"{name.replace('Scheduler', '')} {_words(grid)}"
             arguments = {"clip_sample": False, **options, **grid}
             yield (
                 label,

@@ -6,7 +6,7 @@ Knows three sources and how to switch each on alone: *initialisation* (starting 
 * Gaussian data: everything is Gaussian, so the laws at the end and their KL divergences from the data's are closed
   forms (Lu, arXiv:2607.01693, chapter 6: ``KL <= init + discretisation + score`` up to constants; KL is quadratic in
   small errors, so that square roots of it add).
-* A mixture: samples of both processes from coupled starts.  With ``flow`` the exact map of a denoiser, ``solver`` its
+* A mixture: samples of both flows from coupled starts.  With ``flow`` the exact map of a denoiser, ``solver`` its
   discretisation and ``x_T ~ p_T`` coupled to its own noise eps,
 
       solver(wrong, eps) - flow(right, x_T) = [solver(wrong, eps) - flow(wrong, eps)]        discretisation
@@ -15,8 +15,6 @@ Knows three sources and how to switch each on alone: *initialisation* (starting 
 
   so the root mean squares of the brackets add up to at least that of the total, an upper bound of the Wasserstein
   distance W2 to the data (at the cleanest training time).
-
-    diffusers-sde bench --errors
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 
+from diffusers_sde.benchmarks.common import PROCESSES
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.flow_maps import exact_flow_map
 from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
@@ -77,7 +76,7 @@ def gaussian_kl(variance: float, reference: float) -> float:
 def gaussian_errors(method: str, steps: int) -> dict[str, float]:
     """KL divergence from the data N(0, STD^2), per dimension, with each source of error alone and with all of them."""
     kind, options = METHODS[method]
-    alpha, sigma = (float(v) for v in path_from_config(_process()).alpha_sigma(999.0))
+    alpha, sigma = _last_level()
     right = (alpha * STD) ** 2 + sigma**2
 
     def exact(thinks: float) -> TableScheduler:  # the linear part is the whole process: exact at any number of steps
@@ -152,7 +151,7 @@ def coupled_errors(
 
 def measure(seed: int = 0) -> None:
     """Print both decompositions."""
-    print(f"KL divergence from N(0, {STD}^2) data, nats per dimension, closed form (alpha_T = {_alpha_end():.2f},")
+    print(f"KL divergence from N(0, {STD}^2) data, nats per dimension, closed form (alpha_T = {_last_level()[0]:.2f},")
     print(f"score of a network that thinks {WRONG_STD})\n")
     _print_header("steps", STEPS)
     for method in METHODS:
@@ -168,12 +167,10 @@ def _rms(difference: torch.Tensor) -> float:
     return float(difference.flatten(1).square().sum(1).mean().sqrt())
 
 
-def _process() -> dict[str, Any]:
-    return {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_schedule": "linear", **SHORT}
-
-
-def _alpha_end() -> float:
-    return float(path_from_config(_process()).alpha_sigma(999.0)[0])
+def _last_level() -> tuple[float, float]:
+    """``(alpha_T, sigma_T)`` of the betas that stop early."""
+    alpha, sigma = path_from_config({**PROCESSES["linear"], **SHORT}).alpha_sigma(999)
+    return float(alpha), float(sigma)
 
 
 def _print_header(label: str, steps: Sequence[int]) -> None:
@@ -183,7 +180,3 @@ def _print_header(label: str, steps: Sequence[int]) -> None:
 def _print_block(method: str, columns: list[dict[str, float]]) -> None:
     for i, name in enumerate(columns[0]):
         print(f"{method if not i else '':<20} {name:>15} " + " ".join(f"{column[name]:9.2g}" for column in columns))
-
-
-if __name__ == "__main__":
-    measure()

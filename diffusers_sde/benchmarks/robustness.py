@@ -42,11 +42,17 @@ def settings(stochastic: bool) -> Iterator[tuple[type[TableScheduler], dict[str,
                 solver = {"algorithm_type": f"sde-{kind}" if stochastic else kind, "solver_type": rule}
                 yield DPMSolverScheduler, {"grid": grid, "solver_order": order, "singlestep": singlestep, **solver}
         for order, clock, data_std, corrector in itertools.product((1, 2, 3, 4), CLOCKS, DATA_STDS, (False, True)):
-            own = {"grid": grid, "solver_order": order, "clock": clock, "data_std": data_std, "corrector": corrector}
+            multistep = {
+                "grid": grid,
+                "solver_order": order,
+                "clock": clock,
+                "data_std": data_std,
+                "corrector": corrector,
+            }
             if not stochastic:
-                yield ProbabilityFlowScheduler, own
+                yield ProbabilityFlowScheduler, multistep
             elif order < 4:
-                yield ReverseSDEScheduler, own
+                yield ReverseSDEScheduler, multistep
 
 
 def run(scheduler: TableScheduler, x: torch.Tensor, data: Data, basis: torch.Tensor | None = None) -> torch.Tensor:
@@ -72,16 +78,16 @@ def mixture_problem(seed: int) -> tuple[Data, torch.Tensor]:
     def data(x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
         plain, guided = x.chunk(2)
         free = mixture.posterior_mean(torch.cat([plain, guided]), alpha, sigma, torch.cat([null, null]))
-        own = mixture.posterior_mean(guided, alpha, sigma, label)
-        return torch.cat([free[:16], torch.lerp(free[16:], own, GUIDANCE)])
+        conditional = mixture.posterior_mean(guided, alpha, sigma, label)
+        return torch.cat([free[:16], torch.lerp(free[16:], conditional, GUIDANCE)])
 
     return data, noise
 
 
 def normal_problem(x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
     """Of the two laws N(0, 1/4), plain and guided away from N(0, 0.36), one column each."""
-    own, null = (alpha * c**2 / ((alpha * c) ** 2 + sigma**2) for c in (STD, NULL_STD))
-    return x * torch.tensor([own, null + GUIDANCE * (own - null)], dtype=torch.float64)
+    conditional, null = (alpha * c**2 / ((alpha * c) ** 2 + sigma**2) for c in (STD, NULL_STD))
+    return x * torch.tensor([conditional, null + GUIDANCE * (conditional - null)], dtype=torch.float64)
 
 
 def final_std(scheduler: TableScheduler) -> torch.Tensor:
@@ -103,15 +109,15 @@ def measure(seed: int, steps: tuple[int, ...] = (5, 10)) -> None:
     """The worst cell of each family of processes, ODE and SDE, plain and guided."""
     data, noise = mixture_problem(seed)
     rows, refused = [], 0
-    for (family, process), stochastic in itertools.product(FAMILIES.items(), (False, True)):
+    for (family, process_config), stochastic in itertools.product(FAMILIES.items(), (False, True)):
         fine: TableScheduler
         if stochastic:
-            fine = ReverseSDEScheduler(**process, solver_order=1, corrector=False, grid="balanced", rho=1.5)
+            fine = ReverseSDEScheduler(**process_config, solver_order=1, corrector=False, grid="balanced", rho=1.5)
             fine.set_timesteps(400)
             scale = final_std(fine).clamp(min=STD)
             judge: Callable[[TableScheduler], list[float]] = lambda s, scale=scale: (final_std(s) / scale).tolist()  # type: ignore[misc]  # noqa: E731
         else:
-            fine = ProbabilityFlowScheduler(**process, grid="balanced", rho=1.25, data_std=STD)
+            fine = ProbabilityFlowScheduler(**process_config, grid="balanced", rho=1.25, data_std=STD)
             fine.set_timesteps(240)
             reference = run(fine, torch.cat([noise, noise]) * fine.init_noise_sigma, data)
             judge = functools.partial(ode_errors, data=data, noise=noise, reference=reference)
@@ -119,7 +125,7 @@ def measure(seed: int, steps: tuple[int, ...] = (5, 10)) -> None:
         for n, (cls, options) in tqdm(
             list(itertools.product(steps, settings(stochastic))), desc=f"robustness, {family}", leave=False
         ):
-            scheduler = cls(**process, **options)
+            scheduler = cls(**process_config, **options)
             scheduler.set_timesteps(n)
             try:
                 found.append((judge(scheduler), f"{cls.__name__} {n} NFE, {' '.join(map(str, options.values()))}"))

@@ -21,19 +21,19 @@ SDE_STEPS = (6, 10, 20, 50)
 def sde_quality(seed: int, count: int = 3000, repeats: int = 3) -> None:
     """Sliced Wasserstein distance to the true distribution, ours against each stock family with its best grid: means
     over independent sets of samples."""
-    process = PROCESSES["linear"]
-    model = oracle(seed=seed, process=process)
+    process_config = PROCESSES["linear"]
+    model = oracle(seed=seed, process=process_config)
     denoiser, generator = network_denoiser(model), torch.Generator().manual_seed(seed + 1)
     truth = model.sample(count, generator)
     floor = statistics.mean(sliced_wasserstein(model.sample(count, generator), truth) for _ in range(repeats))
     noises = [torch.randn(count, *model.sample_shape, generator=generator) for _ in range(repeats)]
 
-    own = functools.partial(ReverseSDEScheduler.from_config, process)
+    ours = functools.partial(ReverseSDEScheduler.from_config, process_config)
     table: dict[str, list[float]] = {}
     skipped: dict[str, str] = {}
     for n in tqdm(SDE_STEPS, desc="SDE quality", leave=False):
         best: dict[str, float] = {}
-        samplers: list[tuple[str, Callable[[], Any]]] = [("ReverseSDE (default)", own), *stock_sdes(process)]
+        samplers: list[tuple[str, Callable[[], Any]]] = [("ReverseSDE (default)", ours), *stock_sdes(process_config)]
         for label, make in samplers:
             family = label if label.endswith("(default)") else label.split()[0]
             try:

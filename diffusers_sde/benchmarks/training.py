@@ -1,7 +1,7 @@
 """``diffusers-sde bench --training``: time and memory of a training step against diffusers' example loop.
 
 Knows both loops around the same network, batch and images, and the bare step that neither can do without.  Each loop
-runs in a process of its own, in turn; prints a table, asserts nothing.
+runs in an interpreter of its own, in turn; prints a table, asserts nothing.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ RATE = 1e-4
 
 
 def measure(steps: int = 12, repeats: int = 3) -> None:
-    """Median milliseconds of a step over ``repeats`` processes of ``steps`` steps for each loop, interleaved, and the
-    largest resident memory of any of them."""
+    """Median milliseconds of a step over ``repeats`` interpreters of ``steps`` steps for each loop, interleaved, and
+    the largest resident memory of any of them."""
     times: dict[str, list[float]] = {name: [] for name in LOOPS}
     overheads: dict[str, list[float]] = {name: [] for name in LOOPS}
     memory: dict[str, float] = dict.fromkeys(LOOPS, 0.0)

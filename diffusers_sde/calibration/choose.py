@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from diffusers_sde.calibration.dynamic_program import best_grids, step_costs
-from diffusers_sde.calibration.fit import fit_tables, mean_error, subgrid, table_error
+from diffusers_sde.calibration.fit import error_of_ends, fit_tables, subgrid, table_error
 from diffusers_sde.calibration.job import POWERS, Job
 from diffusers_sde.calibration.refine import refine
 from diffusers_sde.calibration.stock import best_stock
@@ -79,7 +79,7 @@ def _entry(job: Job, dynamic: list[int], n: int) -> dict[str, Any]:
     exact = job.default_nodes(n)
     errors: dict[str, Any] = {"exact": table_error(job.held_out, standard_table(job.evaluator.path, exact))}
     if job.stock:
-        errors |= best_stock(job.stock, job.config, n, job.held_out, lambda ends: mean_error(job.held_out, ends))
+        errors |= best_stock(job.stock, job.config, n, job.held_out, lambda ends: error_of_ends(job.held_out, ends))
     held_out = [table_error(job.held_out, table) for (table, _), _ in found]
     best = int(np.argmin(held_out))
     (table, training), grid = found[best]

@@ -131,7 +131,7 @@ def fit_tables(
                 states[g, first] = advance(rows[g][-1], states[g, first], made[g, first])
     tables = [Table(tuple(r), evaluator.data_std) for r in rows]
     ends = [{first: states[g, first] for first in samples.firsts} for g in range(len(grids))]
-    return [(table, mean_error(samples, end)) for table, end in zip(tables, ends, strict=True)]
+    return [(table, error_of_ends(samples, end)) for table, end in zip(tables, ends, strict=True)]
 
 
 # -- errors --
@@ -164,12 +164,12 @@ def last_residuals(samples: TaughtSamples, table: Table) -> dict[int, torch.Tens
     return residuals_of(samples, ends)
 
 
-def mean_error(samples: TaughtSamples, ends: Mapping[int, torch.Tensor]) -> float:
+def error_of_ends(samples: TaughtSamples, ends: Mapping[int, torch.Tensor]) -> float:
     """The error of last states, by batch: the mean over samples of the root mean square distance to the teacher's
     solution, in units of a sample."""
     return mean_root_mean_square(residuals_of(samples, ends))
 
 
 def table_error(samples: TaughtSamples, table: Table) -> float:
-    """:func:`mean_error` of a rollout of ``table``."""
+    """:func:`error_of_ends` of a rollout of ``table``."""
     return mean_root_mean_square(last_residuals(samples, table))

@@ -66,7 +66,7 @@ def shared_batches(size: int, num_samples: int, num_held_out: int) -> Batches:
     training, held_out = range(0, num_samples, size), range(HELD_OUT, HELD_OUT + num_held_out, size)
     mine = Batches(size, share(training), share(held_out), len(training) * size, len(held_out) * size)
     if not mine.training or not mine.held_out:
-        raise ValueError("There are fewer batches than processes: pass a smaller batch_size or more samples.")
+        raise ValueError("There are fewer batches than workers: pass a smaller batch_size or more samples.")
     return mine
 
 

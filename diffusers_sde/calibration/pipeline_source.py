@@ -46,8 +46,8 @@ class _QuestionScheduler(ProbabilityFlowScheduler):
         original_inference_steps: Any = None,
         strength: Any = None,
     ) -> None:
-        given = next((v for v in (sigmas, timesteps) if v is not None), ())
-        times = np.full((num_inference_steps or len(given)) + 1, self.path.noisiest)
+        grid = next((v for v in (sigmas, timesteps) if v is not None), ())
+        times = np.full((num_inference_steps or len(grid)) + 1, self.path.noisiest)
         self._put(self._new_run(Nodes(times, *self.path.alpha_sigma(times)), device))
         self._position, self._call.mu = 0, mu
 
@@ -219,7 +219,7 @@ class PipelineSource:
     @contextlib.contextmanager
     def open(self, first: int) -> Iterator[Batch]:
         pipe, arguments = self._pipe, self._arguments(first)
-        own, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
+        replaced, bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
         call: _Call | None = None
 
         def start() -> _Call:
@@ -232,7 +232,7 @@ class PipelineSource:
                     pipe(**arguments, num_inference_steps=CHUNK, generator=generators)
 
             generators = sample_generators(self._seed, first, self.batch_size)
-            scheduler = _QuestionScheduler.from_config(own.config, clip_sample=False)
+            scheduler = _QuestionScheduler.from_config(replaced.config, clip_sample=False)
             call = scheduler._call = _Call(run)
             pipe.scheduler = scheduler
             ready.set()
@@ -248,7 +248,7 @@ class PipelineSource:
         finally:
             if call is not None:
                 call.close()
-            pipe.scheduler = own
+            pipe.scheduler = replaced
             pipe.set_progress_bar_config(**{"disable": False, **bar})
             if hasattr(pipe, "maybe_free_model_hooks"):
                 pipe.maybe_free_model_hooks()

@@ -47,8 +47,8 @@ class Evaluator:
 
     def evaluate(self, batch: Batch, row: Row, x: torch.Tensor) -> torch.Tensor:
         """``F`` of a row at the state ``x``: the network sees ``row.time``, the algebra uses the row's level."""
-        own = evaluation_coefficients(self.data_std, row.alpha, row.sigma)
-        k_x, k_m = from_model(self.path, self.prediction_type, row.alpha, row.sigma, own)
+        evaluation = evaluation_coefficients(self.data_std, row.alpha, row.sigma)
+        k_x, k_m = from_model(self.path, self.prediction_type, row.alpha, row.sigma, evaluation)
         # as a scheduler hands it out
         time = torch.tensor(row.time, dtype=torch.int64 if self.integer_times else torch.float32)
         scale = self.path.input_scale(row.sigma)

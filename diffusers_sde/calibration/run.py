@@ -23,7 +23,7 @@ from diffusers_sde.calibration.store import open_store
 from diffusers_sde.calibration.workers import is_main
 from diffusers_sde.configs import SHARED, path_from_config
 from diffusers_sde.schedulers import CalibratedScheduler, ProbabilityFlowScheduler
-from diffusers_sde.schedulers.calibrated import process_of
+from diffusers_sde.schedulers.calibrated import process_values
 from diffusers_sde.schedulers.calibration_format import FORMAT_VERSION, written_calibration
 
 
@@ -76,7 +76,7 @@ def calibrate(
         The scheduler, whose ``errors[n]`` holds training and held-out error (mean over samples of the root mean square
         distance to the converged solution, in units of a sample), that of the exact solver on the same held-out noise
         (``exact``), and with ``compare_with_stock`` that of the best stock scheduler (``stock``, ``stock_name``).
-        Under ``accelerate launch`` the samples are shared out and every process returns the same scheduler.
+        Under ``accelerate launch`` the samples are shared out and every worker returns the same scheduler.
 
     Raises:
         ValueError: for arguments that make no sense and for thresholding (no table is linear then; clip_sample is
@@ -111,7 +111,7 @@ def calibrate(
     if stochastic and min(batches.num_samples, batches.num_held_out) < 2:
         raise ValueError("stochastic=True compares distributions: pass at least 2 num_samples and 2 num_held_out.")
     stock = _stock_samplers(config, stochastic) if compare_with_stock else []
-    run = [process_of(config), seed, source.batch_size, NODES, stochastic, str(sample_shape), str(pipeline_kwargs)]
+    run = [process_values(config), seed, source.batch_size, NODES, stochastic, str(sample_shape), str(pipeline_kwargs)]
     job = Job(
         config,
         source,
@@ -162,6 +162,6 @@ def _assembled(
             "No calibrated table is better than the exact solver on held-out noise: use more samples, or keep "
             "ProbabilityFlowScheduler."
         )
-    calibration = written_calibration(process_of(config), path_from_config(config).data_scale, stochastic, entries)
+    calibration = written_calibration(process_values(config), path_from_config(config).data_scale, stochastic, entries)
     shared = {k: v for k, v in config.items() if k in SHARED}
     return CalibratedScheduler(**shared, calibration=calibration)

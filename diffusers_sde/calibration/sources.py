@@ -124,9 +124,9 @@ def class_conditional_source(pipe: Any, inputs: Mapping[str, Any], batch_size: i
     """
     check_names("A class-conditional network", inputs, ["class_labels", "guidance_scale"])
     network, config = pipe.unet, pipe.unet.config
-    given = inputs.get("class_labels", range(config.num_class_embeds - 1))
+    class_labels = inputs.get("class_labels", range(config.num_class_embeds - 1))
     labels, scales = (
-        [v] if isinstance(v, int | float) else list(v) for v in (given, inputs.get("guidance_scale", 1.0))
+        [v] if isinstance(v, int | float) else list(v) for v in (class_labels, inputs.get("guidance_scale", 1.0))
     )
     if not scales or not labels or not all(0 <= k < config.num_class_embeds for k in labels):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Several processes of one ``accelerate launch``, one calibration: each worker has its share of the samples.
+"""The workers of one ``accelerate launch``, operating-system processes that share the samples of one calibration.
 
 Knows Accelerate.  Everything decided is decided from sums over all workers, so that all of them decide alike.
 """

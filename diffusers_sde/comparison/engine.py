@@ -23,7 +23,7 @@ from diffusers_sde.sampling import lay_out, rmse, sample
 
 REFERENCE_STEPS = 100
 
-Job = tuple[str, int]  # a sampler and its budget of evaluations
+Cell = tuple[str, int]  # a sampler and its budget of evaluations
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Comparison:
 
     samplers: tuple[str, ...]
     budgets: tuple[int, ...]
-    jobs: tuple[Job, ...]
+    jobs: tuple[Cell, ...]
     reference_steps: int
     total: int
     results: tuple[Result, ...] = ()

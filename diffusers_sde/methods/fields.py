@@ -14,24 +14,11 @@ from typing import Any
 import torch
 
 from diffusers_sde.configs import path_from_config
-from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import DATA, from_model, split_variance
 from diffusers_sde.sampling import Denoiser, network_denoiser
 from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.weights import Point
-
-
-def points_of(nodes: Nodes) -> tuple[Point, ...]:
-    """The nodes of a grid, or of a run (``scheduler.levels``), one by one.
-
-    Args:
-        nodes: n evaluations and the terminal node.
-
-    Returns:
-        n + 1 points with ``alpha``, ``sigma`` and ``log_snr``.
-    """
-    return tuple(Point(float(alpha), float(sigma)) for alpha, sigma in zip(nodes.alpha, nodes.sigma, strict=True))
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

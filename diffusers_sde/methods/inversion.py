@@ -29,9 +29,9 @@ import torch
 
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
-from diffusers_sde.methods.fields import Field, points_of
+from diffusers_sde.methods.fields import Field
 from diffusers_sde.paths import Path
-from diffusers_sde.tables import build_multistep
+from diffusers_sde.tables import build_multistep, points_of
 from diffusers_sde.weights import Point, evaluation_coefficients
 
 Callback = Callable[[], Any]

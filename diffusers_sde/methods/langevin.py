@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_sde.methods.fields import points_of
 from diffusers_sde.prediction import NOISE, from_model
+from diffusers_sde.tables import points_of
 from diffusers_sde.weights import Point
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -45,7 +45,7 @@ def ula(
         x: where to start (N, ...).
         step: h, in squared units of x; positive.
         num_steps: how often.
-        generator: of z, on the CPU.
+        generator: of z.
 
     Returns:
         The states (N, ...).
@@ -55,31 +55,8 @@ def ula(
     """
     _check_step(step)
     for _ in range(num_steps):
-        x = x + step * score(x) + math.sqrt(2 * step) * _normals(x, generator)
+        x = x + step * score(x) + math.sqrt(2 * step) * randn_tensor(x.shape, generator, x.device, x.dtype)
     return x
-
-
-def ula_gaussian_variance(variance: float, step: float, num_steps: float = math.inf, start: float = 0.0) -> float:
-    """The exact variance of :func:`ula` on N(0, v): ``v_inf + q^(2k) (start - v_inf)``, ``q = 1 - step/v``,
-    ``v_inf = v / (1 - step/(2 v))`` (Lu, arXiv:2607.01693, chapter 2).
-
-    Args:
-        variance: v of the target.
-        step: h.
-        num_steps: k; inf for the stationary law.
-        start: variance at the start.
-
-    Returns:
-        The variance after k steps.
-
-    Raises:
-        ValueError: for steps of ``2 v`` or more, with which it diverges.
-    """
-    if not 0 < step < 2 * variance:
-        raise ValueError(f"step must lie between 0 and 2 variance = {2 * variance:g}, not {step:g}: ULA diverges.")
-    limit = variance / (1 - step / (2 * variance))
-    remembered = 0.0 if math.isinf(num_steps) else (1 - step / variance) ** (2 * num_steps)
-    return limit + remembered * (start - limit)
 
 
 def mala(
@@ -111,7 +88,7 @@ def mala(
     _check_step(step)
     log_p, slope, accepted = log_density(x), score(x), 0.0
     for _ in range(num_steps):
-        y = x + step * slope + math.sqrt(2 * step) * _normals(x, generator)
+        y = x + step * slope + math.sqrt(2 * step) * randn_tensor(x.shape, generator, x.device, x.dtype)
         log_p_y, slope_y = log_density(y), score(y)
         forward, backward = (
             (a - b - step * g).flatten(1).square().sum(1) for a, b, g in ((y, x, slope), (x, y, slope_y))
@@ -275,7 +252,3 @@ def sample_with_correctors(
 def _check_step(step: float) -> None:
     if not 0 < step < math.inf:
         raise ValueError(f"The step of Langevin dynamics must be positive, not {step}.")
-
-
-def _normals(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    return torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)

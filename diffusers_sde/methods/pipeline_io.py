@@ -104,7 +104,7 @@ def initial_noise(
     return latents.to(network.device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
-def lay_out(
+def lay_out_grid(
     scheduler: Any,
     num_inference_steps: int,
     device: torch.device,

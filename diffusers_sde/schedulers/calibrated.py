@@ -23,7 +23,7 @@ from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.tables import Table
 
 
-def process_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def process_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """What must agree for a learned table to apply: the path, and what the network says of it."""
     values = canonical_config(config)
     keys = process_keys(family_of(values), path=True)
@@ -85,12 +85,12 @@ class CalibratedScheduler(TableScheduler):
     def check_process(self, config: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` unless a model with this scheduler config has the calibrated process: path (betas,
         shift, EDM range) and prediction type."""
-        mine, other = self.config.calibration["process"], process_of(config)
+        mine, other = self.config.calibration["process"], process_values(config)
         differing = [k for k in {**mine, **other} if mine.get(k) != other.get(k)]
         if differing:
-            said = ", ".join(f"{k} is {other.get(k)}, was {mine.get(k)}" for k in differing)
+            differences = ", ".join(f"{k} is {other.get(k)}, was {mine.get(k)}" for k in differing)
             raise ValueError(
-                f"This scheduler was calibrated for another process ({said}): calibrate it for this model."
+                f"This scheduler was calibrated for another process ({differences}): calibrate it for this model."
             )
 
     @property

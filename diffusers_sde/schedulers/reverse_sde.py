@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +10,8 @@ from diffusers_sde.defaults import check_multistep, multistep_table
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.tables import Table, check_tau, tau_from_eta
+from diffusers_sde.tables import Table, check_tau, points_of, tau_from_eta
+from diffusers_sde.weights import Point, linear_coefficients
 
 
 class ReverseSDEScheduler(TableScheduler):
@@ -75,14 +75,16 @@ class ReverseSDEScheduler(TableScheduler):
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
         c = self.config
         table = multistep_table(c, path, nodes, tau=tau, final=self._final, stochastic=True)
-        if c.variance_type == "fixed_large" and c.solver_order == 1 and not c.corrector:
-            return _upper_variance(table, nodes)
+        if c.variance_type == "fixed_large" and c.solver_order == 1 and not c.corrector and table.data_std == 0:
+            return _upper_variance(table, nodes, tau)
         return table
 
 
-def _upper_variance(table: Table, nodes: Nodes) -> Table:
-    """Replace the posterior variance by ``beta_t = 1 - (alpha_s/alpha_t)^2`` (Ho et al. 2020, section 3.2)."""
+def _upper_variance(table: Table, nodes: Nodes, tau: list[float]) -> Table:
+    """The variance of a step between states of unit normal data in place of a point's.  At tau = 1 on a variance
+    preserving path it is DDPM's ``beta_t = 1 - (alpha_s/alpha_t)^2`` (Ho et al. 2020, section 3.2)."""
     rows = []
-    for row, alpha in zip(table.rows, nodes.alpha[1:], strict=True):
-        rows.append(replace(row, c=math.sqrt(max(1 - (row.alpha / alpha) ** 2, 0.0)) if row.c else 0.0))
+    for row, end, level in zip(table.rows, points_of(nodes)[1:], tau, strict=True):
+        _, std = linear_coefficients(Point(row.alpha, row.sigma), end, 1.0, level)
+        rows.append(replace(row, c=std if row.c else 0.0))
     return Table(tuple(rows), table.data_std)

@@ -18,7 +18,7 @@ from diffusers_sde.calibration.sources import DenoiserBatch
 from diffusers_sde.defaults import standard_table
 from diffusers_sde.named_samplers import CALIBRATED
 from diffusers_sde.sampling import sample
-from diffusers_sde.schedulers.calibrated import process_of
+from diffusers_sde.schedulers.calibrated import process_values
 from diffusers_sde.schedulers.calibration_format import FORMAT_VERSION, entry_nodes, entry_table
 
 
@@ -165,6 +165,6 @@ def test_a_table_that_lost_cannot_be_made_or_saved(learned):
 
 
 def test_process_of_names_what_must_agree():
-    assert process_of(DDIMScheduler(**VP).config) == process_of(ProbabilityFlowScheduler(**VP).config)
-    assert process_of(DDIMScheduler(trained_betas=[0.1, 0.2]).config)["trained_betas"] == [0.1, 0.2]
-    assert "beta_end" not in process_of(FlowMatchEulerDiscreteScheduler().config)
+    assert process_values(DDIMScheduler(**VP).config) == process_values(ProbabilityFlowScheduler(**VP).config)
+    assert process_values(DDIMScheduler(trained_betas=[0.1, 0.2]).config)["trained_betas"] == [0.1, 0.2]
+    assert "beta_end" not in process_values(FlowMatchEulerDiscreteScheduler().config)

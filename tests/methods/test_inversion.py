@@ -16,7 +16,7 @@ from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.inversion import Trajectory, inversion_points, multistep, reversible, slerp
-from diffusers_sde.tables import Point
+from diffusers_sde.weights import Point
 
 
 def relative(a, b):

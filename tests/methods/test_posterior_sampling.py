@@ -33,7 +33,7 @@ from diffusers_sde.methods.posterior import (
     linear_map,
     super_resolution,
 )
-from diffusers_sde.tables import Point
+from diffusers_sde.weights import Point
 
 NOISE = 0.1
 

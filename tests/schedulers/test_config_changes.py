@@ -14,7 +14,7 @@ from tiny_pipelines import stock
 from diffusers_sde import FlowMapScheduler, GaussianMixtureModel, ProbabilityFlowScheduler
 from diffusers_sde.configs import TABLE, current, path_from_config
 from diffusers_sde.errors import UsageError
-from diffusers_sde.schedulers.calibrated import process_of
+from diffusers_sde.schedulers.calibrated import process_values
 from diffusers_sde.stock_configs import canonical_config
 
 WAN = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -57,7 +57,7 @@ def test_a_learned_table_does_not_survive_a_change_of_the_path(key):
     """Every key that the table calls a key of the path makes another process of a config."""
     before = ProbabilityFlowScheduler(**FAMILY[key.family]).config
     after = ProbabilityFlowScheduler(**{**FAMILY[key.family], key.name: PATH_VALUES[key.name]}).config
-    assert process_of(before) != process_of(after)
+    assert process_values(before) != process_values(after)
 
 
 # -- changed in place --

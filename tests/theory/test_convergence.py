@@ -13,7 +13,8 @@ from scipy.integrate import solve_ivp
 from diffusers_sde import GaussianMixtureModel
 from diffusers_sde.noise import brownian_weights, combine, seeds_from_int
 from diffusers_sde.prediction import convert
-from diffusers_sde.tables import build_multistep, build_singlestep, evaluation_coefficients
+from diffusers_sde.tables import build_multistep, build_singlestep
+from diffusers_sde.weights import evaluation_coefficients
 
 LOW, HIGH = -1.5, 1.0  # half log-SNRs between which the oracle is smooth and far from linear
 MIXTURE = ([0.5, 0.5], [[1.0, -0.5], [-1.0, 0.5]], [0.3, 0.5])

@@ -18,7 +18,6 @@ from snippets import load, run
 from diffusers_sde import FlowMapScheduler, FlowMapUNet2DModel, GaussianMixtureModel, ProbabilityFlowScheduler
 from diffusers_sde.flow_maps import (
     average_prediction,
-    consistency_coefficients,
     exact_flow_map,
     gamma_targets,
     jump,
@@ -61,7 +60,7 @@ def test_jump_keeps_data_and_noise(kind, name, u, v, x0, eps):
 def test_consistency_function_is_the_identity_at_the_boundary(kind, name):
     """f(x, t_min) = x exactly, whatever the network says (Song et al. 2023, arXiv:2303.01469, eq. 5)."""
     path = PATHS[name]
-    k_x, k_m = consistency_coefficients(path, kind, [path.cleanest, time_at(path, 0.5)])
+    k_x, k_m = jump_coefficients(path, kind, [path.cleanest, time_at(path, 0.5)], path.cleanest)
     assert (k_x[0], k_m[0]) == (1.0, 0.0)
     assert k_m[1] != 0
 

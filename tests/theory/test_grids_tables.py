@@ -26,20 +26,11 @@ from hypothesis import strategies as st
 from scipy.special import betaincinv
 
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde.extrapolation import MAX_STEP_RATIO
 from diffusers_sde.grids import GRIDS, make_grid, nodes_from_times, nodes_from_user
 from diffusers_sde.paths import VarianceExploding
-from diffusers_sde.tables import (
-    CLOCKS,
-    MAX_STEP_RATIO,
-    SINGLESTEP_METHODS,
-    Point,
-    build_multistep,
-    build_singlestep,
-    evaluation_coefficients,
-    lagrange_weights,
-    linear_coefficients,
-    tau_from_eta,
-)
+from diffusers_sde.tables import SINGLESTEP_METHODS, build_multistep, build_singlestep, tau_from_eta
+from diffusers_sde.weights import CLOCKS, Point, evaluation_coefficients, lagrange_weights, linear_coefficients
 
 INF = math.inf
 LONG = [name for name in PATHS if name != "vp_trained_betas"]  # paths with more training times than steps

@@ -32,7 +32,8 @@ from diffusers_sde.dynamics import drift_and_diffusion
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
 from diffusers_sde.prediction import PREDICTION_TYPES, convert, model_coefficients, prediction_coefficients
 from diffusers_sde.sampling import sample
-from diffusers_sde.tables import Point, build_multistep, linear_coefficients
+from diffusers_sde.tables import build_multistep
+from diffusers_sde.weights import Point, linear_coefficients
 
 every_path = pytest.mark.parametrize("name", PATHS)
 unit = st.floats(0, 1)

@@ -38,7 +38,8 @@ from scipy.integrate import solve_ivp
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.configs import alphas_cumprod_from_config
 from diffusers_sde.grids import Nodes
-from diffusers_sde.tables import Point, Table, build_multistep, build_singlestep, lagrange_weights, tau_from_eta
+from diffusers_sde.tables import Table, build_multistep, build_singlestep, tau_from_eta
+from diffusers_sde.weights import Point, lagrange_weights
 
 # diffusers warns that its noise prediction will go; what it does is compared as long as it is there
 pytestmark = pytest.mark.filterwarnings("ignore:.*algorithm_type:FutureWarning")
