@@ -71,7 +71,13 @@ def linear_coefficients(start: Point, end: Point, data_std: float, tau: float) -
         ratio = rho_t * start.alpha, rho_s * end.alpha
     shrink = ratio[0] / ratio[1] if ratio[1] else 1.0  # r_t / r_s
     scale = rho_t / rho_s if rho_s else 1.0
-    return scale * shrink ** (tau**2), rho_t * math.sqrt(max(1 - shrink ** (2 * tau**2), 0.0))
+    if not (start.alpha and end.alpha and rho_s):
+        return scale * shrink ** (tau**2), rho_t * math.sqrt(max(1 - shrink ** (2 * tau**2), 0.0))
+    # 1 - shrink^(2 tau^2) without cancellation: the noise of a short step at a large data_std
+    gap = ((end.sigma / end.alpha) ** 2 - (start.sigma / start.alpha) ** 2) * (start.alpha / rho_s) ** 2
+    log_shrink = 0.5 * math.log1p(gap) if gap > -1 else -math.inf
+    lost = -math.expm1(2 * tau**2 * log_shrink) if tau else 0.0
+    return scale * shrink ** (tau**2), rho_t * math.sqrt(max(lost, 0.0))
 
 
 def quadrature(start: Point, end: Point, data_std: float, tau: float) -> tuple[np.ndarray, np.ndarray]:

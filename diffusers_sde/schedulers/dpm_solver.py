@@ -33,8 +33,8 @@ class DPMSolverScheduler(TableScheduler):
     Args:
         solver_order: 1 to 3.
         algorithm_type: dpmsolver, dpmsolver++, sde-dpmsolver or sde-dpmsolver++.
-        solver_type: exact or heun (the exact integral of the interpolating line; the same thing, kept as heun in the
-            config), or midpoint (the published default of order 2).  Order 3 always has exact weights.
+        solver_type: heun (diffusers' name for the exact integral of the interpolating line; exact is accepted and kept
+            as heun), or midpoint (the published default of order 2).  Order 3 always has exact weights.
         singlestep: restart each step from its anchor instead of keeping a history.
         noise_seed: as in :class:`ReverseSDEScheduler`.
         kwargs: process, grid and data options, see :data:`diffusers_sde.configs.TABLE`.
@@ -47,7 +47,7 @@ class DPMSolverScheduler(TableScheduler):
         self,
         solver_order: int = 2,
         algorithm_type: str = "dpmsolver++",
-        solver_type: str = "exact",
+        solver_type: str = "heun",
         singlestep: bool = False,
         noise_seed: int | None = None,
     ):

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_sde.comparison.problems import load_pipeline
 from diffusers_sde.errors import UsageError
+from diffusers_sde.loading import load_pipeline
 from diffusers_sde.training import autoencoders, networks, text
 from diffusers_sde.training.data import Images, TrainingData, find_images, load_images
 from diffusers_sde.training.networks import Task

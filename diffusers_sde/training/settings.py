@@ -16,7 +16,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from diffusers_sde.cli import Formatter, Parser
+from diffusers_sde.argument_parser import Formatter, Parser
 
 Objective = Literal["denoising", "consistency", "mean_flow", "classifier", "autoencoder"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]

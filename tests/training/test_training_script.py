@@ -218,7 +218,6 @@ def test_the_result_is_a_stock_pipeline_with_card_curve_and_samples(data: Path, 
         ("vp", "epsilon", DDPMScheduler),
         ("cosine", "v_prediction", DDPMScheduler),
         ("flow", "flow_prediction", FlowMatchEulerDiscreteScheduler),
-        ("flow", "epsilon", diffusers_sde.ProbabilityFlowScheduler),
         ("edm", "epsilon", diffusers.EDMEulerScheduler),
         ("ve", "score", diffusers_sde.ProbabilityFlowScheduler),
         ("vp", "flow_prediction", diffusers_sde.ProbabilityFlowScheduler),
@@ -383,6 +382,7 @@ def test_contradictory_arguments_get_one_sentence_with_the_remedy(
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
+        ({"path": "flow", "prediction_type": "epsilon"}, "flow_prediction"),
         ({"loss_weighting": "likelihood", "loss": "huber"}, "--loss l2"),
         ({"model_config": "missing.json"}, "does not exist"),
         ({"train_data_dir": "missing"}, "check the name"),
