@@ -6,11 +6,13 @@ Knows peft and how diffusers and transformers save.  Knows nothing of losses, da
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from transformers import PreTrainedModel
 
 from diffusers_sde.training.networks import Task
 
@@ -86,8 +88,17 @@ def save_weights(task: Task, state: dict[str, torch.Tensor], folder: Path, lora:
     task.pipe.register_modules(**whole)
     try:
         task.pipe.save_pretrained(folder)
+        for name, part in whole.items():
+            if isinstance(part, PreTrainedModel):
+                _load_as_float32(folder / name / "config.json")
     finally:
         task.pipe.register_modules(**task.parts)
+
+
+def _load_as_float32(config: Path) -> None:
+    """Let a model of transformers be loaded in float32 whatever its weights are stored in, as those of diffusers are:
+    a pipeline without a ``torch_dtype`` would mix the two."""
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 def _whole(part: Any, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:

@@ -216,19 +216,23 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(data: Path, vae: Path,
     assert losses(trained) == losses(output)
 
 
-def test_the_result_is_called_by_stock_diffusers_in_a_new_process(trained: Path) -> None:
+def test_the_result_is_called_by_stock_diffusers_in_a_new_process(data: Path, vae: Path, tmp_path: Path) -> None:
+    """Stored in half precision, loaded in float32."""
+    trained = tmp_path / "out"
+    assert train_here([*arguments(data, vae, trained, 2), "--save_precision", "fp16"]) == 0
+    assert all(load_file(trained / file).popitem()[1].dtype == torch.float16 for file in (UNET, ENCODER))
     program = f"""
 import sys, torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({str(trained)!r})
 image = pipe("a red bar", num_inference_steps=2, guidance_scale=5.0, output_type="pt").images
 print(type(pipe).__name__, type(pipe.scheduler).__name__, tuple(image.shape), bool(image.isfinite().all()))
-print(pipe.vae.config.scaling_factor, pipe.safety_checker, "diffusers_sde" in sys.modules)"""
+print(pipe.vae.config.scaling_factor, pipe.safety_checker, pipe.text_encoder.dtype, "diffusers_sde" in sys.modules)"""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines() == [
         "StableDiffusionPipeline DDIMScheduler (1, 3, 16, 16) True",
-        "0.7 None False",
+        "0.7 None torch.float32 False",
     ]
 
 
