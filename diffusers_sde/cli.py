@@ -12,7 +12,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+
+from diffusers_sde.argument_parser import Formatter, Parser
 
 COMMANDS = {
     "compare": "Sample one model with several samplers from the same noise: picture grid, table, error plot.",
@@ -31,20 +32,6 @@ MODULES = {
 def module_of(command: str) -> ModuleType:
     """The module of a subcommand, imported now: its ``add_arguments(parser)`` declares, its ``run(args)`` does."""
     return importlib.import_module(MODULES[command])
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default but None, which the help text itself explains."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ MAX_STEP_RATIO = 4.0  # a step to the one before it
 MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}  # sum |b| / |sum b|, by the number of evaluations
 MAX_STIFFNESS = 2.0  # of a stochastic step, see Method.stiffness
 MAX_FRESH = (6.2, 1.5)  # amplification times fresh noise, for data prediction and for an F that contains the noise
+MAX_FEEDBACK = 1.1  # of a correction, see Method.feedback
 MAX_CANCELLATION = 0.3  # of MAX_AMPLIFICATION: what errors of x_0 may grow to when noise predictions are subtracted
 
 
@@ -54,6 +55,15 @@ class Method:
         if not math.isinf(self.data_std):
             return 0.0
         return 0.5 * (1 + tau**2) * math.expm1(end.log_snr - start.log_snr) if end.sigma > 0 else math.inf
+
+    def feedback(self, weight: float, end: Point) -> float:
+        """What a correction with this weight on the new evaluation makes of an error of the predicted state where the
+        data prediction does not follow the state (data with no spread): ``|w| data_std^2 alpha/(rho sigma)``, the
+        slope of F there; above 1 the error grows."""
+        if not 0 < self.data_std < math.inf or end.sigma == 0:
+            return 0.0
+        rho = math.hypot(self.data_std * end.alpha, end.sigma)
+        return abs(weight) * self.data_std**2 * end.alpha / (rho * end.sigma)
 
     def safe_weights(
         self, start: Point, end: Point, basis: Sequence[Point], tau: float, newest_first: Sequence[Point]

@@ -323,16 +323,18 @@ def make_grid(path: Path, name: str, n: int, **options: Any) -> Array:
 
 
 def distinct_integers(times: Array) -> Array:
-    """Decreasing times rounded, without repetitions (a repeated timestep would be an empty step).
+    """Decreasing times rounded, without repetitions (a repeated timestep would be an empty step): each the nearest
+    integer, or else the next one below, or above where there is no room below.
 
     Raises ``ValueError`` where there are too few integers.
     """
+    n = len(times)
     rounded = np.round(times)
-    for i in range(1, len(rounded)):
+    for i in range(1, n):
         rounded[i] = min(rounded[i], rounded[i - 1] - 1)
-    if rounded[-1] < 0:
+    if rounded[0] < n - 1:
         raise ValueError("round_timesteps leaves too few distinct timesteps: ask for fewer steps.")
-    return rounded
+    return np.maximum(rounded, np.arange(n - 1, -1, -1))
 
 
 def check_final(final: str) -> None:

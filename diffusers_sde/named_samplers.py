@@ -12,7 +12,7 @@ from typing import Any
 
 import diffusers
 
-import diffusers_sde
+from diffusers_sde import schedulers
 from diffusers_sde.configs import FLOW, SHARED, path_from_config, process_keys
 from diffusers_sde.errors import UsageError
 from diffusers_sde.sampler_names import SAMPLERS, Sampler
@@ -83,7 +83,7 @@ def _learned(config: Mapping[str, Any]) -> CalibratedScheduler:
 
 
 def _of_this_package(sampler: Sampler, config: Mapping[str, Any]) -> Any:
-    cls = getattr(diffusers_sde, sampler.classes[family_of(config)])
+    cls = getattr(schedulers, sampler.classes[family_of(config)])
     return _for_process(cls, config, **sampler.options)
 
 

@@ -34,6 +34,13 @@ def null_label(network: Any) -> int | None:
     return classes - 1 if classes else None
 
 
+def spread_labels(n: int, classes: int) -> list[int]:
+    """``n`` labels in 0..classes - 1: evenly spread where n is smaller, else cycling."""
+    if n >= classes:
+        return [i % classes for i in range(n)]
+    return [round(i * (classes - 1) / max(n - 1, 1)) for i in range(n)]
+
+
 def network_denoiser(
     network: torch.nn.Module, class_labels: torch.Tensor | None = None, guidance_scale: float = 1.0
 ) -> Denoiser:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from diffusers_sde.extrapolation import MAX_STIFFNESS, Method
+from diffusers_sde.extrapolation import MAX_FEEDBACK, MAX_STIFFNESS, Method
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import DATA, convert
@@ -342,10 +342,13 @@ def _implicit(method: Method, nodes: Sequence[Point], start: Point, tau: float) 
     for count in range(len(nodes), 1, -1):
         chosen = nodes[:count]
         weights = method.safe_weights(start, end, [start, end, *chosen[2:]], tau, chosen)
-        if weights is not None:
+        if weights is not None and method.feedback(weights[1], end) <= MAX_FEEDBACK:
             weights[[0, 1]] = weights[[1, 0]]
             return weights
-    return method.weights(start, end, nodes, tau) if len(nodes) == 1 else None
+    if len(nodes) > 1:
+        return None
+    weights = method.weights(start, end, nodes, tau)
+    return weights if method.feedback(weights[0], end) <= MAX_FEEDBACK else None
 
 
 def _denoise(method: Method, start: Point, end: Point) -> tuple[float, float, np.ndarray]:

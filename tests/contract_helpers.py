@@ -8,12 +8,31 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from five_schedulers import calibration
 
 import diffusers_sde
-from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde import (
+    CalibratedScheduler,
+    DPMSolverScheduler,
+    FlowMapScheduler,
+    ProbabilityFlowScheduler,
+    ReverseSDEScheduler,
+)
 from diffusers_sde.prediction import convert, model_coefficients
 
+
+class ExactlyCalibrated(CalibratedScheduler):
+    """A calibrated scheduler that is given a calibration with the exact tables of its process where none is passed."""
+
+    def __init__(self, **kwargs):
+        if kwargs.get("calibration") is None:
+            config = ProbabilityFlowScheduler(**{k: v for k, v in kwargs.items() if k != "noise_seed"}).config
+            kwargs["calibration"] = calibration(config, steps=(3, 4, 5, 6, 8, 9, 10, 12))
+        super().__init__(**kwargs)
+
+
 CLASSES = [ProbabilityFlowScheduler, ReverseSDEScheduler, DPMSolverScheduler]
+EVERY = [*CLASSES, ExactlyCalibrated, FlowMapScheduler]
 VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "shift": 3.0}
 EDM = {"sigma_data": 0.5}
@@ -30,6 +49,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 FIRST_ORDER = {"solver_order": 1, "corrector": False}
 
 by_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+by_every = pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)
 by_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 
 SOLVERS = [

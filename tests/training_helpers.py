@@ -28,6 +28,42 @@ TINY = {
     "attention_head_dim": 8,
 }
 
+TINY_VAE = {
+    "_class_name": "AutoencoderKL",
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "mid_block_add_attention": False,
+}
+TINY_TEXT_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 32,
+}
+CAPTIONS = (["a red bar", "bar, upright"], "lying bar")  # of the classes a and b; several are drawn from
+
+
+def make_captioned(folder: Path, count: int = 16) -> Path:
+    """Colour images of :func:`make_images` with the captions of their class in ``metadata.jsonl``."""
+    make_images(folder, count, channels=3)
+    files = sorted(p.relative_to(folder) for p in folder.rglob("*.png"))
+    lines = [json.dumps({"file_name": str(f), "text": CAPTIONS["ab".index(f.parts[0])]}) for f in files]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
 
 def make_images(folder: Path, count: int = 64, size: int = 16, classes: int = 2, channels: int = 1) -> Path:
     """``count`` images of bars, horizontal ones in class a, vertical ones in class b."""
@@ -48,6 +84,14 @@ def tiny_config(folder: Path, **changes: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "tiny.json"
     file.write_text(json.dumps({**TINY, **changes}))
+    return file
+
+
+def config_file(folder: Path, config: dict[str, object]) -> Path:
+    """The JSON file of a model config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{config['_class_name']}.json"
+    file.write_text(json.dumps(config))
     return file
 
 

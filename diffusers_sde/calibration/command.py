@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from diffusers_sde.calibration.arguments import check_whole, check_work_dir, checked_counts
     from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.calibration.workers import is_main, leave_together
-    from diffusers_sde.comparison.problems import default_device, load_pipeline
+    from diffusers_sde.loading import default_device, load_pipeline
 
     inputs: dict[str, Any] = {}
     for name in ("guidance_scale", "prompt", "class_labels"):

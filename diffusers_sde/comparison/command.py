@@ -98,7 +98,8 @@ def run_comparison(args: argparse.Namespace) -> Comparison:
 
     from diffusers_sde.assets import DEFAULT_MODEL
     from diffusers_sde.comparison.engine import compare, default_samplers
-    from diffusers_sde.comparison.problems import default_device, load_pipeline, make_problem
+    from diffusers_sde.comparison.problems import make_problem
+    from diffusers_sde.loading import default_device, load_pipeline
 
     if args.model is None and not DEFAULT_MODEL.exists():
         raise UsageError(f"The embedded model is missing from {DEFAULT_MODEL}: reinstall the package or pass --model.")

@@ -1,7 +1,7 @@
 """A model as a problem to solve: everything fixed but the sampler.
 
-Knows how to load a pipeline, and how to call a bare network with this package's loop or any other pipeline through its
-own call, always from the same noise.  Knows no sampler, no error and no picture.
+Knows how to call a bare network with this package's loop or any other pipeline through its own call, always from the
+same noise.  Knows no sampler, no error and no picture.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import diffusers
 import numpy as np
 import torch
 
-from diffusers_sde.assets import embedded_models
 from diffusers_sde.errors import UsageError
 from diffusers_sde.named_samplers import CALIBRATED, family_of
-from diffusers_sde.sampling import lay_out, network_denoiser, sample
+from diffusers_sde.sampling import lay_out, network_denoiser, sample, spread_labels
 
 Tick = Callable[[], None]
 
@@ -39,36 +38,6 @@ class Problem:
     config: Mapping[str, Any]
     solve: Callable[[Any, int, Tick], torch.Tensor]
     own_loop: bool
-
-
-def load_pipeline(model: str, **options: Any) -> diffusers.DiffusionPipeline:
-    """A pipeline by name.
-
-    Args:
-        model: the name of an embedded model, a folder of ``save_pretrained`` or a hub id.
-        options: of ``from_pretrained``.
-
-    Raises:
-        UsageError: where there is none, or it cannot be loaded.
-    """
-    folder = embedded_models().get(model, Path(model))
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise UsageError(f"{model} is no pipeline (it has no model_index.json): pass a folder of save_pretrained.")
-    if not folder.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
-        raise UsageError(f"{model} does not exist: pass a pipeline's folder or a hub id like google/ddpm-cifar10-32.")
-    try:
-        return diffusers.DiffusionPipeline.from_pretrained(folder if folder.exists() else model, **options)
-    except Exception as error:  # whatever it is: hub, cache, network, json and weights each raise their own
-        where = "is a broken pipeline folder" if folder.exists() else "is no folder and could not be had from the Hub"
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"{model} {where} ({type(error).__name__}: {reason}): check it, or pass another --model."
-        ) from error
-
-
-def default_device() -> str:
-    """Where a model runs if nobody says where: ``cuda`` if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_problem(
@@ -192,10 +161,3 @@ def ticking(scheduler: Any, tick: Tick) -> Any:
 
     scheduler.step = counted
     return scheduler
-
-
-def spread_labels(n: int, classes: int) -> list[int]:
-    """``n`` labels in 0..classes - 1: evenly spread where n is smaller, else cycling."""
-    if n >= classes:
-        return [i % classes for i in range(n)]
-    return [round(i * (classes - 1) / max(n - 1, 1)) for i in range(n)]

@@ -186,13 +186,24 @@ class TableScheduler(RunLayout, Conversion):
     ) -> SchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """Execute one row: ``x <- a x + sum_j b_j F_j + c z`` with F the model output in the table's terms.
 
-        Args: ``model_output`` of the config's prediction_type, ``timestep`` (an element of ``timesteps``), ``sample``
-        x of the same shape; ``generator`` seeds the noise of a stochastic scheduler at the first step.  Of the further
-        keywords of diffusers' schedulers ``pred_original_sample`` and ``per_token_timesteps`` are honoured.
-        Returns a :class:`SchedulerOutput`, or ``(prev_sample, pred_original_sample)`` with ``return_dict=False``.
-        Arithmetic is float32 for half precision samples, the result has the sample's dtype.
-        Raises ``ValueError`` for a step that contradicts its run: rows left out or taken again, a batch or shape that
-        changed on the way, one timestep for each sample.
+        Args:
+            model_output: what the network says, of the config's prediction_type; float, shape of ``sample`` (or twice
+                its channels with a learned variance).
+            timestep: an element of ``timesteps``: it knows its run and its row.  A number, a copy or one equal value a
+                sample is taken for the row whose turn it is, unless it is another row's.
+            sample: the state x (N, ...).
+            generator: seeds the noise of a stochastic scheduler at the first step; one, or one a sample.
+            return_dict: False for a tuple.
+            kwargs: of the further keywords of diffusers' schedulers ``pred_original_sample`` (the x_0 that the step is
+                to follow) and ``per_token_timesteps`` are honoured, the others ignored.
+
+        Returns:
+            A :class:`SchedulerOutput`, or ``(prev_sample, pred_original_sample)``, in the sample's dtype; arithmetic is
+            float32 for half precision.
+
+        Raises:
+            ValueError: for a step that contradicts its run: rows left out or taken again, a batch or shape that changed
+                on the way, one timestep for each sample; and for shapes that do not fit.
         """
         if torch.compiler.is_compiling():
             outputs = traced.step(self._handle, model_output, timestep, sample, generator, return_dict, **kwargs)
@@ -317,7 +328,7 @@ def _after(
     run: Run, i: int, row: CompiledRow, history: tuple[torch.Tensor, ...], seeds: Any, prev: torch.Tensor, tiled: bool
 ) -> Run:
     """The run after its row ``i``."""
-    before = run._replace(before=None) if i + 1 < len(run.layout) or run.twice else None
+    before = run.history if i + 1 < len(run.layout) or run.twice else None
     return run._replace(
         next=i + 1, history=history, seeds=seeds, before=before, output=weakref.ref(prev), tiled=tiled,
         thread=threading.get_ident(),

@@ -73,10 +73,8 @@ class RunLayout(Noising):
         another dtype or on another device, lays out that part; any other numbers are a grid of the caller's own.
         """
         run = self._run
-        if run.timesteps is None:  # its holders have let go of it
-            run = self._put(run.asked_at(self._times(run.layout.nodes, None)))
-        assert run.timesteps is not None
-        return run.timesteps
+        held = run.tensor()
+        return self._times(run.layout.nodes, None) if held is None else held
 
     @timesteps.setter
     def timesteps(self, value: torch.Tensor) -> None:
@@ -149,14 +147,19 @@ class RunLayout(Noising):
         original_inference_steps: int | None = None,
         strength: float | None = None,
     ) -> None:
-        """Lay out a run of ``num_inference_steps`` model evaluations on the config's grid, or on the user's
-        ``timesteps`` and/or ``sigmas`` (see :func:`diffusers_sde.grids.nodes_from_user`).
+        """Lay out a run: on the config's grid, or on the user's ``timesteps`` and/or ``sigmas``.
 
-        Args: ``device`` of the timesteps; ``mu`` the dynamic shift of flow models, ignored by models without one;
-        ``original_inference_steps`` the number of equal steps that a distilled network was trained on: the run keeps to
-        those (:func:`diffusers_sde.grids.distilled`); ``strength`` the fraction of time below which all steps are spent
-        (latent consistency's image-to-image).  Raises ``ValueError`` for no, wrong or contradictory arguments
-        and for a config that no run could use.
+        Args:
+            num_inference_steps: evaluations of the network.
+            device: of the timesteps.
+            sigmas, timesteps: (n,), see :func:`diffusers_sde.grids.nodes_from_user`.
+            mu: the dynamic shift of flow models, ignored by models without one.
+            original_inference_steps: the number of equal steps that a distilled network was trained on: the run keeps
+                to those (:func:`diffusers_sde.grids.distilled`).
+            strength: the fraction of time below which all steps are spent (latent consistency's image-to-image).
+
+        Raises:
+            ValueError: for no, wrong or contradictory arguments, and for a config that no run could use.
         """
         self._check()
         path, n = self.path, _count(num_inference_steps)
@@ -224,8 +227,11 @@ class RunLayout(Noising):
     def _put(self, run: Run) -> Run:
         """Make ``run`` the current one."""
         with LOCK:
-            self._runs = self._runs.with_current(run)
-            self._runs = self._runs.without_abandoned()  # now that the run before holds nothing any more
+            runs = self._runs.with_current(run)
+            if runs.others:  # the run before must hold nothing any more when it is asked who still does
+                self._runs = runs
+                runs = runs.without_abandoned()
+            self._runs = runs
         return run
 
     def _nodes(self, layout: Layout) -> Nodes:
@@ -259,8 +265,8 @@ class RunLayout(Noising):
         labels = self._labels(nodes)
         with torch.inference_mode():  # they may have been laid out under it
             layout.sigmas.copy_(torch.from_numpy(labels))
-            if run.timesteps is not None:
-                run.timesteps.copy_(self._times(nodes, None), non_blocking=True)
+            if (held := run.tensor()) is not None:
+                held.copy_(self._times(nodes, None), non_blocking=True)
         return run._replace(layout=Layout(nodes, layout.sigmas, labels, layout.choice, row, whole))
 
 

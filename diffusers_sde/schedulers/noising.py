@@ -72,12 +72,17 @@ class Noising:
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Any) -> torch.Tensor:
         """``alpha x_0 + sigma eps``.
 
-        Args: ``original_samples`` and ``noise`` (N, ...); ``timesteps`` a number or one time per sample.  The level is
-        that of ``timesteps``; where these are the run's own (an element of ``scheduler.timesteps``, or all equal to
-        one), it is that of the row at which the run stands: ``step_index`` once stepping, else ``begin_index``.
+        The level is that of ``timesteps``; where these are the run's own (an element of ``scheduler.timesteps``, or all
+        equal to one), it is that of the row at which the run stands: ``step_index`` once stepping, else
+        ``begin_index``.  A run that is about to start inside a grid which was the scheduler's own choice starts at the
+        level of equal steps of time from then on, so that a strength means what it means elsewhere.
 
-        A run that is about to start inside a grid which was the scheduler's own choice starts at the level of equal
-        steps of time from then on, so that a strength means what it means elsewhere.
+        Args:
+            original_samples, noise: (N, ...).
+            timesteps: a number, or a tensor of one time per sample.
+
+        Returns:
+            (N, ...), in the dtype of ``original_samples``.
         """
         self._start_on_noised_data(timesteps)
         alpha, sigma = self._alpha_sigma(timesteps, original_samples)
@@ -98,6 +103,9 @@ class Noising:
         if run is None or run.next is not None or run.layout.choice is None:
             return
         row = _own_row(run, timesteps)
+        if row is None and _on_accelerator(timesteps) and timesteps.dtype == run.dtype:
+            # only where no start was set is it worth waiting for the device, once a run
+            row = _own_row(run, timesteps.cpu()) if run.begin is None else run.begin
         if row is not None and run.begin is not None:
             row = run.begin
         if row is not None and row > 0:
@@ -139,9 +147,11 @@ class Noising:
         if run is None or not t.dtype.is_floating_point:
             return pair
         nodes = self._nodes(run.layout)
-        table = torch.from_numpy(np.stack([nodes.time, nodes.alpha, nodes.sigma])).float()
-        times, *levels = table.to(t.device, non_blocking=True)
-        distance = (t.float()[:, None] - times[None, :-1]).abs()
+        whole = run.layout.whole or nodes
+        table = torch.from_numpy(np.stack([nodes.alpha, nodes.sigma, nodes.time, whole.time])).float()
+        *levels, times, times_before = table.to(t.device, non_blocking=True)
+        t = t.float()
+        distance = torch.minimum(*((t[:, None] - v[None, :-1]).abs() for v in (times, times_before)))
         row = distance.argmin(1)
         hit = distance.amin(1) <= 1e-6 * t.abs().clamp(min=1e-3)
         stands_at = run.begin if run.next is None else min(run.next, len(run.layout))
@@ -167,11 +177,15 @@ def _own_row(run: Run, timesteps: Any) -> int | None:
         return None
     if is_single(timesteps) and run.owns(timesteps.untyped_storage()):
         return run.row(timesteps)
-    if timesteps.device.type != "cpu" or run.timesteps is None or timesteps.dtype != run.timesteps.dtype:
+    if timesteps.device.type != "cpu" or timesteps.dtype != run.dtype:
         return None
     values = timesteps.flatten()
     hit = _hits(run.layout, float(values[0]))
     return int(hit[0]) if len(hit) and bool((values == values[0]).all()) else None
+
+
+def _on_accelerator(timesteps: Any) -> bool:
+    return isinstance(timesteps, torch.Tensor) and timesteps.device.type not in ("cpu", "meta")
 
 
 class _AlphasCumprod(torch.Tensor):

@@ -53,16 +53,17 @@ class Run(NamedTuple):
     """One sampling run at one moment.
 
     timesteps: what the network is asked at, None where only its holders keep it alive; storages: weak references to the
-    memory that its elements lie in, from ``offset`` on in steps of ``stride``.  key: the same as long as it is the same
-    run.  begin: the start that a pipeline has set, first: the row at which the loop began, next: the row to come.
-    history: the evaluations that later rows read, newest first.  before: the run before its last step.  output: a weak
-    reference to the last ``prev_sample``.  tiled: the last step was taken on copies of the batch; twice: some step was
-    taken twice; released: its evaluations were given back because nobody held its timesteps any more.
+    memory that its elements of ``dtype`` lie in, from ``offset`` on in steps of ``stride``.  key: the same as long as
+    it is the same run.  begin: the start that a pipeline has set, first: the row at which the loop began, next: the row
+    to come.  history: the evaluations that later rows read, newest first; before: those that the last step read.
+    output: a weak reference to the last ``prev_sample``.  tiled: the last step was taken on copies of the batch; twice:
+    some step was taken twice; released: its evaluations were given back because nobody held its timesteps any more.
     """
 
     layout: Layout
     timesteps: torch.Tensor | None
     storages: tuple[weakref.ref, ...]
+    dtype: torch.dtype
     offset: int
     stride: int
     thread: int
@@ -73,7 +74,7 @@ class Run(NamedTuple):
     compiled: Compiled | None = None
     history: tuple[torch.Tensor, ...] = ()
     seeds: torch.Tensor | None = None
-    before: Run | None = None
+    before: tuple[torch.Tensor, ...] | None = None
     output: weakref.ref | None = None
     tiled: bool = False
     twice: bool = False
@@ -89,19 +90,34 @@ class Run(NamedTuple):
         """Whether all rows have been run."""
         return self.next is not None and self.next >= len(self.layout)
 
+    def tensor(self) -> torch.Tensor | None:
+        """Its timesteps, as long as anybody keeps them alive."""
+        if self.timesteps is not None:
+            return self.timesteps
+        storage = next((held for reference in self.storages if (held := reference()) is not None), None)
+        if storage is None:
+            return None
+        own = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return own.set_(storage, self.offset, (len(self.layout),), (self.stride,))
+
     def owns(self, storage: Any) -> bool:
         """Whether ``storage`` is the memory of this run's timesteps."""
         return any(reference() is storage for reference in self.storages)
 
     def row(self, timestep: torch.Tensor) -> int:
-        """The row of an element of this run's timesteps."""
-        return (timestep.storage_offset() - self.offset) // self.stride
+        """The row of an element of the memory of this run's timesteps; raises ``ValueError`` for one that was left out
+        when a part of them was assigned."""
+        row = (timestep.storage_offset() - self.offset) // self.stride
+        if not 0 <= row < len(self.layout):
+            raise ValueError("This timestep was left out of scheduler.timesteps: take its elements as they are now.")
+        return row
 
     def asked_at(self, timesteps: torch.Tensor) -> Run:
         """The run whose network is asked at ``timesteps`` (n,)."""
         return self._replace(
             timesteps=timesteps,
             storages=(weakref.ref(timesteps.untyped_storage()),),
+            dtype=timesteps.dtype,
             offset=timesteps.storage_offset(),
             stride=max(timesteps.stride(0), 1),
         )
@@ -109,7 +125,7 @@ class Run(NamedTuple):
     def anew(self, row: int | None = None) -> Run:
         """A new run on the same layout, which has not begun or is about to begin at ``row``."""
         return new_run(self.layout, self.timesteps, self.begin)._replace(
-            storages=self.storages, offset=self.offset, stride=self.stride, first=row, next=row
+            storages=self.storages, dtype=self.dtype, offset=self.offset, stride=self.stride, first=row, next=row
         )
 
     def put_back(self, row: int | None) -> Run:
@@ -117,8 +133,8 @@ class Run(NamedTuple):
         begins there."""
         if row == self.next:
             return self
-        if self.before is not None and row == self.before.next:
-            return self.before._replace(seeds=self.seeds, twice=True)
+        if self.before is not None and self.next is not None and row == self.next - 1:
+            return self._replace(next=row, history=self.before, before=None, tiled=False, twice=True)
         return self.anew(row)
 
     def about_to(self, row: int) -> Run:
@@ -146,13 +162,16 @@ class Run(NamedTuple):
 
 def new_run(layout: Layout, timesteps: torch.Tensor | None, begin: int | None = None) -> Run:
     """A run that has not begun."""
-    run = Run(layout, None, (), 0, 1, threading.get_ident(), _new_key(), begin)
+    run = Run(layout, None, (), torch.float32, 0, 1, threading.get_ident(), _new_key(), begin)
     return run if timesteps is None else run.asked_at(timesteps)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Runs:
-    """The runs of one scheduler: the one last laid out or stepped, and those that may still go on, latest first."""
+    """The runs of one scheduler: the one last laid out or stepped, and those that may still go on, latest first.
+
+    Never changed, though not declared so: that would cost as much as all else at each step.
+    """
 
     current: Run | None = None
     others: tuple[Run, ...] = ()
@@ -176,7 +195,9 @@ class Runs:
         Raises ``ValueError`` where several runs on the same timesteps stand there and the sample is the result of none.
         """
         if isinstance(timestep, torch.Tensor) and is_single(timestep):
-            storage = timestep.untyped_storage()
+            storage, current = timestep.untyped_storage(), self.current
+            if not self.others and current is not None and current.owns(storage):
+                return current, current.row(timestep)
             owners = [run for run in self if run.owns(storage)]
             if owners:
                 run = owners[0] if len(owners) == 1 else _last_returned(owners, sample)
@@ -217,11 +238,11 @@ class Runs:
         return Runs(own[0], tuple(own[1:])) if own else self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runs:
-        copies = [Run(*(copy.deepcopy(value, memo) for value in run)) for run in self]
+        copies = [Run._make(copy.deepcopy(value, memo) for value in run) for run in self]
         return _with_references(copies, old=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        bare = [run._replace(storages=(), output=None, before=None) for run in self if run.timesteps is not None]
+        bare = [run._replace(storages=(), output=None) for run in self if run.timesteps is not None]
         return _with_references, (bare,)
 
 
@@ -263,7 +284,10 @@ def kept_rows(run: Run, timesteps: torch.Tensor) -> np.ndarray | None:
     part of them, in memory or in value, and no others; None where they are not."""
     n = len(run.layout)
     if timesteps.ndim == 1 and len(timesteps) and run.owns(timesteps.untyped_storage()):
-        rows = run.row(timesteps[:1]) + np.arange(len(timesteps)) * max(timesteps.stride(0), 1) // run.stride
+        places = timesteps.storage_offset() - run.offset + np.arange(len(timesteps)) * max(timesteps.stride(0), 1)
+        rows = places // run.stride
+        if rows[0] < 0 or rows[-1] >= n:
+            return None
     elif timesteps.shape == (n,) and timesteps.device.type == "meta":
         rows = np.arange(n)
     else:
@@ -305,8 +329,7 @@ def _waiting(run: Run, later: Sequence[Run]) -> Run | None:
     may_return = latest_of_thread and any(thread.ident == run.thread for thread in threading.enumerate())
     if run.next is None and may_return:
         return run
-    before = None if run.before is None else run.before._replace(timesteps=None)
-    run = run._replace(timesteps=None, before=before)
+    run = run._replace(timesteps=None)
     if any(reference() is not None for reference in run.storages):
         return run
     return run._replace(history=(), before=None, seeds=None, compiled=None, released=True) if may_return else None

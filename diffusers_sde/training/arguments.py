@@ -78,7 +78,57 @@ def find_problem(settings: Settings) -> str | None:
         return "--guidance_scale builds the guidance of a teacher into a flow map: pass --teacher_model_name_or_path."
     if settings.objective == "classifier" and (settings.rank is not None or settings.model_config):
         return "--objective classifier trains a small network of its own: leave out --rank and --model_config."
-    return find_wrong_number(settings) or find_wrong_output(settings)
+    return (
+        find_wrong_autoencoder(settings)
+        or find_wrong_text_model(settings)
+        or find_wrong_number(settings)
+        or find_wrong_output(settings)
+    )
+
+
+def find_wrong_autoencoder(settings: Settings) -> str | None:
+    """What does not go together with ``--objective autoencoder``, or goes only with it."""
+    if settings.objective != "autoencoder":
+        if settings.num_held_out_images:
+            return "--num_held_out_images is for --objective autoencoder: leave it out."
+        return None
+    process = {
+        "--path": settings.path != "from_model",
+        "--prediction_type": settings.prediction_type is not None,
+        "--loss_weighting": settings.loss_weighting != "none",
+        "--time_sampling": settings.time_sampling != "uniform",
+    }
+    for name, given in process.items():
+        if given:
+            return f"an autoencoder has no forward process: leave out {name}."
+    model = {
+        "--pretrained_model_name_or_path": settings.pretrained_model_name_or_path,
+        "--vae_model_name_or_path": settings.vae_model_name_or_path,
+        "--rank": settings.rank,
+        "--train_text_encoder": settings.train_text_encoder or None,
+        "--cache_latents": settings.cache_latents or None,
+        "--streaming": settings.streaming or None,
+    }
+    for name, value in model.items():
+        if value is not None:
+            return f"--objective autoencoder trains a new autoencoder on images: leave out {name}."
+    return None
+
+
+def find_wrong_text_model(settings: Settings) -> str | None:
+    """What does not go together with a new text-to-image model or the training of a text encoder."""
+    if settings.vae_model_name_or_path and settings.pretrained_model_name_or_path:
+        return "a pretrained pipeline keeps its autoencoder: leave out --vae_model_name_or_path."
+    if settings.vae_model_name_or_path and not settings.train_text_encoder:
+        return "a new text-to-image model starts with an untrained text encoder: pass --train_text_encoder too."
+    if settings.train_text_encoder and not (settings.vae_model_name_or_path or settings.pretrained_model_name_or_path):
+        return (
+            "--train_text_encoder needs a text-to-image model: pass --pretrained_model_name_or_path, or "
+            "--vae_model_name_or_path for a new one."
+        )
+    if settings.train_text_encoder and settings.objective != "denoising":
+        return f"--train_text_encoder is for --objective denoising, not {settings.objective}: leave it out."
+    return None
 
 
 def find_wrong_number(settings: Settings) -> str | None:
@@ -91,8 +141,16 @@ def find_wrong_number(settings: Settings) -> str | None:
         return f"--label_dropout is a share in [0, 1), not {settings.label_dropout}."
     if settings.use_ema and not 0 < settings.ema_sigma_rel <= 0.288:
         return f"--ema_sigma_rel must be in (0, 0.288], not {settings.ema_sigma_rel}."
-    if settings.num_validation_images < 0 or settings.dataloader_num_workers < 0 or settings.lr_warmup_steps < 0:
-        return "--num_validation_images, --dataloader_num_workers and --lr_warmup_steps cannot be negative."
+    for name in (
+        "num_validation_images",
+        "num_held_out_images",
+        "dataloader_num_workers",
+        "lr_warmup_steps",
+        "sharpness_weight",
+        "kl_weight",
+    ):
+        if getattr(settings, name) < 0:
+            return f"--{name} cannot be negative."
     return None
 
 

@@ -86,6 +86,11 @@ _SNIPPETS = {
 
 classifier = NoisyClassifierModel.from_pretrained("{name}")
 logits = classifier(noisy_images, timesteps)  # log p(class | x_t) up to a constant, (N, classes)""",
+    "autoencoder": """from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("{name}")
+latents = vae.encode(images).latent_dist.mean * vae.config.scaling_factor  # of images (N, {channels}, H, W) in [-1, 1]
+images = vae.decode(latents / vae.config.scaling_factor).sample""",
     "flow_map": """import torch
 import diffusers_sde
 from diffusers import DiffusionPipeline
@@ -147,8 +152,8 @@ def write_card(
 ) -> None:
     """``README.md`` of a model: what it is, how it was trained, its curves, how to sample it.
 
-    ``kind`` names the sampling snippet (unconditional, class, flow_map, classifier, pipeline, lora), ``values`` fill it
-    in.  Without ``samples.png`` or ``loss.png`` in ``folder`` the card shows none.
+    ``kind`` names the sampling snippet (unconditional, class, flow_map, classifier, autoencoder, pipeline, lora),
+    ``values`` fill it in.  Without ``samples.png`` or ``loss.png`` in ``folder`` the card shows none.
     """
 
     def shown(title: str, file: str) -> str:
@@ -162,7 +167,7 @@ def write_card(
         title=title,
         what=what,
         facts="\n".join(f"* **{key}**: {value}" for key, value in facts.items()),
-        samples=shown("TrainingData", "samples.png"),
+        samples=shown("Samples", "samples.png"),
         loss=shown("Loss", "loss.png"),
         command=command,
         snippet=_SNIPPETS[kind].format(base_model=base_model, **values),

@@ -20,9 +20,10 @@ from diffusers_sde.training.arguments import read_settings
 from diffusers_sde.training.checkpoints import find_checkpoint
 from diffusers_sde.training.loop import NotFinite, run_steps
 from diffusers_sde.training.losses import make_loss
-from diffusers_sde.training.networks import place
+from diffusers_sde.training.parts import place
 from diffusers_sde.training.plan import build_task, build_teacher, describe, training_length
 from diffusers_sde.training.results import finish
+from diffusers_sde.training.samples import hold_out
 from diffusers_sde.training.session import prepare
 from diffusers_sde.training.settings import Settings
 
@@ -75,6 +76,9 @@ def work(settings: Settings, command: str, accelerator: Accelerator) -> int:
     output = Path(settings.output_dir)
     resumed = find_checkpoint(output, settings.resume_from_checkpoint) if settings.resume_from_checkpoint else None
     task, images, classes = build_task(settings)
+    held_out = None
+    if settings.num_held_out_images:
+        images, held_out = hold_out(images, settings.num_held_out_images)
     length = training_length(settings, images, accelerator.num_processes)
     if accelerator.is_main_process:
         print(describe(settings, task, images, classes, length, accelerator.num_processes), flush=True)
@@ -84,7 +88,7 @@ def work(settings: Settings, command: str, accelerator: Accelerator) -> int:
     if teacher is not None:
         place(teacher, accelerator.device)
         teacher.network.to(accelerator.device)
-    session, stream = prepare(settings, accelerator, task, images, classes, length, resumed)
+    session, stream = prepare(settings, accelerator, task, images, classes, length, resumed, held_out)
     loss_of = make_loss(settings, task, teacher, length.global_batch)
     status = run_steps(session, stream, loss_of)
     if status == 0 and session.progress.step >= length.steps:

@@ -155,8 +155,9 @@ def class_folders(paths: Sequence[str]) -> tuple[list[str] | None, np.ndarray | 
     return names, np.array([number[p[0]] for p in parts])
 
 
-def read_captions(folder: Path, paths: Sequence[str], column: str) -> list[str] | None:
-    """The captions in ``metadata.jsonl`` of these images; None without the file or without the column."""
+def read_captions(folder: Path, paths: Sequence[str], column: str) -> list[str | list[str]] | None:
+    """The captions in ``metadata.jsonl`` of these images, each a string or a list to draw from; None without the file
+    or without the column."""
     file = folder / METADATA
     if not file.exists():
         return None
@@ -170,4 +171,5 @@ def read_captions(folder: Path, paths: Sequence[str], column: str) -> list[str] 
     missing = [p for p in paths if p not in captions]
     if missing:
         raise DataError(f"{file} has no {column!r} for {missing[0]}: add the line, or remove the image.")
-    return [str(captions[p]) for p in paths]
+    found = [captions[p] for p in paths]
+    return [[str(c) for c in caption] if isinstance(caption, list) else str(caption) for caption in found]

@@ -1,4 +1,5 @@
-"""The loss of a batch for each ``--objective``: denoising, flow maps (consistency, mean flow), noisy classification.
+"""The loss of a batch for each ``--objective``: denoising, flow maps (consistency, mean flow), noisy classification,
+autoencoders.
 
 Knows how a batch becomes noised states, targets and weights (:mod:`.objectives`, :mod:`diffusers_sde.flow_maps`), each
 sample from its own generator (:mod:`.randomness`), and how the network is called.  Knows nothing of optimizers,
@@ -7,6 +8,7 @@ checkpoints or processes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 
 from diffusers_sde.flow_maps import average_prediction, jump
 from diffusers_sde.paths import Path
+from diffusers_sde.training import autoencoders
 from diffusers_sde.training.networks import Task, call_network
 from diffusers_sde.training.objectives import draw_times, loss_weights, prediction_targets, regression_loss
 from diffusers_sde.training.randomness import generator_of
@@ -89,6 +92,8 @@ def make_loss(settings: Settings, task: Task, teacher: Task | None, global_batch
     """The loss of the objective: ``loss(network, batch)`` is its mean over the batch."""
     if settings.objective == "classifier":
         return _classifier_loss(settings, task, global_batch)
+    if settings.objective == "autoencoder":
+        return functools.partial(autoencoders.loss_of_batch, settings, task)
     if settings.objective == "denoising":
         return _denoising_loss(settings, task, global_batch)
     return _flow_map_loss(settings, task, teacher, global_batch)

@@ -1,15 +1,13 @@
 """What is trained: a fresh network or one of a pipeline, its forward process, and how it is called.
 
-Knows diffusers' models and pipelines: the default network of a resolution, the config of each ``--path``, LoRA
-adapters, and how any pipeline conditions its network (by asking the pipeline itself).  Knows nothing of losses, data
-sets or optimizers.
+Knows diffusers' models and pipelines: the default network of a resolution, the config of each ``--path``, and how any
+pipeline conditions its network (by asking the pipeline itself).  Knows nothing of losses, data sets or optimizers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import json
 import types
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ from diffusers_sde.stock_configs import canonical_config
 
 _FORWARD_PROCESSES: dict[str, dict[str, Any]] = {
     "vp": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "ve": {"sigma_data": 1.0, "sigma_min": 0.01, "sigma_max": 50.0, "sigma_schedule": "exponential"},
     "edm": {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_schedule": "karras"},
@@ -40,11 +39,16 @@ def process_scheduler(path: str, prediction_type: str) -> Any:
     """A scheduler whose config names the forward process ``path`` and the prediction: diffusers' own class where it
     has one (so that the model works without this package), else :class:`ProbabilityFlowScheduler`.
 
-    ``vp`` linear betas 1e-4 to 0.02, ``cosine`` Nichol & Dhariwal's, ``ve`` sigma 0.01 to 50 at unit data scale,
-    ``edm`` Karras et al.'s sigma 0.002 to 80 and sigma_data 0.5, ``flow`` rectified flow without shift.
+    ``vp`` linear betas 1e-4 to 0.02, ``scaled_linear`` Stable Diffusion's betas, ``cosine`` Nichol & Dhariwal's, ``ve``
+    sigma 0.01 to 50 at unit data scale, ``edm`` Karras et al.'s sigma 0.002 to 80 and sigma_data 0.5, ``flow``
+    rectified flow without shift.
     """
     process = _FORWARD_PROCESSES[path]
-    if path in ("vp", "cosine") and prediction_type in ("epsilon", "sample", "v_prediction"):
+    stock = prediction_type in ("epsilon", "sample", "v_prediction")
+    if path == "scaled_linear" and stock:
+        kept = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # as Stable Diffusion's
+        return diffusers.DDIMScheduler(**process, **kept, prediction_type=prediction_type)
+    if path in ("vp", "cosine") and stock:
         return diffusers.DDPMScheduler(**process, prediction_type=prediction_type, clip_sample=False)
     if path == "flow" and prediction_type == "flow_prediction":
         return diffusers.FlowMatchEulerDiscreteScheduler()
@@ -104,7 +108,8 @@ class Task:
     """The trainable ``network`` of ``pipe`` (its component ``name``), the process of its scheduler, and the condition.
 
     ``condition(labels, captions)`` gives the network's further keyword arguments for a batch; a label or caption that
-    is None stands for no condition (classifier-free guidance's dropout).
+    is None stands for no condition (classifier-free guidance's dropout).  ``trained`` is the module that the optimizer
+    sees: the network, or a module that has it as its part ``network`` beside others of the pipeline.
     """
 
     pipe: Any
@@ -112,6 +117,17 @@ class Task:
     network: Any
     condition: Callable[[Sequence[int | None] | None, Sequence[str | None] | None], dict[str, Any]]
     timestep_scale: float = 1.0
+    trained: Any = None
+
+    def __post_init__(self) -> None:
+        self.trained = self.network if self.trained is None else self.trained
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What is trained, by the names of the pipeline's components."""
+        if self.trained is self.network:
+            return {self.name: self.network}
+        return {self.name if name == "network" else name: part for name, part in self.trained.named_children()}
 
     @property
     def scheduler(self) -> Any:
@@ -124,6 +140,11 @@ class Task:
     @property
     def path(self) -> Path:
         return path_from_config(canonical_config(self.scheduler.config))
+
+    @property
+    def forward_process(self) -> str:
+        """The process and what is predicted, in words."""
+        return "none" if self.scheduler is None else f"{type(self.path).__name__}, {self.prediction_type}"
 
     @property
     def prediction_type(self) -> str:
@@ -173,6 +194,11 @@ def pipeline_task(pipe: Any, classes: int, captions: bool) -> Task:
     raise ValueError(f"{type(pipe).__name__} takes neither class labels nor prompts: pass another pipeline.")
 
 
+def takes_prompts(pipe: Any) -> bool:
+    """Whether a pipeline is called with prompts."""
+    return callable(pipe) and "prompt" in inspect.signature(pipe.__call__).parameters
+
+
 def _unet_task(pipe: Any, classes: int) -> Task:
     def condition(labels: Sequence[int | None] | None, captions: Sequence[str | None] | None) -> dict[str, Any]:
         if not classes or labels is None:
@@ -197,7 +223,7 @@ def flow_map_task(task: Task, flow_map: str) -> Task:
         )
     network = FlowMapUNet2DModel.from_unet(task.network)
     task.pipe.register_modules(**{task.name: network})
-    return dataclasses.replace(task, network=network)
+    return dataclasses.replace(task, network=network, trained=network)
 
 
 def classifier_task(scheduler: Any, resolution: int, channels: int, classes: int) -> Task:
@@ -290,57 +316,3 @@ def call_network(
     x = x * task.path.input_scale(sigma)
     times = times if task.timestep_scale == 1.0 else times * task.timestep_scale
     return network(x, timestep=times, **condition, return_dict=False)[0][:, : x.shape[1]]
-
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-
-
-def add_lora(task: Task, rank: int, targets: Sequence[str] = LORA_TARGETS) -> None:
-    """Freeze the network and add trainable LoRA adapters of this rank to its attention projections (Hu et al. 2021,
-    arXiv:2106.09685), through peft.
-
-    Raises ``ValueError`` for a network or pipeline that cannot carry or save them.
-    """
-    if not hasattr(task.network, "add_adapter") or not hasattr(task.pipe, "save_lora_weights"):
-        raise ValueError(
-            f"{type(task.pipe).__name__} does not take LoRA weights: leave out --rank to train the whole network."
-        )
-    from peft import LoraConfig
-
-    task.network.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
-    task.network.add_adapter(config)
-    for parameter in task.network.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def place(task: Task, device: Any) -> None:
-    """Move every module of the task's pipeline but its network to ``device``; Accelerate places that one."""
-    for part in task.pipe.components.values():
-        if isinstance(part, torch.nn.Module) and part is not task.network:
-            part.to(device)
-
-
-def save_weights(task: Task, state: dict[str, torch.Tensor], folder: File, lora: bool, dtype: torch.dtype) -> None:
-    """Write the LoRA weights, or the whole pipeline with ``state`` as the weights of its network, into ``folder``."""
-    if lora:
-        from diffusers.utils import convert_state_dict_to_diffusers
-        from peft.utils import get_peft_model_state_dict
-
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(task.network, state_dict=state))
-        layers = {name: value.to(dtype) for name, value in layers.items()}
-        task.pipe.save_lora_weights(folder, **{f"{task.name}_lora_layers": layers})
-        return
-    network = type(task.network).from_config(task.network.config)  # whole and on the host, however it was trained
-    network.load_state_dict(state)
-    for values in itertools.chain(network.parameters(), network.buffers()):
-        values.data = values.data.to(dtype)
-    if task.name == "classifier":
-        network.save_pretrained(folder)
-        return
-    task.pipe.register_modules(**{task.name: network})
-    try:
-        task.pipe.save_pretrained(folder)
-    finally:
-        task.pipe.register_modules(**{task.name: task.network})

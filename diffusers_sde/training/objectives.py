@@ -32,7 +32,8 @@ def check_objective(path: Path, prediction_type: str, loss_weighting: str, loss:
     Noise (and score) prediction says nothing about x_0 at alpha = 0, where flow matching and zero terminal SNR start;
     a likelihood bound is a quadratic loss over a process whose log-SNR is finite.
     """
-    starts_at_zero_snr = float(path.alpha_sigma(path.noisiest)[0]) == 0
+    # a flow matching path for noise prediction is cut just below its start, but data are still noised from there
+    starts_at_zero_snr = path.family == "flow matching" or float(path.alpha_sigma(path.noisiest)[0]) == 0
     if starts_at_zero_snr and prediction_type in ("epsilon", "score"):
         raise ValueError(
             f"{prediction_type} prediction cannot be sampled from alpha = 0, where this path starts: use "

@@ -15,28 +15,31 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_sde.comparison.problems import load_pipeline
 from diffusers_sde.errors import UsageError
-from diffusers_sde.training import networks
-from diffusers_sde.training.data import TrainingData, find_images, load_images
+from diffusers_sde.loading import load_pipeline
+from diffusers_sde.training import autoencoders, networks, text
+from diffusers_sde.training.data import Images, TrainingData, find_images, load_images
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.objectives import check_objective
+from diffusers_sde.training.parts import add_lora
 from diffusers_sde.training.randomness import seed_of
 from diffusers_sde.training.settings import Settings
 
 
 def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
-    """The network with its pipeline, the data, and the number of classes (0: none)."""
-    pipe = None
+    """The network with its pipeline, the data, and the number of classes that it is conditioned on (0: none)."""
+    pipe = vae = None
     if settings.pretrained_model_name_or_path:
         pipe = load_pipeline(
             settings.pretrained_model_name_or_path, revision=settings.revision, variant=settings.variant
         )
+    elif settings.vae_model_name_or_path:
+        vae = text.load_autoencoder(settings.vae_model_name_or_path)
     resolution = settings.resolution or (native_resolution(pipe) if pipe else 64)
     images = load_images(
         settings.data_source,
         resolution=resolution,
-        channels=image_channels(pipe, settings.model_config) or own_channels(settings.train_data_dir),
+        channels=image_channels(pipe, vae, settings.model_config) or own_channels(settings.train_data_dir),
         center_crop=settings.center_crop,
         random_flip=settings.random_flip,
         caption_column=settings.caption_column,
@@ -46,8 +49,10 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
     )
     classes = len(images.class_names or ())
     torch.manual_seed(seed_of(settings.seed))  # of the weights of new networks
+    if settings.objective == "autoencoder":
+        return autoencoders.autoencoder_task(new_network(settings, images, vae, 0)), images, 0
     if settings.objective == "classifier":
-        scheduler = pipe.scheduler if pipe else networks.process_scheduler(fresh_path(settings), fresh_kind(settings))
+        scheduler = pipe.scheduler if pipe else new_scheduler(settings)
         task = networks.classifier_task(scheduler, resolution, images.framing.channels, classes)
         return task, images, classes
     if pipe is not None:
@@ -57,27 +62,63 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
                 f"The pretrained network predicts {task.prediction_type}: leave out --prediction_type "
                 f"{settings.prediction_type}."
             )
+    elif vae is not None:
+        network = new_network(settings, images, vae, 0)
+        side = resolution / vae_factor(vae)
+        pipe = text.new_pipeline(vae, network, new_scheduler(settings), all_captions(settings, images), side)
+        task = networks.pipeline_task(pipe, 0, images.captions)
     else:
-        network = (
-            networks.network_from_config(settings.model_config, classes)
-            if settings.model_config
-            else networks.default_network(resolution, images.framing.channels, classes)
-        )
-        task = networks.fresh_task(
-            network, networks.process_scheduler(fresh_path(settings), fresh_kind(settings)), classes
-        )
+        task = networks.fresh_task(new_network(settings, images, vae, classes), new_scheduler(settings), classes)
     check_objective(task.path, task.prediction_type, settings.loss_weighting, settings.loss)
     if settings.cache_latents and task.vae is None:
         raise UsageError("--cache_latents is for latent models, this one has no vae: leave it out.")
     if settings.objective in ("consistency", "mean_flow"):
         task = networks.flow_map_task(task, settings.objective)
+    if settings.train_text_encoder:
+        task = text.with_text_encoder(task)
     if settings.rank is not None:
-        networks.add_lora(task, settings.rank)
+        add_lora(task, settings.rank)
     if settings.gradient_checkpointing:
         if not getattr(task.network, "_supports_gradient_checkpointing", False):
             raise UsageError(f"{type(task.network).__name__} has no gradient checkpointing: leave it out.")
         task.network.enable_gradient_checkpointing()
-    return task, images, classes
+    return task, images, 0 if networks.takes_prompts(task.pipe) else classes
+
+
+def new_network(settings: Settings, images: TrainingData, vae: Any, classes: int) -> Any:
+    """The network of ``--model_config``, or one that fits the objective and the data."""
+    resolution, channels = images.framing.resolution, images.framing.channels
+    if settings.model_config:
+        return networks.network_from_config(settings.model_config, classes)
+    if settings.objective == "autoencoder":
+        return autoencoders.default_autoencoder(resolution, channels)
+    if vae is not None:
+        return text.default_text_network(resolution // vae_factor(vae), vae.config.latent_channels)
+    return networks.default_network(resolution, channels, classes)
+
+
+def new_scheduler(settings: Settings) -> Any:
+    """The forward process of a new network, as a scheduler."""
+    latent = settings.vae_model_name_or_path is not None
+    path = ("scaled_linear" if latent else "vp") if settings.path == "from_model" else settings.path
+    usual = {"flow": "flow_prediction", "scaled_linear": "v_prediction"}.get(path, "epsilon")
+    return networks.process_scheduler(path, settings.prediction_type or usual)
+
+
+def all_captions(settings: Settings, images: TrainingData) -> list[str]:
+    """Every caption of the data, which the vocabulary of a new text encoder is made of.
+
+    Raises:
+        UsageError: for data without captions, and for a stream, whose captions are not known.
+    """
+    if not images.captions:
+        raise UsageError(
+            f"A new text-to-image model needs captions, {settings.data_source} has none named "
+            f"{settings.caption_column!r}: add a metadata.jsonl, or pass another --caption_column."
+        )
+    if not isinstance(images, Images):
+        raise UsageError("The vocabulary of a new text encoder is made of all captions: leave out --streaming.")
+    return images.all_captions()
 
 
 def build_teacher(settings: Settings, task: Task, classes: int, captions: bool) -> Task | None:
@@ -98,16 +139,6 @@ def build_teacher(settings: Settings, task: Task, classes: int, captions: bool) 
     return teacher
 
 
-def fresh_path(settings: Settings) -> str:
-    """The ``--path`` of a new network."""
-    return "vp" if settings.path == "from_model" else settings.path
-
-
-def fresh_kind(settings: Settings) -> str:
-    """The ``--prediction_type`` of a new network."""
-    return settings.prediction_type or ("flow_prediction" if fresh_path(settings) == "flow" else "epsilon")
-
-
 def native_resolution(pipe: Any) -> int:
     """Side of the images a pipeline's network was made for."""
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
@@ -115,11 +146,18 @@ def native_resolution(pipe: Any) -> int:
     if not isinstance(size, int):
         raise UsageError("This model does not say its resolution: pass --resolution.")
     vae = getattr(pipe, "vae", None)
-    return size * (2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1)
+    return size * (vae_factor(vae) if vae is not None else 1)
 
 
-def image_channels(pipe: Any, model_config: str | None) -> int | None:
+def vae_factor(vae: Any) -> int:
+    """Pixels of an image in a latent number, along a side."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def image_channels(pipe: Any, vae: Any, model_config: str | None) -> int | None:
     """Channels that the network (or the encoder before it) takes; None: those of the images."""
+    if vae is not None:
+        return int(vae.config.in_channels)
     if pipe is not None:
         vae = getattr(pipe, "vae", None)
         network = vae if vae is not None else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
@@ -167,15 +205,17 @@ def training_length(settings: Settings, images: TrainingData, processes: int) ->
 
 def describe(settings: Settings, task: Task, images: TrainingData, classes: int, length: Length, processes: int) -> str:
     """The resolved plan, a line each."""
-    trainable = sum(p.numel() for p in task.network.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in task.network.parameters())
+    trainable = sum(p.numel() for p in task.trained.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in task.trained.parameters())
+    trained = " and ".join(type(part).__name__ for part in task.parts.values())
+    pipeline = "none" if task.scheduler is None else f"{type(task.pipe).__name__} with {type(task.scheduler).__name__}"
     epochs = "" if length.epochs is None else f" ({length.epochs:.1f} epochs)"
     # weights and their average, gradients, two moments
     floats = total + trainable * (3 + settings.use_ema)
     lines = {
-        "network": f"{type(task.network).__name__}, {trainable:,} of {total:,} parameters trained",
-        "pipeline": f"{type(task.pipe).__name__} with {type(task.scheduler).__name__}",
-        "process": f"{type(task.path).__name__}, prediction_type {task.prediction_type}",
+        "network": f"{trained}, {trainable:,} of {total:,} parameters trained",
+        "pipeline": pipeline,
+        "process": task.forward_process,
         "objective": settings.axes,
         "data": f"{length.images if length.images is not None else 'a stream of'} images, {classes or 'no'} classes, "
         f"{'with' if images.captions else 'no'} captions, {getattr(images, 'skipped', 0)} unreadable ones skipped",

@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -43,7 +43,8 @@ EMOJI_EXCLUDED = ("Flags", "Component")  # Component holds the five bare skin to
 EMOJI_README = """# Noto emoji, {resolution}x{resolution}
 
 {count} emoji of Google's Noto font without flags and skin tones, composited on white; the folders are the categories of
-the Unicode charts in their order.  Captions are in `metadata.jsonl`.
+the Unicode charts in their order.  `metadata.jsonl` has the name of each as `text`, and as `captions` that, its short
+names, and the shortest with its keywords (`--caption_column captions` draws one at random).
 
 Images: Noto Emoji, copyright Google, Apache licence 2.0, https://github.com/googlefonts/noto-emoji.
 Names and categories: npm package {package}, MIT licence, https://github.com/iamcal/emoji-data.
@@ -51,12 +52,13 @@ Names and categories: npm package {package}, MIT licence, https://github.com/iam
 
 
 class Picture(NamedTuple):
-    """One image of the folder: its class folder, file name, caption and pixels."""
+    """One image of the folder: its class folder, file name, caption and pixels; ``captions`` are all that fit it."""
 
     folder: str
     name: str
     caption: str
     image: Image.Image
+    captions: tuple[str, ...] = ()
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -165,7 +167,22 @@ def emoji_pictures(source: str | Path | None, resolution: int) -> Iterator[Pictu
             images[file] = to_mode(image, 3).resize((resolution, resolution), Image.Resampling.LANCZOS)
         for e in entries:
             folder = f"{categories.index(e['category'])}_{slug(e['category'])}"
-            yield Picture(folder, e["image"], e["name"].lower(), images[e["image"]])
+            yield Picture(folder, e["image"], e["name"].lower(), images[e["image"]], emoji_captions(e))
+
+
+def emoji_captions(entry: dict[str, Any]) -> tuple[str, ...]:
+    """The name of an emoji, its short names in words, and the shortest of them with its keywords (the subcategory):
+    ``("red apple", "apple", "apple, food fruit")``."""
+    name = entry["name"].lower()
+    short = [words(n) for n in entry.get("short_names", ())] or [name]
+    keywords = words(entry.get("subcategory", ""))
+    described = [f"{min(short, key=len)}, {keywords}"] if keywords else []
+    return tuple(dict.fromkeys([name, *short, *described]))
+
+
+def words(text: str) -> str:
+    """``"stuck_out-tongue"`` as ``"stuck out tongue"``; ``"+1"`` stays."""
+    return re.sub(r"[_&\s]+|(?<=\w)-", " ", text.lower()).strip()
 
 
 def check_output(output_dir: str | Path) -> Path:
@@ -193,7 +210,9 @@ def write_folder(pictures: Iterable[Picture], output_dir: str | Path, readme: st
                 folder = partial / picture.folder
                 folder.mkdir(exist_ok=True)
                 picture.image.save(folder / picture.name)
-                line = {"file_name": f"{picture.folder}/{picture.name}", "text": picture.caption}
+                line: dict[str, Any] = {"file_name": f"{picture.folder}/{picture.name}", "text": picture.caption}
+                if picture.captions:
+                    line["captions"] = picture.captions
                 metadata.write(json.dumps(line) + "\n")
                 count += 1
         (partial / "README.md").write_text(readme.format(count=count))
@@ -220,6 +239,7 @@ def prepare_noto_emoji(output_dir: str | Path, source: str | Path | None = None,
     """Write the Noto emoji as an image folder of RGB PNGs on white; returns the number of images.
 
     Class folders are the categories in the order of the data set; ``source`` is the package's tarball or folder.
+    Captions are the names (``text``) and everything that fits (``captions``, a list).
     """
     if resolution < 1:
         raise DataError(f"--resolution must be at least 1, not {resolution}.")

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusers_sde.training import card, networks
+from diffusers_sde.training import autoencoders, card
+from diffusers_sde.training.arguments import FLOW_MAPS
 from diffusers_sde.training.checkpoints import publish_into
+from diffusers_sde.training.parts import save_weights
 from diffusers_sde.training.session import Session
 from diffusers_sde.training.validation import sample_sheet
 
@@ -22,7 +24,7 @@ from diffusers_sde.training.validation import sample_sheet
 def validate(session: Session, name: str) -> Any:
     """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker."""
     with session.averaged():
-        sheet = sample_sheet(session.settings, session.task, session.classes, session.accelerator)
+        sheet = sample_sheet(session.settings, session.task, session.classes, session.accelerator, session.measured)
     if sheet is not None and session.accelerator.is_main_process:
         folder = session.output / "samples"
         folder.mkdir(exist_ok=True)
@@ -47,14 +49,16 @@ def finish(session: Session, command: str) -> None:
             return
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.save_precision]
 
+        measured = autoencoders.measure(task, session.measured) if task.name == autoencoders.NAME else {}
+
         def write(folder: Path) -> None:
-            networks.save_weights(task, state, folder, lora=settings.rank is not None, dtype=dtype)
+            save_weights(task, state, folder, lora=settings.rank is not None, dtype=dtype)
             rows = card.read_curve(session.output / "loss.csv")
             if rows:
                 card.draw_curve(rows, folder / "loss.png")
             if sheet is not None:
                 sheet.save(folder / "samples.png", optimize=True)
-            card.write_card(folder, **card_content(session, command, rows))
+            card.write_card(folder, **card_content(session, command, rows, measured))
 
         publish_into(session.output, write)
     print(f"Saved to {session.output} ({time.perf_counter() - start:.0f} s).", flush=True)
@@ -62,8 +66,10 @@ def finish(session: Session, command: str) -> None:
         upload(session)
 
 
-def card_content(session: Session, command: str, rows: list[tuple[int, float, float]]) -> dict[str, Any]:
-    """The arguments of :func:`card.write_card`."""
+def card_content(
+    session: Session, command: str, rows: list[tuple[int, float, float]], measured: dict[str, str]
+) -> dict[str, Any]:
+    """The arguments of :func:`card.write_card`; ``measured`` are further facts."""
     settings, task, length = session.settings, session.task, session.length
     conditional = bool(task.vae is None and task.network.config.get("num_class_embeds"))
     if settings.rank is not None:
@@ -73,19 +79,22 @@ def card_content(session: Session, command: str, rows: list[tuple[int, float, fl
     elif settings.objective == "denoising":
         kind = "class" if conditional else "unconditional"
     else:
-        kind = "classifier" if settings.objective == "classifier" else "flow_map"
+        kind = "flow_map" if settings.objective in FLOW_MAPS else settings.objective
     late = [loss for step, loss, _ in rows if step > 0.9 * length.steps]
-    total = sum(p.numel() for p in task.network.parameters())
+    networks = (
+        f"{type(p).__name__}, {sum(v.numel() for v in p.parameters()):,} parameters" for p in task.parts.values()
+    )
     facts = {
-        "Network": f"{type(task.network).__name__}, {total:,} parameters"
+        "Network": "; ".join(networks)
         + (f", LoRA of rank {settings.rank}" if settings.rank is not None else f", saved as {settings.save_precision}"),
-        "Process": f"{type(task.path).__name__}, {task.prediction_type}",
+        "Process": task.forward_process,
         "Objective": settings.axes,
         "Length": f"{length.steps} steps of {length.global_batch * length.accumulate} images"
         + ("" if length.epochs is None else f", {length.epochs:.3g} epochs"),
         "Weights": f"average with a power-function profile, width {settings.ema_sigma_rel}"
         if settings.use_ema
         else "the last",
+        **measured,
         "Loss": f"{sum(late) / max(len(late), 1):.4f} (mean of the last tenth; the curve is in `loss.csv`)",
     }
     name = settings.hub_model_id or session.output.resolve().name

@@ -231,6 +231,10 @@ class Images(TrainingData):
     def __len__(self) -> int:
         return len(self.scan.kept)
 
+    def all_captions(self) -> list[str]:
+        """Every caption of every image."""
+        return [c for caption in self._captions or () for c in ([caption] if isinstance(caption, str) else caption)]
+
     def decode(self, index: int) -> torch.Tensor:
         """uint8 ``(C, h, w)`` of the image of this number, from memory or from its source."""
         if (pixels := self.scan.decoded(index)) is not None:
@@ -283,6 +287,36 @@ def read_images(
     if images.skipped:
         warnings.warn(f"{images.skipped} unreadable images of {name} are skipped.", stacklevel=3)
     return images
+
+
+class Selection(TrainingData):
+    """Some of the items of ``source``, by their numbers (N,)."""
+
+    def __init__(self, source: TrainingData, numbers: np.ndarray) -> None:
+        self.source, self.numbers = source, numbers
+        self.framing, self.class_names, self.captions = source.framing, source.class_names, source.captions
+        self.skipped, self.max_workers = source.skipped, source.max_workers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def item(self, index: int, seed: int) -> Item:
+        """The item of this number of the selection."""
+        return self.source.item(int(self.numbers[index]), seed)
+
+
+def hold_out(source: TrainingData, count: int) -> tuple[TrainingData, TrainingData]:
+    """``source`` without ``count`` of its items, spread evenly over it, and these.
+
+    Raises:
+        DataError: if nothing would be left to train on.
+    """
+    if count >= len(source):
+        raise DataError(
+            f"--num_held_out_images {count} leaves nothing of {len(source)} images to train on: pass fewer."
+        )
+    held = (np.arange(count) * len(source) + len(source) // 2) // count
+    return Selection(source, np.setdiff1d(np.arange(len(source)), held)), Selection(source, held)
 
 
 # -- batches --

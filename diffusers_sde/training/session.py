@@ -18,7 +18,8 @@ from diffusers.optimization import get_scheduler
 from diffusers_sde.training.checkpoints import prune, publish
 from diffusers_sde.training.data import TrainingData, batches, cache_latents
 from diffusers_sde.training.ema import PowerEMA
-from diffusers_sde.training.networks import Task, place
+from diffusers_sde.training.networks import Task
+from diffusers_sde.training.parts import place
 from diffusers_sde.training.plan import Length
 from diffusers_sde.training.settings import Settings
 
@@ -51,6 +52,7 @@ class Session:
     length: Length
     classes: int
     output: Path
+    measured: TrainingData  # what an autoencoder's quality is measured on
 
     def averaged(self) -> Any:
         """The weights to validate and to save, in place."""
@@ -77,8 +79,15 @@ def prepare(
     classes: int,
     length: Length,
     resumed: Path | None,
+    held_out: TrainingData | None = None,
 ) -> tuple[Session, Iterator[dict[str, Any]]]:
-    """Optimizer, schedule and averages around the network, as they were at the checkpoint; the stream of batches."""
+    """Optimizer, schedule and averages around the network, as they were at the checkpoint; the stream of batches.
+
+    Args:
+        images: what is trained on.
+        resumed: the checkpoint to go on from, None to begin.
+        held_out: what is never trained on.
+    """
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     place(task, accelerator.device)
@@ -92,8 +101,8 @@ def prepare(
                 device=accelerator.device,
                 progress=accelerator.is_main_process,
             )
-    task.network.train()
-    trainable = [p for p in task.network.parameters() if p.requires_grad]
+    task.trained.train()
+    trainable = [p for p in task.trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable,
         lr=settings.learning_rate,
@@ -109,7 +118,7 @@ def prepare(
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=length.steps,
     )
-    network, optimizer = accelerator.prepare(task.network, optimizer)
+    network, optimizer = accelerator.prepare(task.trained, optimizer)
     progress = Progress()
     ema = PowerEMA(network.parameters(), settings.ema_sigma_rel) if settings.use_ema else None
     accelerator.register_for_checkpointing(schedule, progress, *([ema] if ema else []))
@@ -117,7 +126,20 @@ def prepare(
         accelerator.load_state(str(resumed))
         if accelerator.is_main_process:
             print(f"Resumed from {resumed.name}.", flush=True)
-    session = Session(settings, accelerator, task, network, optimizer, schedule, ema, progress, length, classes, output)
+    session = Session(
+        settings,
+        accelerator,
+        task,
+        network,
+        optimizer,
+        schedule,
+        ema,
+        progress,
+        length,
+        classes,
+        output,
+        images if held_out is None else held_out,
+    )
     stream = batches(
         images,
         batch_size=settings.train_batch_size,

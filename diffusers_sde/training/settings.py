@@ -16,11 +16,11 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from diffusers_sde.cli import Formatter, Parser
+from diffusers_sde.argument_parser import Formatter, Parser
 
-Objective = Literal["denoising", "consistency", "mean_flow", "classifier"]
+Objective = Literal["denoising", "consistency", "mean_flow", "classifier", "autoencoder"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
-ForwardPath = Literal["from_model", "vp", "cosine", "ve", "edm", "flow"]
+ForwardPath = Literal["from_model", "vp", "scaled_linear", "cosine", "ve", "edm", "flow"]
 LossWeighting = Literal["none", "min_snr", "soft_min_snr", "edm", "sigma_sqrt", "cosmap", "likelihood"]
 TimeSampling = Literal["uniform", "logit_normal", "lognormal", "mode", "stratified"]
 ErrorMeasure = Literal["l2", "huber"]
@@ -63,6 +63,14 @@ class Settings:
     model_config: str | None = option(
         MODEL, None, "JSON file or folder: config of a new network. Default: one that fits --resolution."
     )
+    vae_model_name_or_path: str | None = option(
+        MODEL,
+        None,
+        "Autoencoder of a new text-to-image model (Stable Diffusion's pipeline), whose text encoder is new.",
+    )
+    train_text_encoder: bool = option(
+        MODEL, False, "Train the text encoder with the network (with --rank: LoRA on it)."
+    )
     rank: int | None = option(
         MODEL, None, "Rank of LoRA adapters (through peft); the network itself stays as it is.", positive=True
     )
@@ -84,13 +92,18 @@ class Settings:
     center_crop: bool = option(DATA, False, "Crop at the centre instead of anywhere.")
     random_flip: bool = option(DATA, False, "Flip half of the images horizontally.")
     cache_latents: bool = option(DATA, False, "Latent models: encode every image once, into --output_dir.")
+    num_held_out_images: int = option(DATA, 0, "Autoencoders: images never trained on, to measure the result on.")
     dataloader_num_workers: int = option(DATA, 0, "Processes that read images; 0: the training process.")
 
     objective: Objective = option(OBJECTIVE, "denoising", "What to train.")
     prediction_type: PredictionType | None = option(
         OBJECTIVE, None, "Target. Default: the model's, else that of the path."
     )
-    path: ForwardPath = option(OBJECTIVE, "from_model", "Forward process; from_model is vp for a new network.")
+    path: ForwardPath = option(
+        OBJECTIVE,
+        "from_model",
+        "Forward process; from_model is vp for a new network, scaled_linear for a new latent one.",
+    )
     loss_weighting: LossWeighting = option(OBJECTIVE, None, "Weight of each noise level. Default: none.")
     snr_gamma: float = option(
         OBJECTIVE, None, "Gamma of min_snr (which it implies) and soft_min_snr. Default: 5.", positive=True
@@ -105,6 +118,9 @@ class Settings:
     label_dropout: float = option(OBJECTIVE, 0.1, "Share of labels or captions dropped, for guidance.")
     distillation_steps: int = option(OBJECTIVE, 40, "Flow maps: the two times matched are 1/N apart.", positive=True)
     guidance_scale: float = option(OBJECTIVE, 1.0, "Flow maps: guidance of the teacher.")
+
+    sharpness_weight: float = option(OBJECTIVE, 1.0, "Autoencoders: weight of the error of edges and lines.")
+    kl_weight: float = option(OBJECTIVE, 1e-4, "Autoencoders: weight of the latents' divergence from N(0, I).")
 
     train_batch_size: int = option(OPTIMIZATION, 16, "Images per step and process.", positive=True)
     max_train_steps: int | None = option(
@@ -164,12 +180,14 @@ class Settings:
     @property
     def axes(self) -> str:
         """The objective in words."""
+        if self.objective == "autoencoder":
+            return f"autoencoder, loss {self.loss}, sharpness {self.sharpness_weight}, KL {self.kl_weight}"
         return f"{self.objective}, weighting {self.loss_weighting}, times {self.time_sampling}, loss {self.loss}"
 
     def public(self) -> dict[str, Any]:
-        """The settings that may be shown to others: those with a value, without the token of the Hub."""
+        """The settings that trackers may show: single numbers and words, without the token of the Hub."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if value is not None and name != "hub_token"}
+        return {n: v for n, v in values.items() if isinstance(v, int | float | str) and n != "hub_token"}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,34 +13,40 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_sde.comparison.problems import spread_labels
-from diffusers_sde.sampling import flow_map_denoiser, network_denoiser, sample
+from diffusers_sde.sampling import flow_map_denoiser, network_denoiser, sample, spread_labels
 from diffusers_sde.schedulers import FlowMapScheduler, ProbabilityFlowScheduler
+from diffusers_sde.training import autoencoders
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.randomness import generator_of
+from diffusers_sde.training.samples import TrainingData
 from diffusers_sde.training.settings import Settings
 
 _VALIDATION = 3  # the stream of the sheets' noise
 
 
-def sample_sheet(settings: Settings, task: Task, classes: int, accelerator: Any) -> Image.Image | None:
+def sample_sheet(
+    settings: Settings, task: Task, classes: int, accelerator: Any, measured: TrainingData
+) -> Image.Image | None:
     """``num_validation_images`` images from the task's network as one sheet (on every process), None for 0 of them.
 
     Process r of W makes images r, r + W, ...; image i starts from the noise of (seed, i), so that sheets of one
-    training and of any number of processes show the same samples.
+    training and of any number of processes show the same samples.  Of an autoencoder: rows of ``measured`` images, each
+    above its reconstructions.
     """
     n, world, rank = settings.num_validation_images, accelerator.num_processes, accelerator.process_index
     if not n or task.name == "classifier":
         return None
+    if task.name == autoencoders.NAME:
+        return contact_sheet(autoencoders.before_and_after(task, measured, n))
     mine = [min(i, n - 1) for i in range(rank, math.ceil(n / world) * world, world)]
     generators = [generator_of(settings.seed, i, _VALIDATION) for i in mine]
-    training = task.network.training
-    task.network.eval()
+    training = task.trained.training
+    task.trained.eval()
     try:
         with torch.no_grad(), accelerator.autocast():
             images = _sampled_images(settings, task, classes, mine, generators)
     finally:
-        task.network.train(training)
+        task.trained.train(training)
     images = accelerator.gather(images.to(accelerator.device).contiguous())
     order = [i for r in range(world) for i in range(r, math.ceil(n / world) * world, world)]
     return contact_sheet(images[np.argsort(order)][:n].float().cpu())

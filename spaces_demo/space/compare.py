@@ -23,11 +23,12 @@ from diffusers_sde.comparison.engine import (
     default_samplers,
     reference_steps_for,
 )
-from diffusers_sde.comparison.problems import Problem, spread_labels
+from diffusers_sde.comparison.problems import Problem
 from diffusers_sde.comparison.report import draw_grid, write_csv
 from diffusers_sde.methods.pipeline_io import sample_shape
 from diffusers_sde.named_samplers import make_scheduler, reference_scheduler
 from diffusers_sde.sampler_names import DEFAULT_SAMPLERS, SAMPLERS
+from diffusers_sde.sampling import spread_labels
 from space import inputs, models
 from space.gpu import duration, on_gpu
 

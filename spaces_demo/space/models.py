@@ -15,8 +15,9 @@ import diffusers
 import torch
 
 from diffusers_sde.assets import DEFAULT_MODEL
-from diffusers_sde.comparison.problems import Problem, load_pipeline, make_problem
+from diffusers_sde.comparison.problems import Problem, make_problem
 from diffusers_sde.errors import UsageError
+from diffusers_sde.loading import load_pipeline
 
 ASSETS = DEFAULT_MODEL.parent
 

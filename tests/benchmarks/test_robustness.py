@@ -62,3 +62,17 @@ def test_singlestep_ode_stays_in_the_data(algorithm, order, grid, family):
     scheduler = DPMSolverScheduler(**FAMILIES[family], **options)
     scheduler.set_timesteps(5)
     assert ode_errors(scheduler, data, noise, reference)[0] < 2
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6, 8, 10])
+@pytest.mark.parametrize("grid", ["karras", "log_snr", "balanced", None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_data_without_spread_are_found(family, grid, steps):
+    """A network that always says the same x_0: at most 1.1 of the noise is left, since no correction may amplify the
+    predictor's error (before: 5.3 times the noise on EDM's own grid at 4 steps, whose last step is long)."""
+    scheduler = ProbabilityFlowScheduler(**{**FAMILIES[family], "prediction_type": "sample"}, grid=grid)
+    scheduler.set_timesteps(steps)
+    x, x0 = torch.ones(1, 1) * scheduler.init_noise_sigma, torch.zeros(1, 1)
+    for t in scheduler.timesteps:
+        x = scheduler.step(x0, t, x, return_dict=False)[0]
+    assert abs(float(x)) < 1.1

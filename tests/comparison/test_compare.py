@@ -22,7 +22,9 @@ from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, calibr
 from diffusers_sde.cli import main
 from diffusers_sde.comparison import engine, problems, report
 from diffusers_sde.errors import UsageError
+from diffusers_sde.loading import load_pipeline
 from diffusers_sde.sampler_names import DEFAULT_SAMPLERS, FAMILIES, SAMPLERS
+from diffusers_sde.sampling import spread_labels
 
 COMPONENTS, DIM = 5, 16
 FILES = ["error.png", "grid.png", "results.csv"]
@@ -111,7 +113,7 @@ def test_writes_pictures_and_table(mixture_folder, tmp_path, capsys):
 
 
 def test_evaluations_are_counted_true(mixture_folder):
-    pipe = problems.load_pipeline(mixture_folder)
+    pipe = load_pipeline(mixture_folder)
     problem, calls = problems.make_problem(pipe, num_images=1, seed=0), []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     for name in (name for name in SAMPLERS if not SAMPLERS[name].learned):  # this model has none
@@ -161,7 +163,7 @@ def test_default_samplers_of_each_process():
 
 
 def test_errors_on_the_oracle(mixture_folder):
-    problem = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=8, seed=0)
+    problem = problems.make_problem(load_pipeline(mixture_folder), num_images=8, seed=0)
     e = errors(problem, ["pf-ode", "ddim"], [5, 10, 20, 40])
     assert e["pf-ode", 5] > e["pf-ode", 10] > e["pf-ode", 20] > e["pf-ode", 40]
     assert e["pf-ode", 20] < e["ddim", 20]
@@ -199,7 +201,7 @@ def test_every_run_has_the_same_start_and_noise_of_its_own(mixture_folder):
             self.start = sample
             return (torch.randn(sample.shape, generator=generator),)
 
-    problem = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=3, seed=0)
+    problem = problems.make_problem(load_pipeline(mixture_folder), num_images=3, seed=0)
     spies = [Spy(), Spy()]
     first, second = (problem.solve(spy, 1, lambda: None) for spy in spies)
     assert torch.equal(spies[0].start, spies[1].start) and torch.equal(first, second)
@@ -322,8 +324,8 @@ def test_failure_while_sampling_leaves_nothing(mixture_folder, tmp_path, monkeyp
 
 
 def test_labels_are_spread():
-    assert problems.spread_labels(3, 10) == [0, 4, 9] and problems.spread_labels(1, 10) == [0]
-    assert problems.spread_labels(10, 10) == list(range(10)) and problems.spread_labels(12, 10)[-2:] == [0, 1]
+    assert spread_labels(3, 10) == [0, 4, 9] and spread_labels(1, 10) == [0]
+    assert spread_labels(10, 10) == list(range(10)) and spread_labels(12, 10)[-2:] == [0, 1]
 
 
 def test_names_at_the_ends_of_lines_do_not_overlap():
@@ -348,22 +350,22 @@ def test_calibrated_scheduler_beside_the_model_is_shown_by_default(mixture_folde
     is shown without it, and asking for it says how to make one."""
     folder = tmp_path / "model"
     shutil.copytree(mixture_folder, folder)
-    plain = problems.make_problem(problems.load_pipeline(str(folder)), num_images=8, seed=1)
+    plain = problems.make_problem(load_pipeline(str(folder)), num_images=8, seed=1)
     assert "calibrated" not in engine.default_samplers(plain, [5])
     assert run("--model", folder, "--samplers", "calibrated", "--steps", 5, "--output_dir", tmp_path / "out") == 2
     assert "diffusers-sde calibrate" in capsys.readouterr().err
 
-    pipe = problems.load_pipeline(str(folder))
+    pipe = load_pipeline(str(folder))
     options = {"num_samples": 32, "budget": 0, "batch_size": 16, "progress": False}
     calibrate(pipe, num_inference_steps=5, **options).save_pretrained(folder / "calibrated")
-    problem = problems.make_problem(problems.load_pipeline(str(folder)), num_images=8, seed=1)
+    problem = problems.make_problem(load_pipeline(str(folder)), num_images=8, seed=1)
     assert engine.default_samplers(problem, [5])[0] == "calibrated"
     found = errors(problem, ["calibrated", "pf-ode", "unipc"], [5])
     assert found["calibrated", 5] == min(found.values())
 
 
 def test_calibrated_scheduler_of_another_process_is_refused(mixture_folder, tmp_path):
-    pipe = problems.load_pipeline(mixture_folder)
+    pipe = load_pipeline(mixture_folder)
     options = {"num_samples": 16, "budget": 0, "batch_size": 16, "progress": False}
     calibrate(pipe, num_inference_steps=4, **options).save_pretrained(tmp_path / "calibrated")
     config = {**pipe.scheduler.config, "calibrated": str(tmp_path / "calibrated")}
@@ -374,7 +376,7 @@ def test_calibrated_scheduler_of_another_process_is_refused(mixture_folder, tmp_
 
 @pytest.fixture(scope="module")
 def embedded():
-    return problems.make_problem(problems.load_pipeline("fashion_mnist"), num_images=1, seed=0)
+    return problems.make_problem(load_pipeline("fashion_mnist"), num_images=1, seed=0)
 
 
 def test_a_calibrated_sampler_is_offered_where_it_was_learned(embedded):
@@ -418,7 +420,7 @@ def test_a_calibrated_table_that_lost_to_the_exact_solver_is_not_offered(embedde
 
 
 def test_states_show_one_more_solution_each_and_errors_as_soon_as_there_is_a_reference(mixture_folder):
-    problem, ticks = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=2, seed=0), []
+    problem, ticks = problems.make_problem(load_pipeline(mixture_folder), num_images=2, seed=0), []
     states = list(engine.compare(problem, ["ddim", "euler-a"], [4, 2], reference_steps=8, tick=lambda: ticks.append(1)))
     assert [len(s.results) for s in states] == [0, 1, 1, 2, 3, 4, 4]
     assert [s.done for s in states] == [0, 2, 10, 12, 16, 20, 24]
@@ -435,7 +437,7 @@ def test_states_show_one_more_solution_each_and_errors_as_soon_as_there_is_a_ref
 
 
 def test_a_comparison_that_is_left_computes_nothing_more(mixture_folder):
-    problem, solved = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=1, seed=0), []
+    problem, solved = problems.make_problem(load_pipeline(mixture_folder), num_images=1, seed=0), []
     watched = dataclasses.replace(problem, solve=lambda *a: (solved.append(a), problem.solve(*a))[1])
     states = engine.compare(watched, ["ddim"], [2, 3])
     next(states)
@@ -446,7 +448,7 @@ def test_a_comparison_that_is_left_computes_nothing_more(mixture_folder):
 
 
 def test_a_known_reference_is_not_solved_again(mixture_folder):
-    problem = problems.make_problem(problems.load_pipeline(mixture_folder), num_images=1, seed=0)
+    problem = problems.make_problem(load_pipeline(mixture_folder), num_images=1, seed=0)
     once = finished(problem, ["ddim"], [3])
     assert once.reference_steps == engine.REFERENCE_STEPS == 100
     again = finished(problem, ["ddim"], [3], solve_reference=lambda n: once.reference + (n == 50))

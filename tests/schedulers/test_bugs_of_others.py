@@ -10,7 +10,7 @@ from contract_helpers import (
     SHAPE,
     SOLVERS,
     VP,
-    by_class,
+    by_every,
     laid_out,
     loop,
     randn,
@@ -31,7 +31,7 @@ def test_cosine_betas_with_karras_grid():
     assert loop(ours, randn(*SHAPE)).isfinite().all()
 
 
-@by_class
+@by_every
 def test_float_timesteps_are_found(cls):
     """diffusers 11749, 10584: a float timestep that was rounded on its way is not found; ours is."""
     scheduler = laid_out(cls, 7, **FLOW)

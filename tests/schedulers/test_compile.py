@@ -3,7 +3,7 @@
 import diffusers
 import pytest
 import torch
-from contract_helpers import VP, by_class, by_process, gaussian, laid_out, randn
+from contract_helpers import VP, by_every, by_process, gaussian, laid_out, randn
 
 from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler
 
@@ -38,7 +38,7 @@ def steps(scheduler, step, x):
         x = out.prev_sample
 
 
-@by_class
+@by_every
 @by_process
 def test_compiled_steps_are_the_steps(process, cls, compiled):
     """After ``set_begin_index`` the step compiles as a whole, once for the whole run."""

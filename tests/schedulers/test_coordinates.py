@@ -5,11 +5,11 @@ import math
 import diffusers
 import pytest
 import torch
-from contract_helpers import EDM, FLOW, SHAPE, VP, by_class, laid_out, randn
+from contract_helpers import EDM, FLOW, SHAPE, VP, by_class, by_every, laid_out, randn
 from tiny_pipelines import cosine_dpm_solver
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize("process", [VP, FLOW], ids=["vp", "flow"])
 def test_native_coordinates(process, cls):
     """VP and flow: start from unit noise, and the network sees the state itself."""
@@ -40,7 +40,7 @@ def test_edm_preconditioning(name, kind, cls):
         theirs._step_index += 1
 
 
-@by_class
+@by_every
 def test_edm_initial_noise(cls):
     """The initial state has the standard deviation of the noised data, sqrt(sigma_max^2 + sigma_data^2)."""
     assert cls(**EDM).init_noise_sigma == pytest.approx(math.hypot(80.0, 0.5))

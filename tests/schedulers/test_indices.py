@@ -5,7 +5,19 @@ import math
 import diffusers
 import pytest
 import torch
-from contract_helpers import DTYPES, EDM, SHAPE, VP, by_class, by_process, by_solver, gaussian, laid_out, loop, randn
+from contract_helpers import (
+    DTYPES,
+    EDM,
+    SHAPE,
+    VP,
+    by_every,
+    by_process,
+    by_solver,
+    gaussian,
+    laid_out,
+    loop,
+    randn,
+)
 
 from diffusers_sde import DPMSolverScheduler, ReverseSDEScheduler
 
@@ -43,7 +55,7 @@ def test_any_index_is_a_start(process, cls, kwargs):
         torch.testing.assert_close(found, loop(rest, start), atol=1e-5, rtol=1e-4)
 
 
-@by_class
+@by_every
 @by_process
 def test_start_from_the_first_timestep(process, cls):
     """Pipelines that never set ``begin_index`` start where their first timestep is, with the same result."""
@@ -58,7 +70,7 @@ def test_start_from_the_first_timestep(process, cls):
         torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-6)
 
 
-@by_class
+@by_every
 def test_duplicate_timesteps(cls):
     """A timestep may occur twice: every step has its own index, and the empty step changes nothing but by what a
     corrector learns there."""
@@ -74,7 +86,7 @@ def test_duplicate_timesteps(cls):
     assert x.isfinite().all()
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize("k", [1, 2])
 def test_start_at_a_duplicate(k, cls):
     """A slice of ``timesteps`` that starts at the first or the second of two equal ones starts just there."""
@@ -104,7 +116,7 @@ def level(scheduler, i):
     return (1.0, s) if scheduler.config.sigma_data else (1 / math.hypot(1, s), s / math.hypot(1, s))
 
 
-@by_class
+@by_every
 @by_process
 def test_noise_while_stepping(process, cls):
     """Inpainting: once stepping, noise is that of the row reached, whatever timestep is passed."""
@@ -115,7 +127,7 @@ def test_noise_while_stepping(process, cls):
     torch.testing.assert_close(noise_both(scheduler, scheduler.timesteps[5:6]), expected, rtol=1e-5, atol=1e-5)
 
 
-@by_class
+@by_every
 @by_process
 def test_noise_at_the_start(process, cls):
     """Image to image: before the first step, noise is that of ``begin_index``, whatever timestep is passed."""
@@ -125,7 +137,7 @@ def test_noise_at_the_start(process, cls):
     torch.testing.assert_close(found, noised(scheduler, *level(scheduler, 2)), rtol=1e-5, atol=1e-5)
 
 
-@by_class
+@by_every
 def test_noise_on_the_grid(cls):
     """Without either index the timestep is looked up in the grid, which need not be that of training."""
     scheduler = cls(use_flow_sigmas=True)
@@ -135,7 +147,7 @@ def test_noise_on_the_grid(cls):
         torch.testing.assert_close(noise_both(scheduler, scheduler.timesteps[i : i + 1]), expected)
 
 
-@by_class
+@by_every
 @by_process
 def test_noise_off_the_grid(process, cls):
     """A timestep that is not on the grid, one number or one a sample, is evaluated on the path."""
@@ -147,7 +159,7 @@ def test_noise_off_the_grid(process, cls):
     torch.testing.assert_close(noise_both(scheduler, times), noised(scheduler, alpha, sigma), rtol=1e-5, atol=1e-5)
 
 
-@by_class
+@by_every
 def test_noise_in_training(cls):
     """Before ``set_timesteps``, with a timestep per sample: DDPM's ``add_noise`` and ``get_velocity``."""
     theirs, ours = diffusers.DDPMScheduler(**VP), cls(**VP)
@@ -156,7 +168,7 @@ def test_noise_in_training(cls):
     torch.testing.assert_close(ours.get_velocity(x0, eps, t), theirs.get_velocity(x0, eps, t))
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_noise_keeps_dtype(dtype, cls):
     """Half precision latents stay half precision, at a grid index and at a timestep."""

@@ -7,7 +7,21 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from contract_helpers import EDM, FLOW, PUBLIC, SHAPE, VP, by_class, by_process, laid_out, loop, point, randn, relative
+from contract_helpers import (
+    EDM,
+    FLOW,
+    PUBLIC,
+    SHAPE,
+    VP,
+    by_class,
+    by_every,
+    by_process,
+    laid_out,
+    loop,
+    point,
+    randn,
+    relative,
+)
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler
@@ -21,7 +35,7 @@ def test_set_timesteps_signature(cls):
     assert all(p.default is None for name, p in parameters.items() if name != "self")
 
 
-@by_class
+@by_every
 @by_process
 def test_steps_terminal_and_types(process, cls):
     """``n`` timesteps and ``n + 1`` sigmas, float32 tensors, the last sigma 0."""
@@ -43,7 +57,7 @@ def test_any_number_of_steps(process, n, cls):
     assert (scheduler.sigmas.diff() < 0).all()
 
 
-@by_class
+@by_every
 def test_sigmas_without_number_of_steps(cls):
     """Flow pipelines pass ``sigmas`` and ``num_inference_steps=None``, by way of ``retrieve_timesteps``."""
     scheduler = cls(**FLOW)
@@ -51,14 +65,14 @@ def test_sigmas_without_number_of_steps(cls):
     assert n == len(timesteps) == 4
 
 
-@by_class
+@by_every
 def test_timesteps_without_number_of_steps(cls):
     """The same for ``timesteps``."""
     timesteps, n = retrieve_timesteps(cls(**VP), None, "cpu", timesteps=[999, 600, 100])
     assert n == 3 and timesteps.tolist() == [999, 600, 100]
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor], ids=["list", "numpy", "torch"])
 def test_sigmas_of_any_type(kind, cls):
     """Lists, arrays and tensors of sigmas are the same."""
@@ -67,7 +81,7 @@ def test_sigmas_of_any_type(kind, cls):
     assert scheduler.sigmas.tolist() == [1.0, 0.5, 0.25, 0.0]
 
 
-@by_class
+@by_every
 def test_mu_without_dynamic_shifting(cls):
     """Pipelines pass ``mu`` also where dynamic shifting is off: it changes nothing, on any process."""
     for process in (VP, FLOW, EDM):
@@ -77,7 +91,7 @@ def test_mu_without_dynamic_shifting(cls):
         assert torch.equal(plain.sigmas, given.sigmas) and torch.equal(plain.timesteps, given.timesteps)
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize("terminal", [[0.0], []], ids=["with_terminal", "without"])
 def test_sigma_list_of_vp(terminal, cls):
     """Euler and AYS lists include the terminal 0; without it one is added.  No evaluation is spent on it."""
@@ -97,7 +111,7 @@ def test_sigma_list_of_vp_means_stock_timesteps():
     torch.testing.assert_close(ours.timesteps, theirs.timesteps.float(), atol=0.02, rtol=1e-4)
 
 
-@by_class
+@by_every
 def test_timestep_list_of_vp(cls):
     """Custom timesteps have the noise levels of training."""
     times = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
@@ -148,7 +162,7 @@ def test_written_sigma_is_the_step_to_that_level():
     )
 
 
-@by_class
+@by_every
 def test_flow_timesteps_are_1000_sigma(cls):
     """As floats, not truncated to integers as in stock UniPC and DPM-Solver."""
     scheduler = laid_out(cls, 7, **FLOW)
@@ -195,7 +209,7 @@ def test_dynamic_shifting_needs_mu(cls):
         scheduler.set_timesteps(5)
 
 
-@by_class
+@by_every
 def test_timesteps_and_sigmas_together(cls):
     """The network sees ``timesteps``, the state has ``sigmas``."""
     scheduler = cls(**{**FLOW, "shift": 1.0})
@@ -207,7 +221,7 @@ def test_timesteps_and_sigmas_together(cls):
     torch.testing.assert_close(out.pred_original_sample, x0, atol=1e-6, rtol=1e-6)
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -8,6 +8,7 @@ from contract_helpers import (
     SHAPE,
     VP,
     by_class,
+    by_every,
     by_process,
     gaussian,
     laid_out,
@@ -73,7 +74,7 @@ def test_zero_terminal_snr(kind, cls):
     torch.testing.assert_close(loop(scheduler, randn(*SHAPE), point(scheduler, x0)), x0, atol=1e-4, rtol=1e-4)
 
 
-@by_class
+@by_every
 def test_epsilon_at_zero_terminal_snr(cls):
     """There epsilon says nothing about the data: a ValueError that names the remedies instead of NaN."""
     scheduler = laid_out(cls, 8, **VP, rescale_betas_zero_snr=True)
@@ -81,7 +82,7 @@ def test_epsilon_at_zero_terminal_snr(cls):
         scheduler.step(randn(*SHAPE), scheduler.timesteps[0], randn(*SHAPE))
 
 
-@by_class
+@by_every
 def test_epsilon_below_zero_terminal_snr(cls):
     """From a first timestep below it, epsilon prediction works."""
     scheduler = cls(**VP, rescale_betas_zero_snr=True)

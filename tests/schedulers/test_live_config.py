@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract_helpers import EDM, FLOW, VP, by_class, laid_out, loop, point, randn
+from contract_helpers import EDM, FLOW, VP, by_class, by_every, laid_out, loop, point, randn
 
 from diffusers_sde import DPMSolverScheduler, FlowMapScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 
@@ -115,7 +115,7 @@ def test_a_value_that_does_not_exist_is_refused_before_any_work(cls, changes, na
         scheduler.set_timesteps(4)
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize("steps", [0, -3, 2.5, 20.0, "7", True, float("nan")], ids=repr)
 def test_a_number_of_steps_that_is_none(cls, steps):
     """Floats, negative numbers and others are refused in one sentence."""

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from contract_helpers import CLASSES, EDM, FLOW, VP, by_class, by_process, gaussian, loop, randn, seeded
+from contract_helpers import CLASSES, EDM, FLOW, VP, by_every, by_process, gaussian, loop, randn, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_sde import DPMSolverScheduler, ReverseSDEScheduler
@@ -77,7 +77,7 @@ def test_loop_without_values(process, setting):
     assert scheduler.step_index == 6
 
 
-@by_class
+@by_every
 @by_process
 def test_custom_timesteps_without_values(process, cls):
     """The same with the caller's own timesteps, which need not be integers."""
@@ -87,7 +87,7 @@ def test_custom_timesteps_without_values(process, cls):
     assert scheduler.step_index == 4
 
 
-@by_class
+@by_every
 @by_process
 def test_custom_sigmas_without_values(process, cls):
     """The same with the caller's own sigmas."""
@@ -97,7 +97,7 @@ def test_custom_sigmas_without_values(process, cls):
     assert scheduler.step_index == 3
 
 
-@by_class
+@by_every
 @by_process
 @pytest.mark.parametrize("begin", [True, False], ids=["begin_index", "from_timestep"])
 def test_start_in_the_middle_without_values(process, cls, begin):
@@ -110,7 +110,7 @@ def test_start_in_the_middle_without_values(process, cls, begin):
     assert scheduler.step_index == 6
 
 
-@by_class
+@by_every
 @by_process
 def test_noising_without_values(process, cls):
     """``add_noise`` and ``scale_noise`` read nothing back: before, at the start of, and in the middle of a run."""
@@ -137,7 +137,7 @@ def test_generator_of_another_device(process, many):
     assert scheduler.step_index == 4
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_without_values(cls, dtype):
     """Half precision runs there too, and stays half precision."""
@@ -162,7 +162,7 @@ def test_steps_do_not_synchronise(process, setting):
     assert "mul" in watch.seen  # the watch was on
 
 
-@by_class
+@by_every
 def test_the_watch_sees_synchronisation(cls):
     """A timestep that is not the scheduler's own must be read: the watch of these tests notices it."""
     scheduler = cls(**VP)
@@ -260,7 +260,7 @@ def test_copy_continues(process, setting, copied):
     assert torch.equal(loop(scheduler, half, start=3), expected)
 
 
-@by_class
+@by_every
 def test_copy_of_an_unused_scheduler(cls):
     """A scheduler that has not run yet can be copied and pickled."""
     scheduler = cls(**VP)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import diffusers
 import pytest
 import torch
-from contract_helpers import CLASSES, FLOW, VP, by_class, by_process, gaussian, laid_out, loop, randn, seeded
+from contract_helpers import CLASSES, FLOW, VP, by_class, by_every, by_process, gaussian, laid_out, loop, randn, seeded
 
 from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler
 
@@ -40,7 +40,7 @@ def in_thread(function, *arguments):
 # -- threads --
 
 
-@by_class
+@by_every
 @by_process
 def test_steps_of_one_run_on_several_threads(process, cls):
     """Servers and generators take each step on whatever thread is free: the result is that of one thread."""
@@ -55,7 +55,7 @@ def test_steps_of_one_run_on_several_threads(process, cls):
     assert torch.equal(x, alone(cls, process))
 
 
-@by_class
+@by_every
 def test_a_worker_sees_the_new_grid(cls):
     """A thread that has run on an old grid and is handed timesteps of a new one steps on the new one."""
     scheduler = laid_out(cls, **VP)
@@ -69,7 +69,7 @@ def test_a_worker_sees_the_new_grid(cls):
     assert torch.equal(x, alone(cls, VP, 9))
 
 
-@by_class
+@by_every
 @by_process
 def test_concurrent_requests(process, cls):
     """Several threads lay out and run grids of their own on one scheduler at the same time."""
@@ -91,7 +91,7 @@ def test_concurrent_requests(process, cls):
         assert torch.equal(x, alone(cls, process, n, seed=n))
 
 
-@by_class
+@by_every
 def test_a_thread_keeps_its_own_layout(cls):
     """Between laying out and the first step a thread reads its own timesteps, whatever others lay out meanwhile."""
     scheduler = laid_out(cls, 5, **VP)
@@ -102,7 +102,7 @@ def test_a_thread_keeps_its_own_layout(cls):
 # -- loops and runs on one scheduler --
 
 
-@by_class
+@by_every
 @by_process
 def test_interleaved_runs(process, cls):
     """Two runs laid out one after the other, their steps taken in turn."""
@@ -121,7 +121,7 @@ def test_interleaved_runs(process, cls):
     assert torch.equal(last, alone(cls, process, 6, seed=6))
 
 
-@by_class
+@by_every
 def test_interleaved_runs_on_one_grid(cls):
     """Two loops over the same timesteps: each step goes on from the state that the run returned."""
     scheduler = laid_out(cls, **VP)
@@ -142,7 +142,7 @@ def test_interleaved_runs_that_cannot_be_told_apart():
             x = torch.cat(parts)
 
 
-@by_class
+@by_every
 @by_process
 def test_a_second_loop_is_a_new_run(process, cls):
     """A second loop without ``set_timesteps`` has its own latents, its own noise, its own history."""
@@ -152,7 +152,7 @@ def test_a_second_loop_is_a_new_run(process, cls):
     assert torch.equal(found, alone(cls, process, seed=1, generator=seeded(1)))
 
 
-@by_class
+@by_every
 @by_process
 @pytest.mark.parametrize("begin", [0, 2])
 def test_a_loop_after_a_cancelled_one(process, cls, begin):
@@ -164,7 +164,7 @@ def test_a_loop_after_a_cancelled_one(process, cls, begin):
     assert torch.equal(loop(scheduler, start(scheduler, 1), start=begin), expected)
 
 
-@by_class
+@by_every
 @by_process
 def test_rows_left_out_are_refused(process, cls):
     """A step further down than the run stands, or one taken again, names the remedies."""
@@ -185,7 +185,7 @@ def test_a_value_of_another_row_is_refused():
         scheduler.step(x, float(scheduler.timesteps[4]), x)
 
 
-@by_class
+@by_every
 def test_first_order_steps_need_no_order(cls):
     """A table whose rows read nothing else can be run in any order, as DDIM can."""
     if cls is not ProbabilityFlowScheduler:
@@ -208,7 +208,7 @@ COPIES = {
 }
 
 
-@by_class
+@by_every
 @by_process
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
 def test_copies_go_on_independently(process, cls, make):
@@ -237,7 +237,7 @@ def test_copies_share_no_settings(cls, make):
     assert scheduler.config.prediction_type == "epsilon"
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize("same", [False, True], ids=["each its copy", "one copy for all"])
 def test_saved_dictionaries(cls, same):
     """Panorama pipelines put a saved ``__dict__`` back before each view's step, all from one deep copy at first."""
@@ -300,7 +300,7 @@ def test_a_held_run_survives_others():
     assert torch.equal(x, alone(ProbabilityFlowScheduler, VP))
 
 
-@by_class
+@by_every
 def test_a_finished_run_keeps_nothing(cls):
     """After the last step no evaluation is stored."""
     scheduler = laid_out(cls, **FLOW)

@@ -12,6 +12,7 @@ from contract_helpers import (
     SHAPE,
     VP,
     by_class,
+    by_every,
     by_process,
     in_fresh_process,
     randn,
@@ -47,7 +48,7 @@ def test_infinite_data_std_is_saved(cls, tmp_path):
     assert cls.from_pretrained(tmp_path).config.data_std == math.inf
 
 
-@by_class
+@by_every
 def test_saved_config_loads_into_stock(cls, tmp_path):
     """A stock class reads our file: same process."""
     scheduler = cls(**VP, prediction_type="v_prediction")
@@ -57,7 +58,7 @@ def test_saved_config_loads_into_stock(cls, tmp_path):
     assert again.config.prediction_type == "v_prediction"
 
 
-@by_class
+@by_every
 def test_stock_folder_loads_into_ours(cls, tmp_path):
     """``from_pretrained`` on a stock scheduler's folder converts it."""
     diffusers.LCMScheduler().save_pretrained(tmp_path)

@@ -12,6 +12,7 @@ from contract_helpers import (
     SHAPE,
     VP,
     by_class,
+    by_every,
     by_process,
     gaussian,
     laid_out,
@@ -25,7 +26,7 @@ from contract_helpers import (
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 
 
-@by_class
+@by_every
 @by_process
 def test_step_by_keyword(process, cls):
     """Everything may be passed by keyword."""
@@ -38,7 +39,7 @@ def test_step_by_keyword(process, cls):
     assert torch.equal(found.prev_sample, expected)
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize("extra", [{"prev_timestep": 3}, {"use_clipped_model_output": True}, {"variance_noise": None}])
 def test_foreign_keywords_are_tolerated(extra, cls):
     """Keywords of other schedulers' ``step`` that mean nothing here change nothing."""
@@ -46,7 +47,7 @@ def test_foreign_keywords_are_tolerated(extra, cls):
     assert torch.equal(one_step(laid_out(cls, **VP), **extra).prev_sample, expected)
 
 
-@by_class
+@by_every
 @by_process
 def test_pred_original_sample_is_honoured(process, cls):
     """Cosmos hands the step its own data prediction: the step is that of a network which says so."""
@@ -62,7 +63,7 @@ def test_pred_original_sample_is_honoured(process, cls):
     torch.testing.assert_close(returned, x0, atol=2e-5, rtol=2e-5)
 
 
-@by_class
+@by_every
 def test_per_token_timesteps_are_honoured(cls):
     """LTX gives every token its own noise level: the result is FlowMatchEuler's."""
     stock_scheduler, scheduler = diffusers.FlowMatchEulerDiscreteScheduler(), cls(use_flow_sigmas=True)
@@ -80,7 +81,7 @@ def test_per_token_timesteps_are_honoured(cls):
         x = expected
 
 
-@by_class
+@by_every
 def test_per_token_timesteps_need_flow_matching(cls):
     """Elsewhere they are refused with a clear error instead of being ignored."""
     with pytest.raises(ValueError, match="flow matching"):
@@ -101,7 +102,7 @@ def test_generator_is_named(cls):
     assert parameter.default is None
 
 
-@by_class
+@by_every
 @by_process
 def test_tuple_of_two(process, cls):
     """``return_dict=False``: the previous sample and the data prediction, as in the output object."""
@@ -125,7 +126,7 @@ def test_second_of_the_tuple_is_the_data_prediction(process, cls):
     torch.testing.assert_close(x, x0, atol=5e-4, rtol=1e-4)
 
 
-@by_class
+@by_every
 @by_process
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtype_is_kept(process, cls, dtype):
@@ -137,14 +138,14 @@ def test_dtype_is_kept(process, cls, dtype):
         assert out.prev_sample.isfinite().all()
 
 
-@by_class
+@by_every
 def test_float32_model_on_half_sample(cls):
     """A network that returns float32 for a half precision sample does not change the sample's dtype."""
     scheduler, x = laid_out(cls, **VP), randn(*SHAPE).to(torch.bfloat16)
     assert scheduler.step(x.float(), scheduler.timesteps[0], x, return_dict=False)[0].dtype == torch.bfloat16
 
 
-@by_class
+@by_every
 def test_half_precision_step_is_the_rounded_float32_step(cls):
     """Arithmetic is float32: a bfloat16 step is the float32 step of the same numbers, rounded once."""
     kwargs = {"noise_seed": 1} if cls is ReverseSDEScheduler else {}
@@ -198,7 +199,7 @@ def test_timesteps_off_the_grid(off, cls):
     assert torch.equal(found, scheduler.step(output, scheduler.timesteps[3], x).prev_sample)
 
 
-@by_class
+@by_every
 @by_process
 def test_step_before_set_timesteps(process, cls):
     """Without ``set_timesteps`` the training grid is in force: a step goes one training timestep down."""
@@ -213,7 +214,7 @@ def test_step_before_set_timesteps(process, cls):
         torch.testing.assert_close(out.prev_sample, alpha * x0 + sigma * eps, atol=1e-4, rtol=1e-4)
 
 
-@by_class
+@by_every
 def test_step_index_can_be_put_back(cls):
     """Cosmos steps twice at one timestep, with ``_step_index -= 1`` in between: the second step counts."""
     scheduler = laid_out(cls, **VP)

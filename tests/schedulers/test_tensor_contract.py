@@ -4,7 +4,20 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from contract_helpers import EDM, FLOW, VP, by_class, by_process, gaussian, laid_out, loop, point, randn, relative
+from contract_helpers import (
+    EDM,
+    FLOW,
+    VP,
+    by_class,
+    by_every,
+    by_process,
+    gaussian,
+    laid_out,
+    loop,
+    point,
+    randn,
+    relative,
+)
 
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 
@@ -40,7 +53,19 @@ def test_assigned_first_timesteps_end_at_the_next_level():
     torch.testing.assert_close(loop(scheduler, start, point(scheduler, x0)), end, atol=1e-4, rtol=1e-4)
 
 
-@by_class
+def test_timesteps_that_were_left_out_are_refused():
+    """An element of the old timesteps that is not among the assigned ones is no row of the run."""
+    scheduler, x = laid_out(ProbabilityFlowScheduler, 8, **VP), randn(*SHAPE)
+    before = scheduler.timesteps
+    scheduler.timesteps = before[3:]
+    with pytest.raises(ValueError, match="left out"):
+        scheduler.step(x, before[2], x)
+    assert scheduler.step(x, before[3], x).prev_sample.isfinite().all()
+    scheduler.timesteps = before  # all of them again: a grid of these numbers
+    assert len(scheduler.sigmas) == 9 and loop(scheduler, x).isfinite().all()
+
+
+@by_every
 def test_assigned_numbers_are_a_grid(cls):
     """Other numbers are the caller's own grid, as if passed to ``set_timesteps``."""
     times = torch.tensor([990.0, 612.0, 333.0, 40.0])
@@ -55,7 +80,7 @@ def test_assigned_numbers_are_a_grid(cls):
 # -- batches and shapes --
 
 
-@by_class
+@by_every
 @by_process
 @pytest.mark.parametrize("shape", [(5,), (3, 2), (1, 16, 6), (2, 3, 2, 4, 4)], ids=str)
 def test_samples_of_any_shape(process, cls, shape):
@@ -116,7 +141,7 @@ def test_trimmed_evaluations_go_on():
 # -- one timestep a sample --
 
 
-@by_class
+@by_every
 @by_process
 @pytest.mark.parametrize(
     "make", [lambda t: t.expand(2), lambda t: t.repeat(2), lambda t: t[None]], ids=["expand", "repeat", "one"]
@@ -133,7 +158,7 @@ def test_one_timestep_repeated_for_each_sample(process, cls, make):
     assert torch.equal(x, expected)
 
 
-@by_class
+@by_every
 def test_different_timesteps_in_one_step_are_refused(cls):
     """A step has one row."""
     scheduler, x = laid_out(cls, **VP), randn(*SHAPE)
@@ -157,7 +182,7 @@ def ddpm_noised(x0, eps, t):
     return diffusers.DDPMScheduler(**VP).add_noise(x0, eps, t)
 
 
-@by_class
+@by_every
 @pytest.mark.parametrize("when", ["laid out", "begin index", "in mid-run", "finished"])
 def test_training_during_and_after_runs_uses_its_own_timesteps(cls, when):
     """``add_noise``, ``scale_noise`` and ``get_velocity`` at times that training draws are DDPM's, whatever runs."""
@@ -174,7 +199,7 @@ def test_training_during_and_after_runs_uses_its_own_timesteps(cls, when):
     torch.testing.assert_close(scheduler.get_velocity(x0, eps, t), expected)
 
 
-@by_class
+@by_every
 def test_a_copy_of_the_runs_timestep_means_the_run(cls):
     """``timesteps[:1].repeat(batch)``, which image-to-image pipelines pass, is the run's level: sigmas may be given."""
     scheduler = cls(use_flow_sigmas=True, prediction_type="flow_prediction")
@@ -184,7 +209,29 @@ def test_a_copy_of_the_runs_timestep_means_the_run(cls):
     torch.testing.assert_close(found, 0.5 * x0 + 0.5 * eps)
 
 
-@by_class
+@by_process
+@pytest.mark.parametrize("when", ["laid out", "begin index", "laid anew", "in mid-run"])
+def test_levels_found_on_a_device_are_those_of_the_host(process, when):
+    """An accelerator's times are compared with the run's where they are, the levels are those that the host finds, for
+    times of the run, copies of them from before a grid was laid out anew, and others."""
+    scheduler = laid_out(ProbabilityFlowScheduler, 8, **process)
+    before, x = scheduler.timesteps.clone(), randn(*SHAPE)
+    if when != "laid out":
+        scheduler.set_begin_index(3)
+    if when == "laid anew":
+        scheduler.add_noise(x, x, scheduler.timesteps[3:4])
+        assert process is EDM or scheduler.timesteps[3] != before[3]  # its default grid takes equal steps of time
+    if when == "in mid-run":
+        loop(scheduler, x, start=3, stop=5)
+    others = torch.tensor([0.5, -0.2]) if process is EDM else torch.tensor([700.5, 12.25])
+    for times in (scheduler.timesteps[3:4].clone(), scheduler.timesteps[2:4].clone(), before[3:4].repeat(2), others):
+        found = scheduler._levels_on_device(scheduler._run, times)
+        expected = scheduler._alpha_sigma(times, x)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.expand(len(times)), b.flatten().expand(len(times)), atol=2e-6, rtol=1e-5)
+
+
+@by_every
 def test_rounded_timesteps_of_given_sigmas(cls):
     """With ``round_timesteps`` the level moves together with its label: the state is where the network is told."""
     scheduler = cls(**VP, round_timesteps=True)

@@ -1,6 +1,6 @@
 """Conditional and marginal dynamics, their discretisation, and what score matching learns.
 
-F: Fu & Wang, arXiv:2605.22586.  L: Lu, arXiv:2607.01693.  P: Lai et al., arXiv:2510.21890.  Moments of linear equations
+Fu & Wang: arXiv:2605.22586.  Lu: arXiv:2607.01693.  Lai et al.: arXiv:2510.21890.  Moments of linear equations
 are ordinary differential equations and expectations of polynomials are quadratures: nothing here is sampled.
 """
 
@@ -72,7 +72,7 @@ def forward_moments(path, start, end, first):
 
 @every_path
 def test_conditional_score_is_the_gradient_of_the_kernel(name):
-    """grad log N(x; alpha x_0, sigma^2) = (alpha x_0 - x)/sigma^2 = -eps/sigma (F 1)."""
+    """grad log N(x; alpha x_0, sigma^2) = (alpha x_0 - x)/sigma^2 = -eps/sigma (Fu & Wang, section 1)."""
     path, x, x0 = SMOOTH[name], 0.4, MEAN
     t = np.mean(span(path))
     alpha, sigma = path.alpha_sigma(t)
@@ -84,7 +84,7 @@ def test_conditional_score_is_the_gradient_of_the_kernel(name):
 
 @every_path
 def test_conditional_ode_follows_the_interpolation(name):
-    """The velocity f x - g^2/2 score carries alpha x_0 + sigma eps along itself, for one eps (F 1)."""
+    """The velocity f x - g^2/2 score carries alpha x_0 + sigma eps along itself, for one eps (Fu & Wang, section 1)."""
     path, x0, eps = SMOOTH[name], np.array([MEAN, -0.4]), np.array([0.8, -1.7])
     start, end = span(path)
     at = {t: path.alpha_sigma(t)[0] * x0 + path.alpha_sigma(t)[1] * eps for t in (start, end)}
@@ -97,7 +97,7 @@ def test_conditional_ode_follows_the_interpolation(name):
 
 @every_path
 def test_conditional_velocity_is_the_derivative_of_the_interpolation(name):
-    """u = alpha' x_0 + sigma' eps (F 1; P 5)."""
+    """u = alpha' x_0 + sigma' eps (Fu & Wang, section 1; Lai et al., chapter 5)."""
     path, x0, eps = SMOOTH[name], MEAN, 0.8
     t, h = np.mean(span(path)) + 0.21, 1e-6 * abs(path.noisiest - path.cleanest)
     (a0, s0), (a, s), (a1, s1) = (path.alpha_sigma(v) for v in (t - h, t, t + h))
@@ -108,7 +108,7 @@ def test_conditional_velocity_is_the_derivative_of_the_interpolation(name):
 
 @every_path
 def test_forward_sde_reproduces_the_conditional_path(name):
-    """dx = f x dt + g dw takes N(alpha_s x_0, sigma_s^2) to N(alpha_t x_0, sigma_t^2) (F 1)."""
+    """dx = f x dt + g dw takes N(alpha_s x_0, sigma_s^2) to N(alpha_t x_0, sigma_t^2) (Fu & Wang, section 1)."""
     path = SMOOTH[name]
     noisy, clean = span(path)
     (a0, s0), (a1, s1) = path.alpha_sigma(clean), path.alpha_sigma(noisy)
@@ -119,7 +119,8 @@ def test_forward_sde_reproduces_the_conditional_path(name):
 @every_tau
 @every_path
 def test_conditional_sde_reproduces_the_conditional_path(name, tau):
-    """dx = [f x - (1 + tau^2)/2 g^2 score(x|x_0)] dt + tau g dw run backwards has the moments of the path (F 1)."""
+    """dx = [f x - (1 + tau^2)/2 g^2 score(x|x_0)] dt + tau g dw run backwards has the moments of the path
+    (Fu & Wang, section 1)."""
     path = SMOOTH[name]
     start, end = span(path)
     (a1, s1), (a0, s0) = path.alpha_sigma(start), path.alpha_sigma(end)
@@ -136,7 +137,7 @@ def test_conditional_sde_reproduces_the_conditional_path(name, tau):
 
 @every_path
 def test_forward_sde_reproduces_the_marginals(name):
-    """Averaged over the data the noising SDE has the marginals p_t (F 2)."""
+    """Averaged over the data the noising SDE has the marginals p_t (Fu & Wang, section 2)."""
     path = SMOOTH[name]
     noisy, clean = span(path)
     moments = forward_moments(path, clean, noisy, marginal(path, clean))
@@ -146,7 +147,8 @@ def test_forward_sde_reproduces_the_marginals(name):
 @every_tau
 @every_path
 def test_reverse_sde_and_probability_flow_share_the_marginals(name, tau):
-    """Every tau runs p_t backwards, from the ODE (0) over the reverse SDE (1) and beyond (F 3; Song et al. 2021)."""
+    """Every tau runs p_t backwards, from the ODE (0) over the reverse SDE (1) and beyond (Fu & Wang, section 3; Song
+    et al. 2021)."""
     path, score = SMOOTH[name], gaussian_score(SMOOTH[name])
     start, end = span(path)
 
@@ -159,7 +161,7 @@ def test_reverse_sde_and_probability_flow_share_the_marginals(name, tau):
 
 @every_path
 def test_probability_flow_velocity_is_the_reverse_drift_without_noise(name):
-    """velocity = reverse_drift at tau = 0; noise adds (tau^2/2) g^2 score to the pull (F 3)."""
+    """velocity = reverse_drift at tau = 0; noise adds (tau^2/2) g^2 score to the pull (Fu & Wang, section 3)."""
     path, x, score = SMOOTH[name], 0.7, -1.1
     t = np.mean(span(path))
     g2 = drift_and_diffusion(path, t)[1]
@@ -186,7 +188,8 @@ def mixture_score(path, t, x):
 
 @every_path
 def test_probability_flow_preserves_quantiles_of_a_mixture(name):
-    """In one dimension the ODE of the marginals moves each quantile of p_t along itself: exact transport (F 2)."""
+    """In one dimension the ODE of the marginals moves each quantile of p_t along itself: exact transport
+    (Fu & Wang, section 2)."""
     path = SMOOTH[name]
     start, end = span(path)
     m, s = mixture_1d(path, start)
@@ -203,7 +206,8 @@ def test_probability_flow_preserves_quantiles_of_a_mixture(name):
 @every_tau
 @pytest.mark.parametrize("name", ["edm", "flow", "mochi"])
 def test_reverse_density_equation(name, tau):
-    """d_t p = -d_x(b p) - tau^2 g^2/2 d_xx p for the reverse drift b of every tau (F 3, appendix Fokker-Planck)."""
+    """d_t p = -d_x(b p) - tau^2 g^2/2 d_xx p for the reverse drift b of every tau (Fu & Wang, section 3, appendix
+    Fokker-Planck)."""
     path = SMOOTH[name]
     t = float(np.mean(span(path)))
     m, s = mixture_1d(path, t)
@@ -222,7 +226,8 @@ def test_reverse_density_equation(name, tau):
 
 @every_path
 def test_tweedie(name):
-    """E[x_0 | x] = (x + sigma^2 score)/alpha, against the integral that defines the posterior mean (F 4; L 3)."""
+    """E[x_0 | x] = (x + sigma^2 score)/alpha, against the integral that defines the posterior mean
+    (Fu & Wang, section 4; Lu, chapter 3)."""
     path = SMOOTH[name]
     t = float(np.mean(span(path)))
     alpha, sigma = path.alpha_sigma(t)
@@ -241,7 +246,7 @@ def test_tweedie(name):
 @every_path
 def test_score_is_minus_the_expected_noise_over_sigma(name):
     """score = -E[eps | x]/sigma: the gradient of the mixture's log-density by autograd, E[eps | x] from its posterior
-    mean (F 4; P 3)."""
+    mean (Fu & Wang, section 4; Lai et al., chapter 3)."""
     path, model = SMOOTH[name], mixture()
     for t in np.linspace(*span(path), 5):
         alpha, sigma = (float(v) for v in path.alpha_sigma(t))
@@ -255,7 +260,8 @@ def test_score_is_minus_the_expected_noise_over_sigma(name):
 @every_path
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_every_prediction_is_one_regression(kind, name):
-    """The minimiser of E|m(x) - (A x_0 + B eps)|^2 is the conversion of E[x_0 | x]: the normal equations hold (P 6)."""
+    """The minimiser of E|m(x) - (A x_0 + B eps)|^2 is the conversion of E[x_0 | x]: the normal equations hold (Lai
+    et al., chapter 6)."""
     path = SMOOTH[name]
     alpha, sigma = (float(v) for v in path.alpha_sigma(np.mean(span(path))))
     a, b = prediction_coefficients(kind, alpha, sigma)
@@ -270,7 +276,8 @@ def test_every_prediction_is_one_regression(kind, name):
 @every_path
 def test_noise_loss_is_score_matching_plus_a_constant(name):
     """E|eps_theta - eps|^2 = sigma^2 E|s_theta - score|^2 + Var(eps | x): the difference does not depend on theta, and
-    both have the same minimiser (F 4).  Linear scores on Gaussian data, expectations by Gauss-Hermite quadrature."""
+    both have the same minimiser (Fu & Wang, section 4).  Linear scores on Gaussian data, expectations by Gauss-Hermite
+    quadrature."""
     path = SMOOTH[name]
     t = float(np.mean(span(path)))
     alpha, sigma = (float(v) for v in path.alpha_sigma(t))
@@ -312,7 +319,8 @@ def one_step_divergence(v, h, std):
 
 
 def test_one_step_euler_maruyama_error():
-    """One step costs KL <= d L^2 h^2, L the Lipschitz constant of the score, and the order 2 in h is attained (L 6)."""
+    """One step costs KL <= d L^2 h^2, L the Lipschitz constant of the score, and the order 2 in h is attained
+    (Lu, chapter 6)."""
     v, std = 2.0, 0.8
     steps = 0.4 / 2.0 ** np.arange(8)
     errors = np.array([one_step_divergence(v, h, std) for h in steps])
@@ -321,7 +329,8 @@ def test_one_step_euler_maruyama_error():
 
 
 def test_exact_kernel_of_that_step_is_the_reverse_sde():
-    """The kernel that the one-step bound compares with solves the reverse SDE of the package's VE path (L 6)."""
+    """The kernel that the one-step bound compares with solves the reverse SDE of the package's VE path
+    (Lu, chapter 6)."""
     path, std, v, h, x = SMOOTH["edm"], 0.8, 2.0, 0.4, 1.7
     start, end = (float(path.time(-0.5 * np.log(u))) for u in (v, v - h))
 

@@ -1,6 +1,6 @@
-"""Forward processes and predictions: the statements of the three texts, and the configs of diffusers that spell them.
+"""Forward processes and predictions: the statements of three texts, and the configs of diffusers that spell them.
 
-F: Fu & Wang, arXiv:2605.22586.  L: Lu, arXiv:2607.01693.  P: Lai et al., arXiv:2510.21890.
+Fu & Wang: arXiv:2605.22586.  Lu: arXiv:2607.01693.  Lai et al.: arXiv:2510.21890.
 """
 
 import itertools
@@ -96,7 +96,7 @@ def test_a_path_with_negative_g2_is_refused():
 
 @pytest.mark.parametrize(("name", "law"), [("vp_linear", 0), ("vp_laplace", 0), ("edm", 1), ("flow", 2), ("mochi", 2)])
 def test_alpha_and_sigma_obey_their_family(name, law):
-    """alpha^2 + sigma^2 = 1 (VP), alpha = 1 (VE), alpha + sigma = 1 (flow matching) (P 4 and 5)."""
+    """alpha^2 + sigma^2 = 1 (VP), alpha = 1 (VE), alpha + sigma = 1 (flow matching) (Lai et al., chapters 4 and 5)."""
     path = PATHS[name]
     t = np.linspace(path.noisiest, path.cleanest, 200)[1:]
     alpha, sigma = path.alpha_sigma(t)
@@ -267,7 +267,7 @@ kinds = st.sampled_from(PREDICTION_TYPES)
 
 @given(alpha=level, sigma=level, source=kinds, target=kinds, x0=st.floats(-3, 3), eps=st.floats(-3, 3))
 def test_every_prediction_converts_to_every_other(alpha, sigma, source, target, x0, eps):
-    """eps, x0, v, flow velocity and score are A x0 + B eps; one 2x2 inverse converts them (P 6)."""
+    """eps, x0, v, flow velocity and score are A x0 + B eps; one 2x2 inverse converts them (Lai et al., chapter 6)."""
     x = alpha * x0 + sigma * eps
     own, other = (prediction_coefficients(kind, alpha, sigma) for kind in (source, target))
     k_x, k_m = convert(own, other, alpha, sigma)
@@ -280,7 +280,7 @@ def test_every_prediction_converts_to_every_other(alpha, sigma, source, target, 
 @given(alpha=level, sigma=level, source=kinds, target=kinds)
 def test_losses_of_all_predictions_differ_by_a_weight_only(alpha, sigma, source, target):
     """|error of target| = |k_m| |error of source|, so every loss is a weighted eps loss: x0 by sigma/alpha, score by
-    1/sigma, v by 1/alpha for VP (P 6)."""
+    1/sigma, v by 1/alpha for VP (Lai et al., chapter 6)."""
     eps = (0.0, 1.0)
     k = [convert(eps, prediction_coefficients(kind, alpha, sigma), alpha, sigma)[1] for kind in (source, target)]
     known = {
@@ -341,7 +341,7 @@ def drawn_by(scheduler, process, kind, noise):
 
 @pytest.mark.parametrize("process", [LINEAR, {"use_flow_sigmas": True}], ids=["vp", "flow"])
 def test_prediction_types_are_interchangeable(process):
-    """One denoiser said as eps, x0, v, flow velocity or score gives the same samples (P 6)."""
+    """One denoiser said as eps, x0, v, flow velocity or score gives the same samples (Lai et al., chapter 6)."""
     noise, results = noise_like(16)[:, None, None], {}
     for kind in PREDICTION_TYPES:
         if process.get("use_flow_sigmas") and kind in ("epsilon", "score"):
@@ -356,7 +356,7 @@ def test_prediction_types_are_interchangeable(process):
 
 
 def test_prediction_types_are_interchangeable_below_pure_noise():
-    """The same for eps and score on a flow path that starts just below sigma = 1 (P 6)."""
+    """The same for eps and score on a flow path that starts just below sigma = 1 (Lai et al., chapter 6)."""
     process, noise, results = {"use_flow_sigmas": True}, noise_like(16)[:, None, None], []
     for kind in PREDICTION_TYPES:
         scheduler = ProbabilityFlowScheduler(**process, prediction_type=kind)
@@ -379,14 +379,15 @@ def level_pairs(draw):
 
 
 def chain(path: Path, start: float, end: float):
-    """a_{k+1}, sigma_{k+1}, a_k, sigma_k, alpha_k, eta_k of L 5."""
+    """a_{k+1}, sigma_{k+1}, a_k, sigma_k, alpha_k, eta_k of Lu, chapter 5."""
     (a1, s1), (a0, s0) = (tuple(float(v) for v in path.alpha_sigma_of(lam)) for lam in (start, end))
     return a1, s1, a0, s0, a1 / a0, s1**2 / (a1 / a0) ** 2 - s0**2
 
 
 @given(pair=level_pairs())
 def test_exact_bayes_kernel_is_the_order_one_row(pair):
-    """p(x_k | x_{k+1}, x_0) is the row of order 1, data_std 0, tau 1 with D = x_0 (L 5; Ho et al. 2020, eq. 6-7)."""
+    """p(x_k | x_{k+1}, x_0) is the row of order 1, data_std 0, tau 1 with D = x_0 (Lu, chapter 5; Ho et al.
+    2020, eq. 6-7)."""
     path, start, end = pair
     a1, s1, a0, s0, alpha_k, _ = chain(path, start, end)
     # Given x_0, (x_k, x_{k+1}) is Gaussian with covariance alpha_k s0^2: condition the one on the other.
@@ -400,7 +401,8 @@ def test_exact_bayes_kernel_is_the_order_one_row(pair):
 
 @given(pair=level_pairs(), x=st.floats(-3, 3), score=st.floats(-3, 3))
 def test_gaussian_update_has_the_mean_of_the_bayes_kernel(pair, x, score):
-    """N(x'/alpha_k + alpha_k eta_k s, eta_k): its mean is the order-1 row with D from Tweedie's formula (L 5)."""
+    """N(x'/alpha_k + alpha_k eta_k s, eta_k): its mean is the order-1 row with D from Tweedie's formula
+    (Lu, chapter 5)."""
     path, start, end = pair
     a1, s1, _, _, alpha_k, eta_k = chain(path, start, end)
     row = build_multistep(path, nodes_of(path, [start, end]), order=1, tau=1.0).rows[0]
@@ -412,7 +414,7 @@ def test_gaussian_update_has_the_mean_of_the_bayes_kernel(pair, x, score):
 @given(pair=level_pairs())
 def test_gaussian_update_has_the_upper_variance(pair):
     """eta_k is the variance under a flat prior: it is the noise of the noise-prediction SDE (data_std = inf), above the
-    posterior variance of x_k, which it bounds for every data distribution (L 5)."""
+    posterior variance of x_k, which it bounds for every data distribution (Lu, chapter 5)."""
     path, start, end = pair
     _, _, _, _, _, eta_k = chain(path, start, end)
     points = [Point(*(float(v) for v in path.alpha_sigma_of(lam))) for lam in (start, end)]
@@ -451,7 +453,8 @@ def test_fixed_large_variance_is_that_of_ddpm():
 @pytest.mark.parametrize("tau", [0.0, 0.8])
 @pytest.mark.parametrize("data_std", [0.0, 0.7, float("inf")])
 def test_affine_flows_are_equivalent(clock, tau, data_std):
-    """VP, VE and flow matching samplers of one denoiser agree on corresponding nodes, up to the scale alpha (P 6)."""
+    """VP, VE and flow matching samplers of one denoiser agree on corresponding nodes, up to the scale alpha (Lai
+    et al., chapter 6)."""
     log_snr = np.linspace(-3, 3, 9)
     noise, start = noise_like(9, seed=1, dim=24).reshape(9, 8, 3), noise_like(8)
     results = []
@@ -471,14 +474,15 @@ def test_affine_flows_are_equivalent(clock, tau, data_std):
 
 
 def w2_of_gaussians(mean0, var0, mean1, var1):
-    """W2^2 of Gaussians with diagonal covariances (L 1)."""
+    """W2^2 of Gaussians with diagonal covariances (Lu, chapter 1)."""
     return np.sum((mean0 - mean1) ** 2) + np.sum((np.sqrt(var0) - np.sqrt(var1)) ** 2)
 
 
 @every_path
 @given(mean=st.lists(st.floats(-4, 4), min_size=3, max_size=3), std=st.floats(0, 3))
 def test_early_stopping_bound(name, mean, std):
-    """Stopping at the cleanest time costs W2^2 <= (1 - a_1)^2 E|X_0|^2 + sigma_1^2 d (L 6); equality for points."""
+    """Stopping at the cleanest time costs W2^2 <= (1 - a_1)^2 E|X_0|^2 + sigma_1^2 d (Lu, chapter 6); equality for
+    points."""
     path, mean, d = PATHS[name], np.array(mean), 3
     alpha, sigma = (float(v) for v in path.alpha_sigma(path.cleanest))
     distance = w2_of_gaussians(mean, np.full(d, std**2), alpha * mean, np.full(d, alpha**2 * std**2 + sigma**2))
@@ -491,7 +495,8 @@ def test_early_stopping_bound(name, mean, std):
 @pytest.mark.parametrize("sigma_max", [10.0, 80.0, 500.0])
 @given(mean=st.floats(-4, 4), std=st.floats(0, 3))
 def test_ve_initialisation_bound(sigma_max, mean, std):
-    """Starting VE from N(0, T) costs KL(p_T | N(0, T)) <= E|X_0|^2 / 2T, T = sigma_max^2 (L 6); equality for points."""
+    """Starting VE from N(0, T) costs KL(p_T | N(0, T)) <= E|X_0|^2 / 2T, T = sigma_max^2 (Lu, chapter 6); equality for
+    points."""
     path = VarianceExploding(0.01, sigma_max, 0.5)
     top = float(path.alpha_sigma(path.noisiest)[1] ** 2)
     assert top == pytest.approx(sigma_max**2, rel=1e-12)

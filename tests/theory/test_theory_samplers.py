@@ -1,7 +1,7 @@
 """Every known sampler is a setting of one table, and where diffusers' arithmetic differs from it, who is right.
 
 Samplers are compared by all their coefficients (see `helpers.probe_stock`): each state as a combination of the first
-state, the network's outputs and the noises.  F: Fu & Wang, arXiv:2605.22586.  P: Lai et al., arXiv:2510.21890.
+state, the network's outputs and the noises.  Fu & Wang: arXiv:2605.22586.  Lai et al.: arXiv:2510.21890.
 """
 
 import math
@@ -66,7 +66,8 @@ def assert_is(scheduler, table, kind, rows=slice(None), tolerance=FLOAT32, **ste
 @pytest.mark.parametrize("data_std", [0.0, INF])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_ddim_is_the_ode_of_order_one(data_std, kind):
-    """DDIM = probability flow of order 1, data or noise prediction (F 7; P 9: exponential Euler on x0 or on eps)."""
+    """DDIM = probability flow of order 1, data or noise prediction (Fu & Wang, section 7; Lai et al., chapter 9:
+    exponential Euler on x0 or on eps)."""
     ddim = stock("DDIMScheduler", clip_sample=False, prediction_type=kind)
     ours = ProbabilityFlowScheduler.from_config(ddim.config, solver_order=1, corrector=False, data_std=data_std)
     ours.set_timesteps(timesteps=ddim.timesteps)
@@ -87,7 +88,8 @@ def test_order_one_with_a_finite_data_std_is_not_ddim(data_std):
 
 
 def test_euler_on_v_in_the_angle_is_the_finite_one():
-    """VP with c = 1: F = -v and the order-1 row is x cos(d) - v sin(d) over the angle d (P 9: Euler on v)."""
+    """VP with c = 1: F = -v and the order-1 row is x cos(d) - v sin(d) over the angle d (Lai et al., chapter 9: Euler
+    on v)."""
     nodes = nodes_of(PATHS["vp_linear"], np.linspace(-3, 3, 6))
     angles = np.arctan2(nodes.sigma, nodes.alpha)
     rows = build_multistep(None, nodes, order=1, data_std=1.0).rows
@@ -97,7 +99,8 @@ def test_euler_on_v_in_the_angle_is_the_finite_one():
 
 
 def test_ddpm_is_the_reverse_sde_of_order_one():
-    """DDPM = order 1, tau = 1, c = 0: mean and posterior variance of every step (F 7; Ho et al. 2020, eq. 6-7)."""
+    """DDPM = order 1, tau = 1, c = 0: mean and posterior variance of every step (Fu & Wang, section 7; Ho et al.
+    2020, eq. 6-7)."""
     ddpm = stock("DDPMScheduler", clip_sample=False)
     ours = ReverseSDEScheduler.from_config(ddpm.config, solver_order=1, corrector=False)
     ours.set_timesteps(timesteps=ddpm.timesteps)
@@ -150,7 +153,7 @@ def test_zero_terminal_snr_with_epsilon_is_refused():
 
 @pytest.mark.parametrize("data_std", [0.0, INF])
 def test_euler_is_order_one_in_ve_coordinates(data_std):
-    """k-diffusion's Euler is DDIM on x/alpha (P 9; Karras et al. 2022)."""
+    """k-diffusion's Euler is DDIM on x/alpha (Lai et al., chapter 9; Karras et al. 2022)."""
     euler = stock("EulerDiscreteScheduler")
     assert_is(euler, build_multistep(None, stock_nodes(euler, "ve"), order=1, data_std=data_std), "epsilon")
 
@@ -183,7 +186,8 @@ def test_heun_is_a_singlestep_table():
 
 @pytest.mark.parametrize("inverted", [False, True])
 def test_flow_match_euler_is_order_one(inverted):
-    """FlowMatchEuler = order 1 on the flow path; with invert_sigmas (Mochi) the network says x0 - eps (F 8; P 5)."""
+    """FlowMatchEuler = order 1 on the flow path; with invert_sigmas (Mochi) the network says x0 - eps
+    (Fu & Wang, section 8; Lai et al., chapter 5)."""
     euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=inverted)
     euler.set_timesteps(sigmas=np.linspace(1, 0.1, 10).tolist())
     ours = ProbabilityFlowScheduler.from_config(euler.config, solver_order=1, corrector=False)
@@ -226,8 +230,8 @@ def dpm(name, algorithm, **config):
 @pytest.mark.parametrize("order", [1, 2])
 def test_dpm_solver_is_a_table(algorithm, solver_type, order):
     """DPM-Solver(++) 1 and 2M, ODE and SDE: c 0 or inf, tau 0 or 1; midpoint has the flat-kernel rule, heun the exact
-    weights (Lu et al. 2022; P 9).  Noise prediction is compared up to the last row: its step to sigma_min is more than
-    four times the one before, over which this package does not extrapolate."""
+    weights (Lu et al. 2022; Lai et al., chapter 9).  Noise prediction is compared up to the last row: its step to
+    sigma_min is more than four times the one before, over which this package does not extrapolate."""
     scheduler, kind = dpm(
         "DPMSolverMultistepScheduler", algorithm, solver_order=order, solver_type=solver_type, lower_order_final=False
     )
@@ -265,8 +269,8 @@ def test_singlestep_dpm_solver_is_a_table(algorithm, order, solver_type, n):
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_deis_is_noise_prediction_in_log_snr(order):
-    """DEIS (diffusers: log-rho) = c inf, clock log_snr, the same as DPM-Solver with exact weights (P 9: DDIM =
-    DPM-Solver-1 = DEIS-1)."""
+    """DEIS (diffusers: log-rho) = c inf, clock log_snr, the same as DPM-Solver with exact weights (Lai
+    et al., chapter 9: DDIM = DPM-Solver-1 = DEIS-1)."""
     deis = stock("DEISMultistepScheduler", solver_order=order, lower_order_final=False)
     table = build_multistep(None, stock_nodes(deis), order=order, data_std=INF)
     assert_is(deis, table, "epsilon", BODY)
@@ -540,7 +544,7 @@ def global_order(exact_flow, build):
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_order_of_convergence_on_the_mixture(exact_flow, order, clock, data_std):
     """The multistep table of order p converges with order p to the probability-flow ODE, in every clock and for every
-    data_std (F 5; P 9)."""
+    data_std (Fu & Wang, section 5; Lai et al., chapter 9)."""
 
     def build(nodes):
         return build_multistep(PATHS["vp_linear"], nodes, order=order, data_std=data_std, clock=clock)
@@ -588,7 +592,8 @@ def test_noise_does_not_need_many_steps_where_the_data_scale_is_known(std, tau, 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("data_std", [0.0, 0.5, INF])
 def test_every_tau_converges_to_the_marginal(tau, data_std):
-    """The variance of the discretised SDE converges to that of p_t for every tau and data_std (F 3), with order 1."""
+    """The variance of the discretised SDE converges to that of p_t for every tau and data_std (Fu & Wang, section 3),
+    with order 1."""
     std, errors = 0.8, []
     for n in (200, 400):
         nodes = nodes_of(PATHS["vp_linear"], np.linspace(-3, 2, n + 1))

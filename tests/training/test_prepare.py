@@ -136,6 +136,26 @@ def test_wrong_idx_files_are_refused_with_the_remedy(tmp_path, fashion):
 # -- emoji --
 
 
+def test_captions_are_the_name_the_short_names_and_the_keywords_in_words(tmp_path):
+    emoji = [
+        entry(1, "RED APPLE", "Food & Drink", short_names=["apple"], subcategory="food-fruit"),
+        entry(2, "THUMBS UP SIGN", "People & Body", short_names=["+1", "thumbsup"], subcategory="hand-fingers-closed"),
+        entry(3, "DASH", "Objects", short_names=["dash"], subcategory="arts & crafts"),
+        entry(4, "PLAIN", "Objects"),
+    ]
+    source = tarball(tmp_path / "emoji.tgz", emoji_files(emoji))
+    assert prepare.prepare_noto_emoji(tmp_path / "out", source) == 4
+    rows = [json.loads(line) for line in (tmp_path / "out/metadata.jsonl").read_text().splitlines()]
+    assert {row["text"]: row["captions"] for row in rows} == {
+        "red apple": ["red apple", "apple", "apple, food fruit"],
+        "thumbs up sign": ["thumbs up sign", "+1", "thumbsup", "+1, hand fingers closed"],
+        "dash": ["dash", "dash, arts crafts"],
+        "plain": ["plain"],
+    }
+    images = load_images(tmp_path / "out", resolution=32, channels=3, caption_column="captions")
+    assert set(images.all_captions()) == {caption for row in rows for caption in row["captions"]}
+
+
 @pytest.mark.parametrize("kind", ["tarball", "folder", "parent"])
 def test_emoji_are_the_base_forms_without_flags_and_skin_tones(tmp_path, kind):
     source = tarball(tmp_path / "emoji.tgz", emoji_files())

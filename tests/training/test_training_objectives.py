@@ -1,4 +1,7 @@
-"""One regression: the objective's axes do not move its minimiser, and each weight is its published formula."""
+"""One regression: the objective's axes do not move its minimiser, and each weight is its published formula.
+
+Fu & Wang: arXiv:2605.22586.  Lai et al.: arXiv:2510.21890.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,9 @@ def midpoints(n: int) -> np.ndarray:
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
 def test_the_minimiser_of_every_objective_is_the_same_score(name: str, kind: str, weighting: str) -> None:
-    """P 6, F 4: the weighted least-squares fit of each target by affine functions of x_t, on Gaussian data, where the
-    minimiser is affine, converts to the score of N(alpha m, alpha^2 c^2 + sigma^2)."""
+    """Lai et al., chapter 6, and Fu & Wang, section 4: the weighted least-squares fit of each target by affine
+    functions of x_t, on Gaussian data, where the minimiser is affine, converts to the score of N(alpha m, alpha^2 c^2 +
+    sigma^2)."""
     path = PATHS[name]
     t, density = draw_times(path, "uniform", np.array([0.1, 0.35, 0.6, 0.85]))
     alpha, sigma = path.alpha_sigma(t)
@@ -121,7 +125,8 @@ def test_the_stated_density_is_that_of_the_drawn_log_snr(name: str, sampling: st
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "mode", "lognormal"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_likelihood_weighting_makes_the_time_sampling_irrelevant(sampling: str, kind: str) -> None:
-    """P 6, Kingma et al. 2021 eq. 18: with it the expected loss is the integral over log-SNR whatever p(t) is."""
+    """Lai et al., chapter 6, and Kingma et al. 2021 eq. 18: with it the expected loss is the integral over log-SNR
+    whatever p(t) is."""
     path = vp(LINEAR)
     t, density = draw_times(path, sampling, midpoints(50_000), mean=-0.5, std=1.5)
     alpha, sigma = path.alpha_sigma(t)

@@ -383,6 +383,7 @@ def test_contradictory_arguments_get_one_sentence_with_the_remedy(
     ("options", "remedy"),
     [
         ({"path": "flow", "prediction_type": "epsilon"}, "flow_prediction"),
+        ({"loss_weighting": "likelihood", "loss": "huber"}, "--loss l2"),
         ({"model_config": "missing.json"}, "does not exist"),
         ({"train_data_dir": "missing"}, "check the name"),
         ({"cache_latents": True}, "leave it out"),
