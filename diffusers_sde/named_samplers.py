@@ -24,7 +24,7 @@ UNLIMITED = {"clip_sample": False, "thresholding": False}
 CALIBRATED = "calibrated"  # the folder beside a model that holds its CalibratedScheduler, and its key in a config
 
 
-def family_of(config: Mapping[str, Any]) -> str:
+def process_family(config: Mapping[str, Any]) -> str:
     """The family of the process of a scheduler config.
 
     Returns:
@@ -61,14 +61,14 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
 def reference_scheduler(config: Mapping[str, Any]) -> ProbabilityFlowScheduler:
     """The sampler of the reference solution for the process of ``config``: with many steps exact to well below the
     errors compared here (order 3 converges no faster on networks)."""
-    grid: dict[str, Any] = {"grid": "karras"} if family_of(config) == "EDM" else {"grid": "balanced", "rho": 1.25}
+    grid: dict[str, Any] = {"grid": "karras"} if process_family(config) == "EDM" else {"grid": "balanced", "rho": 1.25}
     return _for_process(ProbabilityFlowScheduler, config, solver_order=2, corrector=True, **grid)
 
 
 def _process_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``config`` that say what its process is; what its solver was set to stays behind."""
     source = canonical_config(config)
-    return {k: source[k] for k in process_keys(family_of(config)) if k in source}
+    return {k: source[k] for k in process_keys(process_family(config)) if k in source}
 
 
 def _learned(config: Mapping[str, Any]) -> CalibratedScheduler:
@@ -83,7 +83,7 @@ def _learned(config: Mapping[str, Any]) -> CalibratedScheduler:
 
 
 def _of_this_package(sampler: Sampler, config: Mapping[str, Any]) -> Any:
-    cls = getattr(schedulers, sampler.classes[family_of(config)])
+    cls = getattr(schedulers, sampler.classes[process_family(config)])
     return _for_process(cls, config, **sampler.options)
 
 
@@ -94,7 +94,7 @@ def _for_process(cls: Any, config: Mapping[str, Any], **options: Any) -> Any:
 
 def _of_diffusers(sampler: Sampler, config: Mapping[str, Any]) -> Any:
     """Raises :class:`UsageError` where diffusers has no class for the family or that cannot express the process."""
-    family, process_config = family_of(config), _process_values(config)
+    family, process_config = process_family(config), _process_values(config)
     if family not in sampler.classes:
         raise UsageError(f"diffusers has no {family} form of it")
     cls = getattr(diffusers, sampler.classes[family])

@@ -17,7 +17,7 @@ import torch
 
 from diffusers_sde.comparison.problems import Problem, Tick
 from diffusers_sde.errors import UsageError
-from diffusers_sde.named_samplers import family_of, make_scheduler, reference_scheduler
+from diffusers_sde.named_samplers import make_scheduler, process_family, reference_scheduler
 from diffusers_sde.sampler_names import DEFAULT_SAMPLERS, SAMPLERS
 from diffusers_sde.sampling import lay_out, rmse, sample
 
@@ -187,7 +187,7 @@ def available_samplers(problem: Problem) -> list[str]:
 def default_samplers(problem: Problem, budgets: Sequence[int], at_most: int | None = None) -> list[str]:
     """What is compared where nothing is asked for: the first ``at_most`` (None: all) of the default samplers of the
     model's family that can be had for it and are offered at one of the ``budgets``."""
-    names = [name for name in DEFAULT_SAMPLERS[family_of(problem.config)] if _fits(name, problem)]
+    names = [name for name in DEFAULT_SAMPLERS[process_family(problem.config)] if _fits(name, problem)]
     return [name for name in names if any(offered(name, n, problem) for n in budgets)][:at_most]
 
 

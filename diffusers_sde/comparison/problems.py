@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from diffusers_sde.errors import UsageError
-from diffusers_sde.named_samplers import CALIBRATED, family_of
+from diffusers_sde.named_samplers import CALIBRATED, process_family
 from diffusers_sde.sampling import lay_out, network_denoiser, sample, spread_labels
 
 Tick = Callable[[], None]
@@ -64,7 +64,7 @@ def make_problem(
             describes no known process.
     """
     try:
-        family_of(pipe.scheduler.config)
+        process_family(pipe.scheduler.config)
     except (AttributeError, ValueError) as error:
         raise UsageError(f"This model has no scheduler with a known diffusion process: {error}") from error
     if set(pipe.components) == {"unet", "scheduler"}:

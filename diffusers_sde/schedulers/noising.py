@@ -116,9 +116,8 @@ class Noising:
         run = self._runs.of_thread()
         t = timesteps if isinstance(timesteps, torch.Tensor) else torch.as_tensor(timesteps)
         if run is not None and (row := _own_row(run, t)) is not None:
-            stands_at = run.begin if run.next is None else min(run.next, len(run.layout))
             nodes = self._nodes(run.layout)
-            row = row if stands_at is None else stands_at
+            row = row if run.stands_at is None else run.stands_at
             pair: Levels = (torch.tensor([nodes.alpha[row]]), torch.tensor([nodes.sigma[row]]))
         elif t.device.type == "cpu":
             pair = self._levels_on_host(run, t)
@@ -154,10 +153,9 @@ class Noising:
         distance = torch.minimum(*((t[:, None] - v[None, :-1]).abs() for v in (times, times_before)))
         row = distance.argmin(1)
         hit = distance.amin(1) <= 1e-6 * t.abs().clamp(min=1e-3)
-        stands_at = run.begin if run.next is None else min(run.next, len(run.layout))
-        if stands_at is not None:
+        if run.stands_at is not None:
             shared = (hit & (t == t[:1])).all()
-            row, hit = torch.where(shared, stands_at, row), hit | shared
+            row, hit = torch.where(shared, run.stands_at, row), hit | shared
         alpha, sigma = (torch.where(hit, level[row], path) for level, path in zip(levels, pair, strict=True))
         return alpha, sigma
 

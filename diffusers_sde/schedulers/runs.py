@@ -90,6 +90,12 @@ class Run(NamedTuple):
         """Whether all rows have been run."""
         return self.next is not None and self.next >= len(self.layout)
 
+    @property
+    def stands_at(self) -> int | None:
+        """The node that the state is at: of the next row, at the start of ``begin``, the end after the last row; None
+        where no start is known."""
+        return self.begin if self.next is None else min(self.next, len(self.layout))
+
     def tensor(self) -> torch.Tensor | None:
         """Its timesteps, as long as anybody keeps them alive."""
         if self.timesteps is not None:
