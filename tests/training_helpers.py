@@ -53,6 +53,19 @@ TINY_TEXT_UNET = {
     "attention_head_dim": 2,
     "cross_attention_dim": 32,
 }
+TINY_TEXT_TRANSFORMER = {
+    "_class_name": "CogView4Transformer2DModel",
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "text_embed_dim": 32,
+    "time_embed_dim": 8,
+    "condition_dim": 4,
+    "pos_embed_max_size": 8,
+}
 CAPTIONS = (["a red bar", "bar, upright"], "lying bar")  # of the classes a and b; several are drawn from
 
 
