@@ -40,7 +40,7 @@ def load_autoencoder(source: str) -> diffusers.AutoencoderKL:
 
 def default_text_network(sample_size: int, channels: int, flow: bool) -> Any:
     """A network for small latents that attends to a text of width 128: for ``flow`` a ``CogView4Transformer2DModel`` of
-    5 layers of width 256 on patches of 2x2 (5.0 M parameters), else a ``UNet2DConditionModel`` of widths 64, 96, 160
+    5 layers of width 256 on patches of 2x2 (4.8 M parameters), else a ``UNet2DConditionModel`` of widths 64, 96, 160
     with one layer a block and attention below the first level (7.4 M).
 
     Raises:
@@ -61,7 +61,7 @@ def default_text_network(sample_size: int, channels: int, flow: bool) -> Any:
             num_attention_heads=8,
             attention_head_dim=32,
             text_embed_dim=128,
-            time_embed_dim=64,
+            time_embed_dim=48,
             condition_dim=16,
             pos_embed_max_size=sample_size,
         )
