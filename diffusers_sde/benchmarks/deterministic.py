@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_sde.assets import load_default_model
+from diffusers_sde.assets import load_fashion_model
 from diffusers_sde.benchmarks.common import (
     PROCESSES,
     mean_error,
@@ -38,7 +38,7 @@ def measure_oracles(seed: int, candidates: bool) -> None:
 
 def measure_network(seed: int, num_images: int, guidance_scales: list[float], candidates: bool) -> None:
     """The embedded network at each guidance scale, every class equally often."""
-    pipe = load_default_model()
+    pipe = load_fashion_model()
     noise, labels = network_start(pipe.unet, num_images, seed)
     config = dict(pipe.scheduler.config)
     for scale in guidance_scales:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=None,
-        help="Embedded model, folder or hub id of a pipeline. Default: the fashion_mnist that ships with the package.",
+        help="Embedded model, folder or hub id of a pipeline. Default: emoji, which ships with the package.",
     )
     parser.add_argument(
         "--samplers",
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Classifier-free guidance. Default: 2 for a class-conditional network, a pipeline's own default.",
     )
-    parser.add_argument("--prompt", default=None, help="Prompt of a text-to-image pipeline.")
+    parser.add_argument(
+        "--prompt", nargs="+", default=None, help="Prompts of a text-to-image pipeline, dealt out. Default: examples."
+    )
     parser.add_argument("--output_dir", default="compare", help="Gets grid.png, error.png, results.csv.")
     parser.add_argument(
         "--reference_steps",
