@@ -16,7 +16,7 @@ exact where ``p(x_0 | x_t)`` is Gaussian with covariance C.  What is taken for C
   observation, ``x <- x + A^+ (alpha y + sigma A z - A x)``, which takes y to be exact.  With a mask for A it is the
   imputation of Song et al. 2021 (arXiv:2011.13456, appendix I.2; for any A arXiv:2111.08005), with
   :func:`super_resolution` it is ILVR (Choi et al. 2021, arXiv:2108.02938, algorithm 1), whose low-pass filter is
-  ``A^+ A``.  The posterior only where what A sees and the rest are independent: fast, and less faithful than the others.
+  ``A^+ A``.  The posterior only where what A sees and the rest are independent: fast, less faithful than the others.
 
 At alpha = 0, where ``dD/dx`` is 0 and x says nothing, C is the covariance of the data: its limit is taken from the
 network just below (``LIMIT_LOG_SNR``).  The operator is any linear function of pixels, its adjoint is found by

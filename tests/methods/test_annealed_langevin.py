@@ -79,8 +79,8 @@ def exact_variance(monkeypatch, process, start, rows, std, **options):
 @by_process
 def test_its_law_is_exact_on_gaussian_data(process, monkeypatch):
     """Level by level: the variance v' of ``x/alpha`` carried on, then ULA's recursion ``v <- (1 - h/p)^2 v + 2 h`` with
-    ``h = 2 (snr sigma)^2`` and p that of p_t (Lu, arXiv:2607.01693, chapter 2); at the end ``E[x_0|x] = alpha c^2 x/p``.
-    """
+    ``h = 2 (snr sigma)^2`` and p that of p_t (Lu, arXiv:2607.01693, chapter 2); at the end ``E[x_0|x] = alpha c^2
+    x/p``."""
     rows, steps, snr, std, v = 6, 3, 0.35, 0.5, 2.3
     levels = laid_out(process, rows).levels
     alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]

@@ -49,8 +49,8 @@ def over_time(path: Path, start: float, end: float, rate) -> float:
 
 @every_path
 def test_ito_isometry_of_the_noising_process(name):
-    """``x_t = (a_t/a_s) x_s + Int (a_t/a_u) g_u dw_u``: the variance of the integral is the integral of the square, what
-    is left of sigma_t^2 (Fu & Wang, appendix Ito isometry)."""
+    """``x_t = (a_t/a_s) x_s + Int (a_t/a_u) g_u dw_u``: the variance of the integral is the integral of the square,
+    what is left of sigma_t^2 (Fu & Wang, appendix Ito isometry)."""
     path = SMOOTH[name]
     noisy, clean = span(path)
     (a1, s1), (a0, s0) = at(path, noisy), at(path, clean)
@@ -62,9 +62,9 @@ def test_ito_isometry_of_the_noising_process(name):
 @every_path
 @pytest.mark.parametrize("data_std", [0.0, 0.7])
 def test_ito_isometry_of_a_step(name, data_std, tau):
-    """The noise of a table's step is ``Int Phi(t, u) tau g_u dw_u`` with Phi the propagator of the linear drift, and its
-    variance the integral of the square: with ``r^2 = c^2 + (sigma/alpha)^2`` the state over alpha shrinks as
-    ``r^(1 + tau^2)`` (Fu & Wang, appendix Ito isometry)."""
+    """The noise of a table's step is ``Int Phi(t, u) tau g_u dw_u`` with Phi the propagator of the linear drift, and
+    its variance the integral of the square: with ``r^2 = c^2 + (sigma/alpha)^2`` the state over alpha shrinks as ``r^(1
+    + tau^2)`` (Fu & Wang, appendix Ito isometry)."""
     path = SMOOTH[name]
     noisy, clean = span(path)
 
@@ -105,14 +105,13 @@ def test_ito_isometry_of_two_integrals(tau):
 
 def test_time_reversed_brownian_motion():
     """Data at 0 noised by a variance exploding process is a Brownian motion in the clock v = sigma^2; the reverse SDE,
-    run from N(0, v_T), is that motion backwards: ``Cov(x_v, x_w) = min(v, w)`` at all pairs of times, not only the right
-    variance at each (Fu & Wang, appendix time-reversed Brownian motion).  For tau other than 1 only the latter."""
+    run from N(0, v_T), is that motion backwards: ``Cov(x_v, x_w) = min(v, w)`` at all pairs of times, not only the
+    right variance at each (Fu & Wang, appendix time-reversed Brownian motion). For tau other than 1 only the latter."""
     path, v = PATHS["edm"], np.array([30.0, 11.0, 4.0, 1.5, 0.4, 0.01])
-    nodes = nodes_of(path, -0.5 * np.log(v))
+    nodes, basis = nodes_of(path, -0.5 * np.log(v)), np.eye(len(v))
+    start = math.sqrt(v[0]) * basis[0]
     for tau in (0.5, 1.0, 2.0):
         table = build_multistep(path, nodes, order=1, tau=tau)
-        basis = np.eye(len(v))
-        start = math.sqrt(v[0]) * basis[0]
         states = run_table(table, lambda x, row: 0 * x, start, lambda i: basis[i + 1], states=True)
         covariance = np.array([start, *states]) @ np.array([start, *states]).T
         np.testing.assert_allclose(np.diag(covariance), v, rtol=1e-9)
@@ -180,9 +179,9 @@ def test_orthogonality(kind, level):
 @pytest.mark.parametrize("name", ["edm", "flow", "vp_linear"])
 @every_tau
 def test_girsanov(name, tau):
-    """Two reverse SDEs whose scores differ by e have paths whose divergence is ``Int ((1 + tau^2)/(2 tau))^2 g^2 |e|^2/2
-    dt``, least at tau = 1; the steps of the tables of two denoisers, Gaussian kernels of one variance, add up to it
-    (Lu, appendix A)."""
+    """Two reverse SDEs whose scores differ by e have paths whose divergence is ``Int ((1 + tau^2)/(2 tau))^2 g^2
+    |e|^2/2 dt``, least at tau = 1; the steps of the tables of two denoisers, Gaussian kernels of one variance, add up
+    to it (Lu, appendix A)."""
     path, apart = PATHS[name], 0.3  # what the denoisers differ by, D_1 - D_2
     low, high = -2.0, 1.5
 
@@ -259,8 +258,8 @@ def test_the_localised_measure_is_the_posterior(log_snr):
 
 
 def test_the_posterior_localises_at_the_rate_of_its_variance():
-    """``d E[Var(x_0|y)]/dt = -E[Var(x_0|y)^2]`` in the clock t = SNR (Lu, chapter 4), Var from the slope of the oracle's
-    posterior mean, ``(sigma^2/alpha) dD/dx``."""
+    """``d E[Var(x_0|y)]/dt = -E[Var(x_0|y)^2]`` in the clock t = SNR (Lu, chapter 4), Var from the slope of the
+    oracle's posterior mean, ``(sigma^2/alpha) dD/dx``."""
     model, h = line(), 1e-3
     z, w = np.polynomial.hermite_e.hermegauss(120)
 
@@ -284,9 +283,9 @@ def test_the_posterior_localises_at_the_rate_of_its_variance():
 
 def test_geometric_grids_spend_the_same_on_every_level():
     """Noise levels in geometric progression: a step with the upper variance costs ``KL <= psi(q) = (q - 1 - log q)/2``
-    a dimension, q the ratio of sigma^2/alpha^2, at every level and for all data; points attain it.  The sum falls as 1/n
-    and grows with the square of the logarithm of the range only, where equal steps of sigma^2 do not even converge below
-    1/range (Lu, chapter 6)."""
+    a dimension, q the ratio of sigma^2/alpha^2, at every level and for all data; points attain it. The sum falls as 1/n
+    and grows with the square of the logarithm of the range only, where equal steps of sigma^2 do not even converge
+    below 1/range (Lu, chapter 6)."""
     path, range_ = PATHS["edm"], (80.0 / 0.002) ** 2
 
     def cost(log_snr, std):
