@@ -102,3 +102,24 @@ def test_latents_are_refused():
     pipe = pipeline()(tiny_unet(channels=4), ddpm(), tiny_vae())
     with pytest.raises(ValueError, match="Projection replaces pixels, not latents"):
         pipe(torch.zeros(1, 3, 4, 4), super_resolution(4), 0.1, method="projection")
+
+
+def test_it_forgets_what_the_observation_says_of_the_rest():
+    """Where seen and unseen values are correlated (0.9) projection is not the posterior: the noised observation is
+    drawn afresh at each level, so that the unseen value learns too little of it, and less than with mmps, which is
+    exact."""
+    model = GaussianMixtureModel([1.0], [[0.0, 0.0]], [[[1.0, 0.9], [0.9, 1.0]]], process=PROCESSES["vp"])
+    pipe = pipeline()(unet=model, scheduler=ReverseSDEScheduler(**PROCESSES["vp"], data_std=1.0))
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 40, "num_images": 1000, "max_noise": float("inf"), "output_type": "latent"}
+    unseen = {}
+    for method in ("projection", "mmps"):
+        found = pipe(
+            torch.tensor([[1.5]]), linear_map(torch.eye(2)[:1]), 1e-2, method=method, generator=seeded(), **options
+        )
+        unseen[method] = found.images.flatten(1)[:, 1]
+    exact = 0.9 * 1.5, (1 - 0.9**2) ** 0.5
+    assert float(unseen["mmps"].mean()) == pytest.approx(exact[0], abs=0.06)
+    assert float(unseen["mmps"].std()) == pytest.approx(exact[1], abs=0.04)
+    assert float(unseen["projection"].mean()) == pytest.approx(0.91, abs=0.07)
+    assert float(unseen["projection"].std()) == pytest.approx(0.58, abs=0.05)

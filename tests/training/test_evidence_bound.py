@@ -96,7 +96,7 @@ def test_the_evidence_bound_is_that_of_the_networks_own_law() -> None:
 @pytest.mark.parametrize("x", [-1.5, 0.0, 0.7, 2.0])
 def test_the_evidence_bound_of_a_network_that_fits_no_law_lies_below_its_log_likelihood(x: float, drift: float) -> None:
     """A denoiser that takes the data for N(0, c^2) with another c at each level: its reverse SDE ends in a Gaussian law
-    of known variance, the decoder adds the last noise again, and the bound is strictly below the log-likelihood of
+    of known variance, a decoder removes the last noise, and the bound is strictly below the log-likelihood of
     that; with one c they are equal (Lai et al., chapter 2)."""
 
     def scale(sigma: float) -> float:
@@ -113,11 +113,11 @@ def test_the_evidence_bound_of_a_network_that_fits_no_law_lies_below_its_log_lik
     low, high = (float(PATH.alpha_sigma(t)[1]) for t in (PATH.cleanest, PATH.noisiest))
     start = scale(high) ** 2 + high**2
     variance = solve_ivp(rate, (PATH.noisiest, PATH.cleanest), [start], rtol=1e-9, method="LSODA").y[0, -1]
-    log_likelihood = norm.logpdf(x, scale=math.sqrt(variance + low**2))
-    decoded = 0.5 + math.log(low) + 0.5 * math.log(2 * math.pi)  # -E log N(x; z, low^2), z ~ N(x, low^2)
-    prior = GaussianMixture([1.0], [[0.0]], [scale(high) ** 2])
+    gain = scale(low) ** 2 / (scale(low) ** 2 + low**2)  # the decoder: N(gain z, gain low^2)
+    log_likelihood = norm.logpdf(x, scale=math.sqrt(gain**2 * variance + gain * low**2))
+    decoder, prior = (GaussianMixture([1.0], [[0.0]], [scale(sigma) ** 2]) for sigma in (low, high))
     loss = losses(x, denoise, "epsilon", "likelihood").mean()
-    bound = -decoded - loss - divergence(x, PATH.noisiest, prior)
+    bound = -reconstruction(x, decoder) - loss - divergence(x, PATH.noisiest, prior)
     if drift:
         assert log_likelihood - 0.1 < bound < log_likelihood - 1e-3
     else:
