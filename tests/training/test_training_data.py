@@ -24,7 +24,8 @@ from PIL import Image
 from diffusers_sde.training import hub_data
 from diffusers_sde.training import latents as latents_module
 from diffusers_sde.training.data import DataError, batches, cache_latents, load_images, sample_seed
-from diffusers_sde.training.samples import Framing, TrainingData, to_mode
+from diffusers_sde.training.framing import Framing, to_mode
+from diffusers_sde.training.samples import TrainingData
 
 RGB = {"resolution": 8, "channels": 3}
 
