@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 from typing import IO, Any
@@ -16,10 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-# No others: some of Pillow's decoders start further programs.
-FORMATS = (
-    "PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX",
-)  # fmt: skip
+# JPEG includes MPO.  No others: some of Pillow's decoders start further programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX")
 MAX_ASPECT = 8  # of what is kept of an image that is cropped at random: a strip may be thousands of times as long
 GREY_MODES = frozenset(("1", "L", "LA", "La", "F"))
 
@@ -42,9 +41,16 @@ def decoding() -> Iterator[None]:
         raise Unreadable(f"{type(error).__name__}: {error}") from error
 
 
+@functools.cache
+def known_formats() -> tuple[str, ...]:
+    """Those of :data:`FORMATS` that the installed Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def open_image(file: str | IO[bytes] | Any) -> Image.Image:
     """The image of a file or a path in one of :data:`FORMATS`, not yet decoded."""
-    return Image.open(file, formats=FORMATS)
+    return Image.open(file, formats=known_formats())
 
 
 def is_grey(image: Image.Image) -> bool:
