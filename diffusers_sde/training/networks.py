@@ -286,17 +286,17 @@ def _captured_task(pipe: Any, name: str, network: Any, by_label: bool) -> Task:
                 known[key] = capture(0 if by_label else key)
                 if by_label:
                     known[key]["class_labels"] = torch.tensor([key])
-        return _to(_stack([known[key] for key in keys]), network.device)
+        return _to(stack([known[key] for key in keys]), network.device)
 
     known[0 if by_label else ""] = capture(0 if by_label else "")
     return Task(pipe, name, network, condition, scale)
 
 
-def _stack(values: Sequence[Any]) -> Any:
+def stack(values: Sequence[Any]) -> Any:
     """One batch of several conditions of batch 1; what has no batch dimension must be the same in all."""
     first = values[0]
     if isinstance(first, dict):
-        return {key: _stack([value[key] for value in values]) for key in first}
+        return {key: stack([value[key] for value in values]) for key in first}
     if isinstance(first, torch.Tensor) and first.ndim and first.shape[0] == 1:
         return torch.cat(list(values))
     return first

@@ -15,7 +15,8 @@ import torch
 
 from diffusers_sde.errors import UsageError
 from diffusers_sde.loading import load_pipeline
-from diffusers_sde.training import autoencoders, networks, text
+from diffusers_sde.sampling import CLASS_NAMES
+from diffusers_sde.training import autoencoders, networks, text, text_pipelines
 from diffusers_sde.training.data import Images, TrainingData, load_images
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.objectives import check_objective
@@ -34,7 +35,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
             settings.pretrained_model_name_or_path, revision=settings.revision, variant=settings.variant
         )
     elif settings.vae_model_name_or_path:
-        vae = text.load_autoencoder(settings.vae_model_name_or_path)
+        vae = text_pipelines.load_autoencoder(settings.vae_model_name_or_path)
     resolution = settings.resolution or (native_resolution(pipe) if pipe else 64)
     images = load_images(
         settings.data_source,
@@ -65,7 +66,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
     elif vae is not None:
         network = new_network(settings, images, vae, 0)
         side = resolution / vae_factor(vae)
-        pipe = text.new_pipeline(vae, network, new_scheduler(settings), all_captions(settings, images), side)
+        pipe = text_pipelines.new_pipeline(vae, network, new_scheduler(settings), all_captions(settings, images), side)
         task = networks.pipeline_task(pipe, 0, images.captions)
     else:
         task = networks.fresh_task(new_network(settings, images, vae, classes), new_scheduler(settings), classes)
@@ -82,7 +83,11 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         if not getattr(task.network, "_supports_gradient_checkpointing", False):
             raise UsageError(f"{type(task.network).__name__} has no gradient checkpointing: leave it out.")
         task.network.enable_gradient_checkpointing()
-    return task, images, 0 if networks.takes_prompts(task.pipe) else classes
+    if networks.takes_prompts(task.pipe):
+        return task, images, 0
+    if classes:
+        task.network.register_to_config(**{CLASS_NAMES: images.class_names})
+    return task, images, classes
 
 
 def new_network(settings: Settings, images: TrainingData, vae: Any, classes: int) -> Any:
@@ -93,7 +98,8 @@ def new_network(settings: Settings, images: TrainingData, vae: Any, classes: int
     if settings.objective == "autoencoder":
         return autoencoders.default_autoencoder(resolution, channels)
     if vae is not None:
-        return text.default_text_network(resolution // vae_factor(vae), vae.config.latent_channels)
+        flow = settings.path == "flow"
+        return text_pipelines.default_text_network(resolution // vae_factor(vae), vae.config.latent_channels, flow)
     return networks.default_network(resolution, channels, classes)
 
 

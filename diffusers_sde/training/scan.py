@@ -34,19 +34,23 @@ class Damage:
         self.count += 1
         if len(self.lines) < NAMED:
             self.lines.append(" ".join(f"{name}: {reason}".split()))
-            if self._file is not None:
-                self._write(self.lines[-1:])
+            self._write(self.lines[-1:])
 
-    def name_in(self, file: Path) -> None:
-        """Name them in ``file``, a line each, now and as they are found; processes that read add theirs.  No file is
-        made while there are none."""
+    def name_in(self, file: Path, *, begin: bool) -> None:
+        """Name them in ``file``, a line each, now and as they are found; no file is made while there are none.
+
+        Args:
+            file: shared by all processes that read, each of which adds those that it finds.
+            begin: whether this process writes down what all of them know by now.
+        """
         self._file = file
-        file.unlink(missing_ok=True)
-        if self.lines:
+        if begin:
+            file.unlink(missing_ok=True)
             self._write(self.lines)
 
     def _write(self, lines: Sequence[str]) -> None:
-        assert self._file is not None
+        if self._file is None or not lines:
+            return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with open(self._file, "a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write("".join(f"{line}\n" for line in lines))
