@@ -18,6 +18,7 @@ from diffusers_sde.conditioning import capture, moved, network_name, stack
 from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 
 Denoiser = Callable[[torch.Tensor, Any], torch.Tensor]
+CLASS_NAMES = "_class_names"  # key of a network's config; diffusers keeps private keys without a word
 
 
 def null_label(network: Any) -> int | None:
@@ -33,6 +34,22 @@ def null_label(network: Any) -> int | None:
         return len(network.config.weights)
     classes = getattr(network.config, "num_class_embeds", None)
     return classes - 1 if classes else None
+
+
+def class_names(network: Any) -> list[str] | None:
+    """The names of a network's classes, in the order of their labels.
+
+    Args:
+        network: with a config, where trained networks have them as :data:`CLASS_NAMES` and others as ``id2label``
+            (transformers' convention).
+
+    Returns:
+        One for each class that has a name, or None.
+    """
+    if names := network.config.get(CLASS_NAMES):
+        return list(names)
+    numbered = {int(label): str(name) for label, name in (network.config.get("id2label") or {}).items()}
+    return [numbered[label] for label in range(len(numbered))] if numbered.keys() == set(range(len(numbered))) else None
 
 
 def spread_labels(n: int, classes: int) -> list[int]:

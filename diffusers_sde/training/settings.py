@@ -81,12 +81,14 @@ class Settings:
     )
 
     train_data_dir: str | None = option(
-        DATA, None, "Image folder: class sub-folders are labels, a metadata.jsonl has captions ('text')."
+        DATA,
+        None,
+        "Image folder: class sub-folders are labels; metadata.jsonl, metadata.csv ('text') or text files have captions.",
     )
     dataset_name: str | None = option(DATA, None, "Hub id (or folder) of a data set, instead of --train_data_dir.")
     streaming: bool = option(DATA, False, "Stream the Hub data set; needs --max_train_steps.")
     image_column: str = option(DATA, "image", "Column of a Hub data set.")
-    caption_column: str = option(DATA, "text", "Column of a Hub data set or key of metadata.jsonl.")
+    caption_column: str = option(DATA, "text", "Column of a Hub data set or of metadata.jsonl or .csv.")
     label_column: str = option(DATA, "label", "Column of a Hub data set.")
     resolution: int | None = option(
         DATA, None, "Side of the training images. Default: the model's, else 64.", positive=True
