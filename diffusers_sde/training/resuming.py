@@ -74,7 +74,8 @@ def compare(before: dict[str, Any], now: dict[str, Any], name: str) -> list[str]
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """``--seed 0 (now 1)`` for each entry of both that differs."""
-    return [f"{key} {_said(before[key])} (now {_said(now[key])})" for key in before if before[key] != now.get(key)]
+    both = [key for key in before if key in now]
+    return [f"{key} {_said(before[key])} (now {_said(now[key])})" for key in both if before[key] != now[key]]
 
 
 def _said(value: Any) -> str:
@@ -107,10 +108,10 @@ def describe_network(task: Task) -> dict[str, Any]:
 
 
 def describe_process(task: Task) -> str:
-    """The forward process by its class and log signal-to-noise ratios, whatever names it has."""
+    """The forward process by its class and noise levels, whatever names it has."""
     path = task.path
-    ratios = np.atleast_1d(path.log_snr(np.linspace(path.noisiest, path.cleanest, 5)))
-    return f"{type(path).__name__} with log-SNR {', '.join(f'{float(r):.3f}' for r in ratios)}"
+    levels = path.log_snr(np.linspace(path.noisiest, path.cleanest, 5))
+    return f"{type(path).__name__} with log_snr {', '.join(f'{level:.3f}' for level in levels)}"
 
 
 def describe_data(settings: Settings, images: TrainingData) -> str:
