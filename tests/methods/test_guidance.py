@@ -9,9 +9,11 @@ import pytest
 import torch
 from contract_helpers import randn, relative, seeded
 from diffusers import DDPMPipeline
-from helpers import COSINE, LINEAR, MIXTURE, mixture
+from helpers import COSINE, LINEAR, MIXTURE, PATHS, mixture, nodes_of, run_table
 from pipeline_parts import RelabelledModel, relabelled_grid, tiny_unet
+from scipy.stats import norm
 from snippets import load, run
+from stated import stated
 
 from diffusers_sde import (
     DPMSolverScheduler,
@@ -33,6 +35,7 @@ from diffusers_sde.methods.guidance import (
     rescaled,
 )
 from diffusers_sde.sampling import network_denoiser
+from diffusers_sde.tables import build_multistep
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 PROCESSES = {"linear": LINEAR, "v_prediction": {**COSINE, "prediction_type": "v_prediction"}, "flow": FLOW}
@@ -241,6 +244,34 @@ def test_noisy_classifier_learns_saves_and_loads(tmp_path):
 
 def test_noisy_classifier_is_small():
     assert sum(p.numel() for p in NoisyClassifierModel().parameters()) < 500_000
+
+
+def test_guidance_is_not_the_tilted_law():
+    """Two Gaussians on a line, w = 5: the ODE of the guided data prediction against ``p(x) p(y|x)^5`` by a sum over x
+    (Lu, arXiv:2607.01693, section 8)."""
+    model = GaussianMixtureModel([0.5, 0.5], [[-0.5], [0.5]], [0.25, 0.25])
+    edm = PATHS["edm"]
+    nodes = nodes_of(edm, np.linspace(-6, 8, 400))
+
+    def guided(x, row):
+        null, conditional = (
+            model.posterior_mean(x, row.alpha, row.sigma, label)
+            for label in (None, torch.ones(len(x), dtype=torch.long))
+        )
+        return null + 5 * (conditional - null)
+
+    start = norm.ppf((np.arange(2000) + 0.5) / 2000) * nodes.sigma[0]
+    found = run_table(build_multistep(edm, nodes, order=3), guided, torch.from_numpy(start)[:, None])
+    assert [float(found.mean()), float(found.std())] == pytest.approx([1.30, 0.28], abs=0.01)
+    x = np.linspace(-5, 5, 4001)
+    low, high = norm.pdf(x, -0.5, 0.5), norm.pdf(x, 0.5, 0.5)
+    tilted = (low + high) * (high / (low + high)) ** 5
+    mean = np.average(x, weights=tilted)
+    assert [mean, np.average((x - mean) ** 2, weights=tilted) ** 0.5] == pytest.approx([0.81, 0.37], abs=0.005)
+    stated(
+        "CFG is not the tilted law: on two Gaussians of std .5 at -.5 and .5 it has mean 1.30 and std .28 at w = 5, "
+        "`p(x) p(y given x)^5` .81 and .37"
+    )
 
 
 # -- the pipeline --
