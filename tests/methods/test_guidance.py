@@ -340,6 +340,27 @@ def test_the_pipeline_runs_the_published_algorithm(option, process, tmp_path):
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("process", [LINEAR, FLOW], ids=["vp", "flow"])
+def test_an_exact_classifier_guides_as_the_network_does(process, tmp_path):
+    """From the unconditional prediction, classifier_scale s with the exact classifier is classifier-free guidance of
+    scale s: ``D_0 + s (D_y - D_0)``, as Bayes' rule has it at s = 1."""
+    pipe = oracle(tmp_path, ProbabilityFlowScheduler(**process, solver_order=1), process)
+    common = {"class_labels": [0, 1, 2], "timesteps": [950, 600, 200], "output_type": "latent"}
+    latents = randn(3, 1, 1, 3)
+    free = pipe(guidance_scale=2.5, latents=latents, **common).images
+    guided = {"guidance_scale": 0.0, "classifier": exact_classifier(pipe.unet), "classifier_scale": 2.5}
+    torch.testing.assert_close(pipe(**guided, latents=latents, **common).images, free, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_the_loop_guides_a_network_by_the_formula(scale):
+    """``m_0 + w (m_y - m_0)`` with the labels of each sample, as tools outside pipelines sample a network."""
+    model, x, labels = mixture(), randn(4, 1, 1, 3), torch.tensor([2, 0, 1, 1])
+    null, conditional = model(x, 400).sample, model(x, 400, labels).sample
+    found = network_denoiser(model, labels, scale)(x, 400)
+    torch.testing.assert_close(found, null + scale * (conditional - null))
+
+
 def test_guidance_is_computed_at_the_levels_of_the_run():
     """``timesteps`` and ``sigmas`` of the user's own: a network that counts its time differently, on the grid that says
     so, is guided as the usual network on the usual grid, with every option that knows the level."""

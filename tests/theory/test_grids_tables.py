@@ -1,4 +1,5 @@
-"""Invariants of grids and tables: what must hold for every path, every grid and every number of steps."""
+"""Invariants of grids and tables: what must hold for every path, every grid and every number of steps; the formula of
+each grid stands in test_named_grids.py."""
 
 import functools
 import itertools
@@ -24,7 +25,6 @@ from helpers import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from scipy.special import betaincinv
 
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.extrapolation import MAX_STEP_RATIO
@@ -86,42 +86,6 @@ def test_grid_starts_at_the_highest_noise(name, grid):
         assert isinstance(PATHS[name], VarianceExploding) or len(set(first)) > 1
     else:
         assert set(first) == {PATHS[name].noisiest}
-
-
-@given(n=st.integers(2, 60))
-def test_trailing_and_leading_are_those_of_the_literature(n):
-    """t_i = T (n-i)/n - 1 and t_i = (n-1-i) floor(T/n) + offset (Lin et al. 2023, table 2)."""
-    path, i = PATHS["vp_linear"], np.arange(n)
-    np.testing.assert_allclose(make_grid(path, "trailing", n), 1000 * (n - i) / n - 1, atol=1e-9)
-    expected = (n - 1 - i) * (1000 // n) + 1
-    np.testing.assert_array_equal(make_grid(path, "leading", n, steps_offset=1), np.minimum(expected, 999))
-
-
-@pytest.mark.parametrize("name", ["vp_linear", "vp_squaredcos_cap_v2", "edm", "flow"])
-@given(n=st.integers(2, 60))
-def test_noise_level_grids_are_those_of_the_literature(name, n):
-    """log_snr: equal steps of log sigma; karras: equal steps of sigma^(1/7) (Karras et al. 2022, eq. 5); beta:
-    quantiles of Beta(0.6, 0.6) (arXiv:2407.12173), all in the noise label of the path."""
-    path, u = PATHS[name], np.linspace(0, 1, n)
-
-    def label(times):
-        return path.sigma_label(*path.alpha_sigma(times))
-
-    high, low = label(np.array([path.noisiest, path.cleanest]))
-    root = high ** (1 / 7) + u * (low ** (1 / 7) - high ** (1 / 7))
-    exact = {
-        "log_snr": np.exp(np.log(high) + u * np.log(low / high)),
-        "karras": root**7,
-        "beta": low + (high - low) * betaincinv(0.6, 0.6, 1 - u),
-    }
-    for grid, expected in exact.items():
-        np.testing.assert_allclose(label(make_grid(path, grid, n)), expected, rtol=1e-8)
-
-
-def test_align_your_steps_is_the_published_schedule():
-    """AYS for Stable Diffusion 1.5 at 10 steps: the published timesteps within 2 units (arXiv:2404.14507)."""
-    published = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
-    assert np.abs(make_grid(PATHS["vp_scaled_linear"], "ays", 10) - published).max() <= 2
 
 
 @every_long_path
