@@ -23,10 +23,10 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
 from diffusers_sde import ProbabilityFlowScheduler
-from diffusers_sde.assets import DEFAULT_MODEL, load_default_classifier
+from diffusers_sde.assets import FASHION_MODEL, load_default_classifier
 
 pipe = DiffusionPipeline.from_pretrained(
-    DEFAULT_MODEL, custom_pipeline="pipelines/guided_generation.py", trust_remote_code=True
+    FASHION_MODEL, custom_pipeline="pipelines/guided_generation.py", trust_remote_code=True
 )
 pipe.scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 rows = []

@@ -19,13 +19,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from diffusers_sde import ProbabilityFlowScheduler
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.pipeline_io import pictures
 from diffusers_sde.methods.posterior import adjoint, gaussian_blur, inpainting, linear_map, super_resolution
 from diffusers_sde.sampling import network_denoiser, sample
 
 pipe = DiffusionPipeline.from_pretrained(
-    DEFAULT_MODEL, custom_pipeline="pipelines/posterior_sampling.py", trust_remote_code=True
+    FASHION_MODEL, custom_pipeline="pipelines/posterior_sampling.py", trust_remote_code=True
 )
 
 # four pictures to lose and find again: here the model's own
