@@ -12,7 +12,7 @@ from pipeline_parts import PROCESSES, ddpm, tiny_unet, tiny_vae
 from snippets import load
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, ReverseSDEScheduler
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.posterior import (
     Measurement,
     gaussian_blur,
@@ -28,7 +28,7 @@ LEVEL = Point(0.8, 0.6)
 
 @functools.cache
 def pipeline():
-    return type(load("posterior_sampling", DEFAULT_MODEL))
+    return type(load("posterior_sampling", FASHION_MODEL))
 
 
 def test_with_a_mask_it_is_the_imputation_of_score_sde():
