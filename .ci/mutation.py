@@ -57,6 +57,9 @@ def copy_tree(folder: Path) -> None:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    for file in (folder / "pipelines").glob("*.py"):  # diffusers imports a copy of the file under another name
+        future = "from __future__ import annotations\n"
+        file.write_text(file.read_text().replace(future, f'{future}\n__name__ = "pipelines.{file.stem}"\n', 1))
 
 
 def files_of(module: str) -> list[Path]:
