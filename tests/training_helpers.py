@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -53,6 +54,20 @@ TINY_TEXT_UNET = {
     "attention_head_dim": 2,
     "cross_attention_dim": 32,
 }
+TINY_TEXT_TRANSFORMER = {
+    "_class_name": "CogView4Transformer2DModel",
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "text_embed_dim": 32,
+    "time_embed_dim": 8,
+    "condition_dim": 4,
+    "pos_embed_max_size": 8,
+}
+RGB = {"resolution": 8, "channels": 3}  # of load_images
 CAPTIONS = (["a red bar", "bar, upright"], "lying bar")  # of the classes a and b; several are drawn from
 
 
@@ -140,3 +155,22 @@ def losses(output: Path) -> dict[int, float]:
     """The loss of each step."""
     with open(output / "loss.csv", newline="") as file:
         return {int(row[0]): float(row[1]) for row in list(csv.reader(file))[1:]}
+
+
+def picture(number: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Image.Image:
+    """An image that is known by its constant value."""
+    return Image.new("RGB", size, (number, 255 - number, 7)).convert(mode)
+
+
+def png(image: Image.Image) -> bytes:
+    image.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+def write(folder: Path, files: dict[str, Image.Image | bytes]) -> Path:
+    """A folder with these files."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else png(content))
+    return folder

@@ -98,7 +98,7 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{name}")
 scheduler = pipe.scheduler  # FlowMapScheduler
 scheduler.set_timesteps(2)
-x = torch.randn(3, {channels}, {size}, {size})
+x = torch.randn({count}, {channels}, {size}, {size})
 with torch.no_grad():
     for t in scheduler.timesteps:
         x = scheduler.step(pipe.unet(x, t{labels}{target}).sample, t, x).prev_sample  # in [-1, 1]""",
@@ -120,8 +120,8 @@ from diffusers_sde.sampling import network_denoiser, sample
 pipe = DDPMPipeline.from_pretrained("{name}")
 scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 scheduler.set_timesteps(10)
-labels = torch.tensor([0, 1, 2])
-noise = torch.randn(3, {channels}, {size}, {size})
+labels = torch.tensor({shown})
+noise = torch.randn({count}, {channels}, {size}, {size})
 images = sample(network_denoiser(pipe.unet, labels, guidance_scale=2.0), scheduler, noise)  # in [-1, 1]""",
     "pipeline": """import diffusers_sde
 from diffusers import DiffusionPipeline

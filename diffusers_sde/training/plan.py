@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from diffusers_sde.errors import UsageError
 from diffusers_sde.loading import load_pipeline
-from diffusers_sde.training import autoencoders, networks, text
-from diffusers_sde.training.data import Images, TrainingData, find_images, load_images
+from diffusers_sde.sampling import CLASS_NAMES
+from diffusers_sde.training import autoencoders, networks, text, text_pipelines
+from diffusers_sde.training.data import Images, TrainingData, load_images
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.objectives import check_objective
 from diffusers_sde.training.parts import add_lora
 from diffusers_sde.training.randomness import seed_of
 from diffusers_sde.training.settings import Settings
+
+MAX_SHOWN_CLASSES = 100
 
 
 def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
@@ -34,12 +35,12 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
             settings.pretrained_model_name_or_path, revision=settings.revision, variant=settings.variant
         )
     elif settings.vae_model_name_or_path:
-        vae = text.load_autoencoder(settings.vae_model_name_or_path)
+        vae = text_pipelines.load_autoencoder(settings.vae_model_name_or_path)
     resolution = settings.resolution or (native_resolution(pipe) if pipe else 64)
     images = load_images(
         settings.data_source,
         resolution=resolution,
-        channels=image_channels(pipe, vae, settings.model_config) or own_channels(settings.train_data_dir),
+        channels=image_channels(pipe, vae, settings.model_config),
         center_crop=settings.center_crop,
         random_flip=settings.random_flip,
         caption_column=settings.caption_column,
@@ -65,7 +66,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
     elif vae is not None:
         network = new_network(settings, images, vae, 0)
         side = resolution / vae_factor(vae)
-        pipe = text.new_pipeline(vae, network, new_scheduler(settings), all_captions(settings, images), side)
+        pipe = text_pipelines.new_pipeline(vae, network, new_scheduler(settings), all_captions(settings, images), side)
         task = networks.pipeline_task(pipe, 0, images.captions)
     else:
         task = networks.fresh_task(new_network(settings, images, vae, classes), new_scheduler(settings), classes)
@@ -82,7 +83,11 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         if not getattr(task.network, "_supports_gradient_checkpointing", False):
             raise UsageError(f"{type(task.network).__name__} has no gradient checkpointing: leave it out.")
         task.network.enable_gradient_checkpointing()
-    return task, images, 0 if networks.takes_prompts(task.pipe) else classes
+    if networks.takes_prompts(task.pipe):
+        return task, images, 0
+    if classes:
+        task.network.register_to_config(**{CLASS_NAMES: images.class_names})
+    return task, images, classes
 
 
 def new_network(settings: Settings, images: TrainingData, vae: Any, classes: int) -> Any:
@@ -93,7 +98,8 @@ def new_network(settings: Settings, images: TrainingData, vae: Any, classes: int
     if settings.objective == "autoencoder":
         return autoencoders.default_autoencoder(resolution, channels)
     if vae is not None:
-        return text.default_text_network(resolution // vae_factor(vae), vae.config.latent_channels)
+        flow = settings.path == "flow"
+        return text_pipelines.default_text_network(resolution // vae_factor(vae), vae.config.latent_channels, flow)
     return networks.default_network(resolution, channels, classes)
 
 
@@ -168,15 +174,6 @@ def image_channels(pipe: Any, vae: Any, model_config: str | None) -> int | None:
     return None
 
 
-def own_channels(folder: str | None) -> int:
-    """1 where the first image of a folder is grey, else 3."""
-    if folder is not None and Path(folder).is_dir():
-        for name in find_images(Path(folder))[:1]:
-            with Image.open(Path(folder) / name) as image:
-                return 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
-    return 3
-
-
 @dataclass(frozen=True)
 class Length:
     """How long the training is: ``steps`` optimizer steps of ``global_batch`` images (all processes together, without
@@ -219,6 +216,7 @@ def describe(settings: Settings, task: Task, images: TrainingData, classes: int,
         "objective": settings.axes,
         "data": f"{length.images if length.images is not None else 'a stream of'} images, {classes or 'no'} classes, "
         f"{'with' if images.captions else 'no'} captions, {getattr(images, 'skipped', 0)} unreadable ones skipped",
+        **({"classes": count_classes(images)} if images.class_names else {}),
         "length": f"{length.steps} optimizer steps of {length.global_batch} x {length.accumulate} images{epochs}",
         "processes": f"{processes}",
         "memory": f"about {floats * 4 / 2**20:.0f} MB for weights, average, gradients and moments, per process",
@@ -226,3 +224,11 @@ def describe(settings: Settings, task: Task, images: TrainingData, classes: int,
         "output": f"{settings.output_dir}, a checkpoint every {settings.checkpointing_steps} steps",
     }
     return "\n".join(f"{key + ':':15}{value}" for key, value in lines.items())
+
+
+def count_classes(images: TrainingData) -> str:
+    """The classes that the data has, each with its number of images where that is known; the first hundred."""
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in images.class_names or ()]
+    counts = images.class_counts()
+    shown = names if counts is None else [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
+    return ", ".join(shown[:MAX_SHOWN_CLASSES]) + (", ..." if len(shown) > MAX_SHOWN_CLASSES else "")

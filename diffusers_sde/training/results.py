@@ -20,6 +20,8 @@ from diffusers_sde.training.parts import save_weights
 from diffusers_sde.training.session import Session
 from diffusers_sde.training.validation import sample_sheet
 
+SHOWN_CLASSES = 3  # that a card's snippet asks for at most
+
 
 def validate(session: Session, name: str) -> Any:
     """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker."""
@@ -76,7 +78,7 @@ def card_content(
         kind = "lora"
     elif task.vae is not None:
         kind = "pipeline"
-    elif settings.objective == "denoising":
+    elif settings.objective in ("denoising", "rectification"):
         kind = "class" if conditional else "unconditional"
     else:
         kind = "flow_map" if settings.objective in FLOW_MAPS else settings.objective
@@ -98,7 +100,8 @@ def card_content(
         "Loss": f"{sum(late) / max(len(late), 1):.4f} (mean of the last tenth; the curve is in `loss.csv`)",
     }
     name = settings.hub_model_id or session.output.resolve().name
-    condition = 'prompt="..."' if not session.classes else "class_labels=[0, 1, 2]"
+    shown = list(range(min(SHOWN_CLASSES, session.classes)))
+    condition = f"class_labels={shown}" if shown else 'prompt="..."'
     return {
         "title": name,
         "what": f"Trained with `diffusers_sde.train` on {settings.data_source}"
@@ -111,7 +114,9 @@ def card_content(
             "channels": task.channels,
             "size": task.network.config.sample_size,
             "condition": condition,
-            "labels": ", torch.tensor([0, 1, 2])" if conditional else "",
+            "shown": shown,
+            "count": len(shown) or SHOWN_CLASSES,
+            "labels": f", torch.tensor({shown})" if conditional else "",
             "target": ", target_timestep=scheduler.target_timestep(t)" if settings.objective == "mean_flow" else "",
         },
         "base_model": settings.pretrained_model_name_or_path,

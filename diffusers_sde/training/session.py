@@ -126,6 +126,10 @@ def prepare(
         accelerator.load_state(str(resumed))
         if accelerator.is_main_process:
             print(f"Resumed from {resumed.name}.", flush=True)
+    if images.damage is not None:
+        images.damage.name_in(
+            output / settings.logging_dir / "unreadable_images.txt", begin=accelerator.is_main_process
+        )
     session = Session(
         settings,
         accelerator,

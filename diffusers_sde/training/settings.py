@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from diffusers_sde.argument_parser import Formatter, Parser
 
-Objective = Literal["denoising", "consistency", "mean_flow", "classifier", "autoencoder"]
+Objective = Literal["denoising", "rectification", "consistency", "mean_flow", "classifier", "autoencoder"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 ForwardPath = Literal["from_model", "vp", "scaled_linear", "cosine", "ve", "edm", "flow"]
 LossWeighting = Literal["none", "min_snr", "soft_min_snr", "edm", "sigma_sqrt", "cosmap", "likelihood"]
@@ -75,16 +75,20 @@ class Settings:
         MODEL, None, "Rank of LoRA adapters (through peft); the network itself stays as it is.", positive=True
     )
     teacher_model_name_or_path: str | None = option(
-        MODEL, None, "Pipeline to distil a flow map from; without it: consistency training."
+        MODEL,
+        None,
+        "Pipeline to distil a flow map from (without it: consistency training), or whose ODE to rectify.",
     )
 
     train_data_dir: str | None = option(
-        DATA, None, "Image folder: class sub-folders are labels, a metadata.jsonl has captions ('text')."
+        DATA,
+        None,
+        "Image folder: class sub-folders are labels; metadata.jsonl, metadata.csv ('text') or text files have captions.",
     )
     dataset_name: str | None = option(DATA, None, "Hub id (or folder) of a data set, instead of --train_data_dir.")
     streaming: bool = option(DATA, False, "Stream the Hub data set; needs --max_train_steps.")
     image_column: str = option(DATA, "image", "Column of a Hub data set.")
-    caption_column: str = option(DATA, "text", "Column of a Hub data set or key of metadata.jsonl.")
+    caption_column: str = option(DATA, "text", "Column of a Hub data set or of metadata.jsonl or .csv.")
     label_column: str = option(DATA, "label", "Column of a Hub data set.")
     resolution: int | None = option(
         DATA, None, "Side of the training images. Default: the model's, else 64.", positive=True
@@ -116,8 +120,13 @@ class Settings:
     loss: ErrorMeasure = option(OBJECTIVE, "l2", "Error measure.")
     huber_c: float = option(OBJECTIVE, 0.1, "Where Huber's loss turns linear.", positive=True)
     label_dropout: float = option(OBJECTIVE, 0.1, "Share of labels or captions dropped, for guidance.")
-    distillation_steps: int = option(OBJECTIVE, 40, "Flow maps: the two times matched are 1/N apart.", positive=True)
-    guidance_scale: float = option(OBJECTIVE, 1.0, "Flow maps: guidance of the teacher.")
+    distillation_steps: int = option(
+        OBJECTIVE,
+        40,
+        "Flow maps: the two times matched are 1/N apart; rectification: steps of the teacher.",
+        positive=True,
+    )
+    guidance_scale: float = option(OBJECTIVE, 1.0, "Flow maps and rectification: guidance of the teacher.")
 
     sharpness_weight: float = option(OBJECTIVE, 1.0, "Autoencoders: weight of the error of edges and lines.")
     kl_weight: float = option(OBJECTIVE, 1e-4, "Autoencoders: weight of the latents' divergence from N(0, I).")

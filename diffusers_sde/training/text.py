@@ -1,6 +1,7 @@
-"""Text-to-image from captions alone: a tokenizer made of them, a new pipeline, and its text encoder in training.
+"""Text from captions alone: a tokenizer made of them, a new text encoder, and a text encoder in training.
 
-Knows transformers' CLIP classes and ``StableDiffusionPipeline``.  Knows nothing of losses, data sets or optimizers.
+Knows transformers' CLIP classes, and how a pipeline's network is given the text.  Knows nothing of losses, data sets or
+optimizers.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import heapq
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusers_sde.conditioning import stack
 from diffusers_sde.errors import UsageError
 from diffusers_sde.training.networks import Task
 
@@ -25,13 +25,13 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 SHORTEST_PROMPT = 16  # tokens that a prompt may have at least, with start and end
 
 
-def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
+def make_tokenizer(captions: Sequence[str], multiple: int = 8, padding_side: str = "right") -> CLIPTokenizer:
     """A stock ``CLIPTokenizer`` in whose vocabulary every word of the captions is one piece; another word falls apart
     into pieces of such words and, where none fits, into the bytes of its characters.
 
     A function of the captions, whatever the process (the trainers of ``tokenizers`` break ties at random), so that a
-    resumed training numbers words as it did.  Prompts are padded and cut to the longest caption, at least to 16 tokens,
-    in multiples of 8.
+    resumed training numbers words as it did.  Prompts are padded (on ``padding_side``) and cut to the longest caption,
+    at least to 16 tokens, in multiples of ``multiple``.
     """
     rules = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[]).backend_tokenizer
     split = [rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(caption)) for caption in captions]
@@ -42,7 +42,8 @@ def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     return CLIPTokenizer(
         vocab={piece: number for number, piece in enumerate(dict.fromkeys(pieces))},
         merges=merges,
-        model_max_length=max(SHORTEST_PROMPT, 8 * -(-longest // 8)),
+        model_max_length=max(SHORTEST_PROMPT, multiple * -(-longest // multiple)),
+        padding_side=padding_side,
     )
 
 
@@ -95,8 +96,11 @@ def merged(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int = 2) -> CLIPTextModel:
-    """A new ``CLIPTextModel`` for the vocabulary and the prompt length of ``tokenizer``; heads of 32 channels."""
+def make_text_encoder(
+    tokenizer: CLIPTokenizer, width: int, layers: int = 2, positions: int | None = None
+) -> CLIPTextModel:
+    """A new ``CLIPTextModel`` for the vocabulary of ``tokenizer`` and for prompts of ``positions`` tokens (None: of the
+    tokenizer's longest); heads of 32 channels."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -105,7 +109,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int = 2) -> 
             projection_dim=width,
             num_hidden_layers=layers,
             num_attention_heads=max(1, width // 32),
-            max_position_embeddings=tokenizer.model_max_length,
+            max_position_embeddings=positions or tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -113,105 +117,34 @@ def make_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int = 2) -> 
     )
 
 
-def load_autoencoder(source: str) -> diffusers.AutoencoderKL:
-    """The autoencoder of a folder or of the Hub, or that of a pipeline there; frozen.
-
-    Raises:
-        UsageError: where there is none.
-    """
-    subfolder = "vae" if (Path(source) / "vae").is_dir() else None
-    try:
-        vae = diffusers.AutoencoderKL.from_pretrained(source, subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--vae_model_name_or_path {source} holds no AutoencoderKL: pass the folder of one."
-        ) from error
-    return vae.float().requires_grad_(False).eval()
-
-
-def default_text_network(sample_size: int, channels: int) -> diffusers.UNet2DConditionModel:
-    """A ``UNet2DConditionModel`` for small latents: widths 64, 96, 160, one layer a block, attention to the text below
-    the first level; 7.3 M parameters.
-
-    Raises:
-        UsageError: for a side that does not halve twice.
-    """
-    if sample_size % 4:
-        raise UsageError(
-            f"Latents of {sample_size}x{sample_size} do not fit the default network: pass a --resolution that makes "
-            "their side a multiple of 4, or --model_config."
-        )
-    return diffusers.UNet2DConditionModel(
-        sample_size=sample_size,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(64, 96, 160),
-        layers_per_block=1,
-        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        norm_num_groups=16,
-        attention_head_dim=(2, 3, 5),  # diffusers' name for the number of heads
-        cross_attention_dim=128,
-    )
-
-
-def new_pipeline(
-    vae: Any, network: Any, scheduler: Any, captions: Sequence[str], side: float
-) -> diffusers.StableDiffusionPipeline:
-    """A ``StableDiffusionPipeline`` of an autoencoder and a new network, with a tokenizer and a new text encoder made
-    for ``captions`` and for the width that the network attends to.
-
-    Args:
-        side: of the latents of the training images.
-
-    Raises:
-        UsageError: for a network that does not attend to text or does not fit the latents.
-    """
-    if not isinstance(network, diffusers.UNet2DConditionModel):
-        raise UsageError(
-            f"A new text-to-image model needs a UNet2DConditionModel, not a {type(network).__name__}: correct "
-            "--model_config, or leave it out."
-        )
-    if network.config.in_channels != vae.config.latent_channels:
-        raise UsageError(
-            f"The network takes {network.config.in_channels} channels, the latents have {vae.config.latent_channels}: "
-            "correct --model_config, or leave it out."
-        )
-    if network.config.sample_size != side:
-        raise UsageError(
-            f"The network makes latents of side {network.config.sample_size}, those of the training images have "
-            f"{side:g}: pass another --resolution, or correct --model_config."
-        )
-    tokenizer = make_tokenizer(captions)
-    return diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=make_text_encoder(tokenizer, network.config.cross_attention_dim),
-        tokenizer=tokenizer,
-        unet=network,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 class TextConditioned(torch.nn.Module):
-    """A network and the text encoder before it as one module, called with token numbers in place of embeddings."""
+    """A network and the text encoder before it as one module, called with token numbers in place of embeddings.
 
-    def __init__(self, network: Any, text_encoder: Any):
+    ``layer``: which of the encoder's hidden states the network attends to, None for its normalised last one.
+    """
+
+    def __init__(self, network: Any, text_encoder: Any, layer: int | None = None):
         super().__init__()
-        self.network, self.text_encoder = network, text_encoder
+        self.network, self.text_encoder, self.layer = network, text_encoder, layer
 
     def forward(self, x: torch.Tensor, *, input_ids: torch.Tensor, **arguments: Any) -> Any:
         """The network's output for states ``x`` and prompts of token numbers (N, length)."""
-        return self.network(x, encoder_hidden_states=self.text_encoder(input_ids)[0], **arguments)
+        return self.network(x, encoder_hidden_states=embeddings(self.text_encoder, input_ids, self.layer), **arguments)
+
+
+def embeddings(text_encoder: Any, input_ids: torch.Tensor, layer: int | None) -> torch.Tensor:
+    """The hidden states (N, length, width) of a prompt's tokens: those of ``layer``, None for the normalised last."""
+    if layer is None:
+        return text_encoder(input_ids)[0]
+    return text_encoder(input_ids, output_hidden_states=True).hidden_states[layer]
 
 
 def with_text_encoder(task: Task) -> Task:
     """``task`` whose text encoder is trained too.
 
     Raises:
-        UsageError: where the network is given anything but the last hidden states of one text encoder.
+        UsageError: where what the network is told depends on the prompt in other ways than through hidden states of one
+            text encoder (the last, or the last but one).
     """
     encoder, tokenizer = (getattr(task.pipe, name, None) for name in ("text_encoder", "tokenizer"))
     refusal = UsageError(
@@ -221,20 +154,37 @@ def with_text_encoder(task: Task) -> Task:
     if encoder is None or tokenizer is None:
         raise refusal
 
-    def condition(labels: Sequence[int | None] | None, captions: Sequence[str | None] | None) -> dict[str, Any]:
-        texts = [caption or "" for caption in captions or ()]
-        tokens = tokenizer(
-            texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        return {"input_ids": tokens.input_ids.to(encoder.device)}
+    def tokens(texts: Sequence[str]) -> torch.Tensor:
+        length = tokenizer.model_max_length
+        told = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return told.input_ids.to(encoder.device)
 
-    given = task.condition(None, ["a"])
-    with torch.no_grad():
-        expected = encoder(condition(None, ["a"])["input_ids"])[0]
-    embeddings = given.pop("encoder_hidden_states", None)
-    if embeddings is None or embeddings.shape != expected.shape or not torch.allclose(embeddings, expected, atol=1e-4):
+    given, other = (task.condition(None, [prompt]) for prompt in ("a", ""))
+    expected = given.pop("encoder_hidden_states", None)
+    other.pop("encoder_hidden_states", None)
+    if expected is None or not same(given, other):
         raise refusal
-    if any(value is not None for value in given.values()):
+    with torch.no_grad():
+        layers = [layer for layer in (None, -2) if same(embeddings(encoder, tokens(["a"]), layer), expected)]
+    if not layers:
         raise refusal
     encoder.requires_grad_(True)
-    return dataclasses.replace(task, condition=condition, trained=TextConditioned(task.network, encoder))
+    parameters = list(encoder.parameters())
+    gradients = torch.autograd.grad(embeddings(encoder, tokens(["a"]), layers[0]).sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)  # layers behind the one attended to have nothing to learn from
+
+    def condition(labels: Sequence[int | None] | None, captions: Sequence[str | None] | None) -> dict[str, Any]:
+        texts = [caption or "" for caption in captions or ()]
+        return {"input_ids": tokens(texts), **stack([given] * len(texts))}
+
+    return dataclasses.replace(task, condition=condition, trained=TextConditioned(task.network, encoder, layers[0]))
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two conditions of a network are equal up to rounding."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.shape == second.shape and torch.allclose(first, second, atol=1e-4)
+    return bool(first is second or first == second)

@@ -16,6 +16,7 @@ from tiny_pipelines import PIPELINES
 from training_helpers import (
     CAPTIONS,
     TINY,
+    TINY_TEXT_TRANSFORMER,
     TINY_TEXT_UNET,
     TINY_VAE,
     common,
@@ -27,7 +28,7 @@ from training_helpers import (
 from transformers import CLIPTokenizer
 
 import diffusers_sde
-from diffusers_sde.training import text
+from diffusers_sde.training import text, text_pipelines
 from diffusers_sde.training.arguments import read_settings
 from diffusers_sde.training.data import load_images
 from diffusers_sde.training.networks import pipeline_task, process_scheduler
@@ -68,11 +69,17 @@ def trained(data: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return output
 
 
-def fresh_pipeline() -> diffusers.StableDiffusionPipeline:
+def fresh_network(flow: bool) -> torch.nn.Module:
+    if flow:
+        return diffusers.CogView4Transformer2DModel.from_config(TINY_TEXT_TRANSFORMER)
+    return diffusers.UNet2DConditionModel.from_config(TINY_TEXT_UNET)
+
+
+def fresh_pipeline(flow: bool = False) -> diffusers.DiffusionPipeline:
     torch.manual_seed(0)
-    network = diffusers.UNet2DConditionModel.from_config(TINY_TEXT_UNET)
+    scheduler = process_scheduler(*(("flow", "flow_prediction") if flow else ("scaled_linear", "v_prediction")))
     vae = diffusers.AutoencoderKL.from_config(TINY_VAE)
-    return text.new_pipeline(vae, network, process_scheduler("scaled_linear", "v_prediction"), SENTENCES, 8)
+    return text_pipelines.new_pipeline(vae, fresh_network(flow), scheduler, SENTENCES, 8)
 
 
 # -- tokenizer --
@@ -137,12 +144,46 @@ def test_the_process_of_a_new_text_model_is_that_of_stable_diffusion() -> None:
 
 
 def test_the_default_network_is_small_and_fits_the_latents() -> None:
-    network = text.default_text_network(16, 4)
+    network = text_pipelines.default_text_network(16, 4, flow=False)
     assert 3e6 < sum(p.numel() for p in network.parameters()) < 8e6
     with torch.no_grad():
         assert network(torch.zeros(1, 4, 16, 16), 5, torch.zeros(1, 16, 128)).sample.shape == (1, 4, 16, 16)
     with pytest.raises(ValueError, match="a multiple of 4"):
-        text.default_text_network(10, 4)
+        text_pipelines.default_text_network(10, 4, flow=False)
+
+
+def test_the_default_flow_network_is_small_and_fits_the_latents() -> None:
+    network = text_pipelines.default_text_network(16, 4, flow=True)
+    assert 3e6 < sum(p.numel() for p in network.parameters()) < 6e6
+    sizes = {name: torch.full((1, 2), 64.0) for name in ("original_size", "target_size", "crop_coords")}
+    with torch.no_grad():
+        made = network(torch.zeros(1, 4, 16, 16), torch.zeros(1, 16, 128), torch.tensor([5.0]), **sizes)
+    assert made.sample.shape == (1, 4, 16, 16)
+    with pytest.raises(ValueError, match="a multiple of 2"):
+        text_pipelines.default_text_network(9, 4, flow=True)
+
+
+def test_a_prompt_means_the_same_alone_and_beside_a_longer_one() -> None:
+    """CogView4Pipeline pads a batch to its longest prompt, then on the left; so does the tokenizer made for it."""
+    pipe = fresh_pipeline(flow=True)
+    with torch.no_grad():
+        alone, _ = pipe.encode_prompt("red apple", do_classifier_free_guidance=False)
+        beside, _ = pipe.encode_prompt(SENTENCES[:2], do_classifier_free_guidance=False)
+    torch.testing.assert_close(alone[0], beside[1])
+
+
+def test_prompts_longer_than_any_caption_are_not_an_error() -> None:
+    image = fresh_pipeline(flow=True)("red apple " * 20, num_inference_steps=1, output_type="latent").images
+    assert image.shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_a_network_of_another_process_is_refused(flow: bool) -> None:
+    """The stock scheduler of one process cannot be called by the stock pipeline of the other."""
+    network = fresh_network(flow=not flow)
+    scheduler = process_scheduler(*(("flow", "flow_prediction") if flow else ("scaled_linear", "v_prediction")))
+    with pytest.raises(ValueError, match="does not go with this --path"):
+        text_pipelines.new_pipeline(diffusers.AutoencoderKL.from_config(TINY_VAE), network, scheduler, SENTENCES, 8)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +191,7 @@ def test_the_default_network_is_small_and_fits_the_latents() -> None:
     [
         ({"in_channels": 5}, "takes 5 channels, the latents have 4"),
         ({"sample_size": 16}, "makes latents of side 16, those of the training images have 8"),
-        (None, "needs a UNet2DConditionModel, not a UNet2DModel: correct --model_config"),
+        (None, "needs a UNet2DConditionModel or a CogView4Transformer2DModel, not a UNet2DModel: correct"),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused(changes: dict[str, object] | None, remedy: str) -> None:
@@ -159,21 +200,23 @@ def test_a_network_that_does_not_fit_is_refused(changes: dict[str, object] | Non
     else:
         network = diffusers.UNet2DConditionModel.from_config({**TINY_TEXT_UNET, **changes})
     with pytest.raises(ValueError, match=remedy):
-        text.new_pipeline(diffusers.AutoencoderKL.from_config(TINY_VAE), network, None, SENTENCES, 8)
+        scheduler = process_scheduler("scaled_linear", "v_prediction")
+        text_pipelines.new_pipeline(diffusers.AutoencoderKL.from_config(TINY_VAE), network, scheduler, SENTENCES, 8)
 
 
 # -- the text encoder in training --
 
 
-def test_the_joint_module_predicts_what_the_pipeline_would_feed_its_network() -> None:
-    pipe = fresh_pipeline()
+@pytest.mark.parametrize("flow", [False, True])
+def test_the_joint_module_predicts_what_the_pipeline_would_feed_its_network(flow: bool) -> None:
+    pipe = fresh_pipeline(flow)
     frozen = pipeline_task(pipe, 0, True)
     prompts = ["red apple", None, "grinning face with smiling eyes"]
     given = frozen.condition(None, prompts)
     joint = text.with_text_encoder(frozen)
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([10.0, 500.0, 900.0])
     with torch.no_grad():
-        expected = pipe.unet(x, t, **given, return_dict=False)[0]
+        expected = frozen.network(x, timestep=t, **given, return_dict=False)[0]
         actual = joint.trained(x, timestep=t, **joint.condition(None, prompts), return_dict=False)[0]
     torch.testing.assert_close(actual, expected)
 
@@ -186,6 +229,13 @@ def test_gradients_reach_every_weight_of_the_encoder_and_none_of_the_autoencoder
     ).sample.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in joint.pipe.text_encoder.parameters())
     assert not any(p.requires_grad for p in joint.pipe.vae.parameters())
+
+
+def test_layers_behind_the_one_attended_to_are_not_trained() -> None:
+    """Processes that wait for gradients of theirs would wait for ever."""
+    joint = text.with_text_encoder(pipeline_task(fresh_pipeline(flow=True), 0, True))
+    idle = {name for name, p in joint.pipe.text_encoder.named_parameters() if not p.requires_grad}
+    assert idle and all("layers.1." in name or "final_layer_norm" in name for name in idle)
 
 
 def test_the_weights_of_the_parts_are_found_in_those_of_the_joint_module() -> None:
@@ -234,6 +284,28 @@ print(pipe.vae.config.scaling_factor, pipe.safety_checker, pipe.text_encoder.dty
         "StableDiffusionPipeline DDIMScheduler (1, 3, 16, 16) True",
         "0.7 None torch.float32 False",
     ]
+
+
+def test_a_new_flow_model_is_trained_and_called_by_stock_diffusers(data: Path, vae: Path, tmp_path: Path) -> None:
+    """Network and text encoder have moved, and the loaded pipeline makes another picture of another prompt."""
+    config = config_file(tmp_path, TINY_TEXT_TRANSFORMER)
+    new = {"vae_model_name_or_path": vae, "train_text_encoder": True, "cache_latents": True, "path": "flow"}
+    for name, rate in (("still", 1e-30), ("moved", 1e-2)):
+        words = common(data, tmp_path / name, config, 3, **new)
+        assert train_here([*words, "--learning_rate", str(rate)]) == 0
+    still, moved = (diffusers.DiffusionPipeline.from_pretrained(tmp_path / name) for name in ("still", "moved"))
+    assert type(moved) is diffusers.CogView4Pipeline
+    assert type(moved.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+    for part in ("transformer", "text_encoder"):
+        before, after = (getattr(pipe, part).state_dict() for pipe in (still, moved))
+        changed = {key for key in before if not torch.equal(before[key], after[key])}
+        unused = {key for key in before if "layers.1." in key or "final_layer_norm" in key}  # of the text encoder
+        assert changed == before.keys() - unused if part == "text_encoder" else len(changed) > 0.9 * len(before)
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    first, second = (
+        moved(prompt, **options, generator=torch.Generator().manual_seed(0)).images for prompt in ("a red bar", "bar")
+    )
+    assert first.shape == (1, 4, 8, 8) and not torch.allclose(first, second)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
