@@ -77,11 +77,11 @@ def test_ramps_of_noise_run_in_sigma_or_in_its_ratio_to_alpha():
 
 @pytest.mark.parametrize("name", ["edm", "ve_atan", "flow", "flow_shift", "mochi"])
 def test_training_times_have_the_density_they_name(name):
-    """From the cleanest to the noisiest time, with |d fraction / dt| the inverse of the derivative."""
+    """From the cleanest to the noisiest time, with |d fraction / d log_snr| the inverse of the derivative."""
     path, u, h = PATHS[name], np.linspace(0.05, 0.95, 7), 1e-6
     density = path.training_times(u)[1]
-    derivative = (path.training_times(u + h)[0] - path.training_times(u - h)[0]) / (2 * h)
-    np.testing.assert_allclose(density * np.abs(derivative), 1, rtol=1e-6)
+    cleaner, noisier = (path.log_snr(path.training_times(v)[0]) for v in (u - h, u + h))
+    np.testing.assert_allclose(density * (cleaner - noisier) / (2 * h), 1, rtol=1e-6)
     np.testing.assert_allclose(path.training_times(np.array([0.0, 1.0]))[0], [path.cleanest, path.noisiest], rtol=1e-9)
 
 
