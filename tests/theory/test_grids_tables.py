@@ -549,6 +549,14 @@ def test_linear_parts_compose(start, h, data_std, tau):
     assert (a2 * c1) ** 2 + c2**2 == pytest.approx(c**2, rel=1e-8, abs=1e-14)
 
 
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+@pytest.mark.parametrize("data_std", [0.0, 0.5, INF])
+def test_a_step_of_no_length_keeps_the_state(data_std, tau):
+    """Factor 1 and no noise, at clean data too, where s_t/s_s is no number."""
+    for point in (*points_at(0.3), Point(1.0, 0.0)):
+        assert linear_coefficients(point, point, data_std, tau) == (1.0, 0.0)
+
+
 @given(lam=lams, data_std=st.sampled_from([0.0, 0.4, 1.0, 3.0]))
 def test_evaluation_of_gaussian_data_vanishes(lam, data_std):
     """F is the part of D that N(0, c^2) data does not explain, so it is 0 for them; at c = 1 under VP it is -v."""
