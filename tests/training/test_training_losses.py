@@ -214,7 +214,7 @@ def test_noise_is_standard_normal_and_times_are_uniform() -> None:
     n = d.eps.numel()
     assert abs(float(d.eps.mean())) < 4 / n**0.5 and abs(float(d.eps.square().mean()) - 1) < 4 * (2 / n) ** 0.5
     for column in (d.u, *d.v.T):
-        assert abs(column.mean() - 0.5) < 4 / (12 * 400) ** 0.5 and 0 < column.min() and column.max() < 1
+        assert abs(column.mean() - 0.5) < 4 / (12 * 400) ** 0.5 and column.min() > 0 and column.max() < 1
         assert abs((column**2).mean() - 1 / 3) < 4 * (4 / 45 / 400) ** 0.5
     assert abs(np.corrcoef(d.u, d.eps.mean((1, 2, 3)))[0, 1]) < 0.2 and abs(np.corrcoef(d.u, d.v[:, 0])[0, 1]) < 0.2
 
