@@ -59,7 +59,9 @@ def copy_tree(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
     for file in (folder / "pipelines").glob("*.py"):  # diffusers imports a copy of the file under another name
         future = "from __future__ import annotations\n"
-        file.write_text(file.read_text().replace(future, f'{future}\n__name__ = "pipelines.{file.stem}"\n', 1))
+        name = f"pipelines.{file.stem}"
+        renamed = f'import sys\n\nsys.modules["{name}"] = sys.modules[__name__]\n__name__ = "{name}"\n'
+        file.write_text(file.read_text().replace(future, f"{future}\n{renamed}", 1))
 
 
 def files_of(module: str) -> list[Path]:
