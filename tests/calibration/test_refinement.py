@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from diffusers_sde.calibration.fit import fit_tables, last_residuals, table_error
 from diffusers_sde.calibration.job import refined_grids
 from diffusers_sde.calibration.refine import TRIALS, directions, refine, refinement_cost, start_refinement
+from diffusers_sde.calibration.rollout import Evaluator
 from diffusers_sde.calibration.store import Store
 
 
@@ -22,6 +23,25 @@ def test_directions_are_orthonormal(k, seed):
     d = directions(gram)
     assert np.allclose(d @ gram @ d.T, np.eye(len(d)), atol=1e-9) and len(d) == k
     assert len(directions(np.ones((3, 3)))) == 1  # parallel vectors have one direction
+
+
+def test_derivatives_by_evaluation_times_stay_in_the_training_range():
+    """The first row at the noisiest time is moved towards clean data, the last one at the cleanest away from it."""
+    seen = []
+
+    class Seen(Evaluator):
+        def evaluate(self, batch, row, x):
+            seen.append(row.time)
+            return super().evaluate(batch, row, x)
+
+    samples = taught(batches=1)
+    ((table, _),) = fit_tables(samples, [[0, 8, 20]])
+    path = samples.evaluator.path
+    first, middle, last = table.rows
+    table = replace(table, rows=(replace(first, time=path.noisiest), middle, replace(last, time=path.cleanest)))
+    start_refinement(replace(samples, evaluator=Seen(path, "epsilon", 1.0)), Store(), table)
+    assert path.cleanest <= min(seen) < 3 and 996 < max(seen) <= path.noisiest
+    assert len(set(seen)) == 6
 
 
 def test_refinement_never_raises_the_training_error_and_keeps_times_in_order():

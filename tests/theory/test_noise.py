@@ -76,6 +76,19 @@ def test_infinite_ends():
         assert dot(weights[i], weights[j]) == pytest.approx(float(i == j), abs=1e-11)
 
 
+def test_steps_at_the_ends_of_the_span_are_steps_like_others():
+    """Half log-SNRs -16 to 16, their first and last cells included: unit variance, independent."""
+    weights = brownian_weights([-16.0, -15.9, -15.7, -15.2, -3.0, 15.2, 15.7, 15.9, 16.0], tau=0.25)
+    for i, j in itertools.combinations_with_replacement(range(8), 2):
+        assert dot(weights[i], weights[j]) == pytest.approx(float(i == j), abs=1e-10)
+
+
+def test_a_clock_that_stands_still_draws_no_noise():
+    """At data_std = 1000 the noise level no longer shows beside the data beyond log-SNR 10, to the last bit."""
+    weights = brownian_weights([0.0, 3.0, 12.0, 12.3, 14.0], data_std=1000.0)
+    assert [len(w) > 0 for w in weights] == [True, True, False, False]
+
+
 def test_empty_step_has_no_noise():
     """A step of no length has no weights; its neighbours are those of the grid without it."""
     double = brownian_weights([-2.0, 0.5, 0.5, 3.0])

@@ -30,7 +30,13 @@ from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.configs import alphas_cumprod_from_config
 from diffusers_sde.dynamics import drift_and_diffusion
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
-from diffusers_sde.prediction import PREDICTION_TYPES, convert, model_coefficients, prediction_coefficients
+from diffusers_sde.prediction import (
+    PREDICTION_TYPES,
+    convert,
+    model_coefficients,
+    prediction_coefficients,
+    split_variance,
+)
 from diffusers_sde.sampling import sample
 from diffusers_sde.tables import build_multistep
 from diffusers_sde.weights import Point, linear_coefficients
@@ -348,6 +354,24 @@ def test_predictions_without_information_are_refused():
         prediction_coefficients("score", 1.0, 0.0)
     with pytest.raises(ValueError, match="use one of epsilon, sample"):
         prediction_coefficients("velocity", 1.0, 0.5)
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_an_output_with_variances_starts_with_the_prediction(variance_type):
+    """The first C of 2C channels (Nichol & Dhariwal 2021, section 3.1)."""
+    output = torch.arange(2 * 6 * 4).reshape(2, 6, 2, 2)
+    torch.testing.assert_close(split_variance(output, torch.zeros(2, 3, 2, 2), variance_type), output[:, :3])
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 2), (3, 6, 2, 2), (2, 6, 2, 4), (4, 3, 2, 2), (2, 3, 2, 2)])
+def test_an_output_that_does_not_fit_the_sample_is_refused(shape):
+    """Only the doubled channels of the sample's own shape hold variances."""
+    with pytest.raises(ValueError, match=r"must agree\.$"):
+        split_variance(torch.zeros(shape), torch.zeros(2, 3, 2, 2), "learned_range")
+    with pytest.raises(ValueError, match=r"must agree\.$"):
+        split_variance(torch.zeros(4), torch.zeros(2), "learned_range")
+    with pytest.raises(ValueError, match=r"set variance_type='learned_range'\)\.$"):
+        split_variance(torch.zeros(2, 6, 2, 2), torch.zeros(2, 3, 2, 2), "fixed_small")
 
 
 @given(sigma=level, x0=st.floats(-3, 3), eps=st.floats(-3, 3))
