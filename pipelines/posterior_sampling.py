@@ -64,6 +64,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import FlowMapScheduler, ReverseSDEScheduler, TableScheduler
+from diffusers_sde.errors import check_whole
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.images import from_latents, from_state
 from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out_grid, sample_shape
@@ -144,11 +145,10 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         """
         check_output_type(output_type)
         check_method(method, data_std, solver_iterations, max_noise, dps_scale)
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, not {num_images}.")
+        check_whole("num_images", num_images)
         device, count = self.unet.device, len(observation)
         y = observation.to(device, torch.float32)
-        check_observation(operator, y[:1], noise_std, torch.zeros(1, *self._pixel_shape(), device=device))
+        check_observation(operator, y, noise_std, torch.zeros(1, *self._pixel_shape(), device=device))
         labels = label_tensor(self.unet, class_labels, count)
         labels = None if labels is None else labels.repeat_interleave(num_images)
         field = network_field(self.unet, self.scheduler.config, labels, guidance_scale)

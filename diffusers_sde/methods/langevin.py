@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_sde.errors import is_real, is_whole
 from diffusers_sde.prediction import NOISE, from_model
 from diffusers_sde.tables import points_of
 from diffusers_sde.weights import Point
@@ -129,9 +130,9 @@ def restart_visits(
     Raises:
         ValueError: where the interval holds fewer than two of the levels, or repeats is negative.
     """
+    if not (is_whole(repeats) and repeats >= 0):
+        raise ValueError(f"Restart repeats an interval 0 or more times, not {repeats!r}.")
     inside = [i for i, s in enumerate(noise_levels) if interval[0] <= s <= interval[1]]
-    if repeats < 0:
-        raise ValueError(f"Restart repeats an interval 0 or more times, not {repeats}.")
     if len(inside) < 2:
         raise ValueError(
             f"The restart interval {interval} holds {len(inside)} of the noise levels: widen it or take more steps."
@@ -156,6 +157,8 @@ def planned_visits(scheduler: Any, restart: tuple[float, float, int] | None) -> 
     """
     if restart is None:
         return [Visit(i) for i in range(len(scheduler.timesteps))]
+    if not isinstance(restart, Sequence) or len(restart) != 3 or not all(map(is_real, restart)):
+        raise ValueError(f"restart must be (low, high, repeats), not {restart!r}.")
     low, high, repeats = restart
     return restart_visits(np.exp(-scheduler.levels.log_snr[:-1]), (low, high), repeats)
 
@@ -223,8 +226,11 @@ def sample_with_correctors(
     Raises:
         ValueError: as :func:`restart_visits`, and for correctors that do not converge.
     """
-    if corrector_steps < 0 or (corrector_steps and not 0 < corrector_snr < 1):
-        raise ValueError(f"Correctors need 0 or more steps and 0 < snr < 1, not {corrector_steps} and {corrector_snr}.")
+    right = is_whole(corrector_steps) and corrector_steps >= 0 and is_real(corrector_snr)
+    if not right or (corrector_steps and not 0 < corrector_snr < 1):
+        raise ValueError(
+            f"Correctors need 0 or more steps and 0 < snr < 1, not {corrector_steps!r} and {corrector_snr!r}."
+        )
     path, kind = scheduler.path, scheduler.config.prediction_type
     points, rows = points_of(scheduler.levels), len(scheduler.timesteps)
     dtype = x.dtype
@@ -250,5 +256,5 @@ def sample_with_correctors(
 
 
 def _check_step(step: float) -> None:
-    if not 0 < step < math.inf:
-        raise ValueError(f"The step of Langevin dynamics must be positive, not {step}.")
+    if not (is_real(step) and 0 < step < math.inf):
+        raise ValueError(f"The step of Langevin dynamics must be positive, not {step!r}.")

@@ -81,7 +81,7 @@ class Settings:
     train_data_dir: str | None = option(
         DATA,
         None,
-        "Image folder: class sub-folders are labels; metadata.jsonl, metadata.csv ('text') or text files have captions.",
+        "Image folder: sub-folders are classes; metadata.jsonl or .csv ('text') or text files have captions.",
     )
     dataset_name: str | None = option(DATA, None, "Hub id (or folder) of a data set, instead of --train_data_dir.")
     streaming: bool = option(DATA, False, "Stream the Hub data set; needs --max_train_steps.")
