@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import torch
 
-from diffusers_sde.assets import embedded_models
+from diffusers_sde.assets import embedded_models, shared_parts
 from diffusers_sde.errors import UsageError
 
 
@@ -32,6 +32,7 @@ def load_pipeline(model: str, **options: Any) -> diffusers.DiffusionPipeline:
     if not folder.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise UsageError(f"{model} does not exist: pass a pipeline's folder or a hub id like google/ddpm-cifar10-32.")
     try:
+        options = {**shared_parts(folder), **options}
         return diffusers.DiffusionPipeline.from_pretrained(folder if folder.exists() else model, **options)
     except Exception as error:  # whatever it is: hub, cache, network, json and weights each raise their own
         where = "is a broken pipeline folder" if folder.exists() else "is no folder and could not be had from the Hub"

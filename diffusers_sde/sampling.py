@@ -1,19 +1,20 @@
 """The sampling loop, for networks that have no pipeline of their own call: compare, bench and tests use it.
 
-Knows how to call an unconditional or class-conditional network with classifier-free guidance or as a flow map, and how
-to drive any scheduler, ours or diffusers', from given noise.  Knows no scheduler in particular.
+Knows how to call an unconditional, class- or text-conditional network with classifier-free guidance or as a flow map,
+and how to drive any scheduler, ours or diffusers', from given noise.  Knows no scheduler in particular.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 
+from diffusers_sde.conditioning import capture, moved, network_name, stack
 from diffusers_sde.errors import check_finite
 from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 
@@ -96,6 +97,36 @@ def network_denoiser(
     def guided(sample: torch.Tensor, t: Any) -> torch.Tensor:
         unconditional, conditional = network(torch.cat([sample, sample]), t, labels, return_dict=False)[0].chunk(2)
         return torch.lerp(unconditional, conditional, guidance_scale)
+
+    return guided
+
+
+def prompt_denoiser(pipe: Any, prompts: Sequence[str], guidance_scale: float = 1.0) -> Denoiser:
+    """The network of a text-to-image pipeline as a function of latents and time, guided as the pipeline guides:
+    ``m_empty + w (m_prompt - m_empty)`` in one batch of 2N, against the empty prompt.
+
+    Args:
+        pipe: a pipeline whose network takes latents (N, C, H, W).
+        prompts: N of them.
+        guidance_scale: w; 1: no guidance.
+
+    Returns:
+        ``denoiser(latents, timestep)``, (N, C, H, W) to (N, C, H, W).
+
+    Raises:
+        ValueError: where the pipeline packs its latents.
+    """
+    network = getattr(pipe, network_name(pipe) or "")
+    known = {prompt: capture(pipe, prompt=[prompt]) for prompt in dict.fromkeys([*prompts, ""])}
+    scale = known[""][2]
+    words = list(prompts) if guidance_scale == 1.0 else [*("" for _ in prompts), *prompts]
+    condition = moved(stack([known[prompt][1] for prompt in words]), network.device)
+
+    def guided(sample: torch.Tensor, t: Any) -> torch.Tensor:
+        x = sample if guidance_scale == 1.0 else torch.cat([sample, sample])
+        times = torch.as_tensor(t, device=x.device).expand(len(x)) * scale
+        out = network(x, timestep=times, **condition, return_dict=False)[0]
+        return out if guidance_scale == 1.0 else torch.lerp(*out.chunk(2), guidance_scale)
 
     return guided
 

@@ -11,7 +11,8 @@ With predictions ``m_y`` (label y) and ``m_0`` (no label), the guided one is
     D -> D + s sigma^2/alpha grad log p_t(y | x_t)           classifier guidance (arXiv:2105.05233), scale s
 
 Langevin corrector steps (predictor-corrector sampling, arXiv:2011.13456) and Restart (arXiv:2306.14878) spend further
-evaluations on removing errors (:mod:`diffusers_sde.methods.langevin`).
+evaluations on removing errors; correctors without a solver are annealed Langevin dynamics (NCSN, arXiv:1907.05600;
+:mod:`diffusers_sde.methods.langevin`).
 
 Scale 1 of classifier-free guidance is conditional sampling; scale 0 with a classifier at scale 1 samples the same law.
 Larger scales do not sample ``p(x) p(y | x)^w``; ``pipelines/steering.py`` with the reward ``log p(y | x)`` does.
@@ -22,10 +23,10 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
 from diffusers_sde import ProbabilityFlowScheduler
-from diffusers_sde.assets import DEFAULT_MODEL, load_default_classifier
+from diffusers_sde.assets import FASHION_MODEL, load_default_classifier
 
 pipe = DiffusionPipeline.from_pretrained(
-    DEFAULT_MODEL, custom_pipeline="pipelines/guided_generation.py", trust_remote_code=True
+    FASHION_MODEL, custom_pipeline="pipelines/guided_generation.py", trust_remote_code=True
 )
 pipe.scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 rows = []
@@ -62,7 +63,7 @@ from diffusers_sde.methods.guidance import (
     rescaled,
 )
 from diffusers_sde.methods.images import at_least_float32
-from diffusers_sde.methods.langevin import planned_visits, sample_with_correctors
+from diffusers_sde.methods.langevin import annealed_langevin, planned_visits, sample_with_correctors
 from diffusers_sde.methods.pipeline_io import (
     check_output_type,
     initial_noise,
@@ -108,6 +109,7 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         classifier_scale: float = 1.0,
         corrector_steps: int = 0,
         corrector_snr: float = 0.1,
+        annealed: bool = False,
         restart: tuple[float, float, int] | None = None,
         generator: Any = None,
         latents: torch.Tensor | None = None,
@@ -134,6 +136,8 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             classifier_scale: of the classifier's guidance.
             corrector_steps: Langevin steps after each step.
             corrector_snr: their size, ``2 (corrector_snr sigma)^2``.
+            annealed: no solver, corrector_steps at each level only: annealed Langevin dynamics, which needs many levels
+                or many steps at each.
             restart: (low, high, repeats), an interval of noise levels sigma/alpha to go through again.
             generator: of all noise; one, or one for each picture.
             latents: unit noise (N, C, H, W).
@@ -159,6 +163,8 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         self._check(class_labels, guidance_scale, cfg_plus_plus, guidance_interval, guidance_rescale, weak_unet)
         if classifier is not None and class_labels is None:
             raise ValueError("Classifier guidance needs class_labels: pass the classes that the pictures should have.")
+        if annealed and restart is not None:
+            raise ValueError("Annealed Langevin has no steps to restart: leave out restart, or annealed.")
         has_classes, scheduler = null_label(self.unet) is not None, self.scheduler
         labels = label_tensor(self.unet, class_labels if has_classes else None, num_images)
         names = class_names(self.unet)
@@ -205,16 +211,21 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             return m
 
         with self.progress_bar(total=len(planned_visits(scheduler, restart))) as bar:
-            x = sample_with_correctors(
-                predict,
-                scheduler,
-                x,
-                corrector_steps=corrector_steps,
-                corrector_snr=corrector_snr,
-                restart=restart,
-                generator=generator,
-                callback=bar.update,
-            )
+            shared = {"generator": generator, "callback": bar.update}
+            if annealed:
+                x = annealed_langevin(
+                    predict, scheduler, x, steps_per_level=corrector_steps, snr=corrector_snr, **shared
+                )
+            else:
+                x = sample_with_correctors(
+                    predict,
+                    scheduler,
+                    x,
+                    corrector_steps=corrector_steps,
+                    corrector_snr=corrector_snr,
+                    restart=restart,
+                    **shared,
+                )
         images = pictures(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

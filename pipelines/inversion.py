@@ -17,12 +17,12 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from diffusers_sde import ProbabilityFlowScheduler
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.pipeline_io import pictures
 from diffusers_sde.sampling import network_denoiser, sample
 
 pipe = DiffusionPipeline.from_pretrained(
-    DEFAULT_MODEL, custom_pipeline="pipelines/inversion.py", trust_remote_code=True
+    FASHION_MODEL, custom_pipeline="pipelines/inversion.py", trust_remote_code=True
 )
 
 # four pictures to edit: here the model's own

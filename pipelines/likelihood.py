@@ -17,13 +17,13 @@ import matplotlib.pyplot as plt
 import torch
 from diffusers import DiffusionPipeline
 from diffusers_sde import ProbabilityFlowScheduler
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.pipeline_io import pictures
 from diffusers_sde.sampling import network_denoiser, sample
 from PIL import Image
 
 pipe = DiffusionPipeline.from_pretrained(
-    DEFAULT_MODEL, custom_pipeline="pipelines/likelihood.py", trust_remote_code=True
+    FASHION_MODEL, custom_pipeline="pipelines/likelihood.py", trust_remote_code=True
 )
 
 # two pictures: here the model's own trousers and boot

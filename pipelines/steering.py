@@ -15,10 +15,10 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 
 from diffusers_sde import ReverseSDEScheduler
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 
 pipe = DiffusionPipeline.from_pretrained(
-    DEFAULT_MODEL, custom_pipeline="pipelines/steering.py", trust_remote_code=True
+    FASHION_MODEL, custom_pipeline="pipelines/steering.py", trust_remote_code=True
 )
 pipe.scheduler = ReverseSDEScheduler.from_config(pipe.scheduler.config)
 

@@ -25,7 +25,7 @@ THEORY = {
 # fmt: on
 LAYERS = [
     {"theory"},
-    {"errors", "argument_parser", "registration", "sampler_names", "hub"},
+    {"errors", "argument_parser", "registration", "sampler_names", "hub", "conditioning"},
     {"configs", "defaults"},
     {"stock_configs"},
     {"models"},

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
+from diffusers_sde.assets import FASHION_MODEL, load_fashion_model
 from diffusers_sde.benchmarks.common import (
     PROCESSES,
     mean_error,
@@ -78,14 +78,14 @@ def oracles(seed: int) -> Iterator[Case]:
 
 def networks(seed: int, num_images: int, guidance_scales: list[float], shipped: bool) -> Iterator[Case]:
     """The embedded class-conditional network, every class equally often; ``shipped``: with the scheduler beside it."""
-    pipe = load_default_model()
+    pipe = load_fashion_model()
     noise, labels = network_start(pipe.unet, num_images, seed + 12345)
     for scale in guidance_scales:
         denoiser = network_denoiser(pipe.unet, labels, scale)
 
         def learn(scale: float = scale) -> CalibratedScheduler:
             if shipped:
-                return CalibratedScheduler.from_pretrained(DEFAULT_MODEL / CALIBRATED)
+                return CalibratedScheduler.from_pretrained(FASHION_MODEL / CALIBRATED)
             return calibrate(pipe, STEPS, NETWORK_SAMPLES, seed=seed, batch_size=20, guidance_scale=scale)
 
         yield Case(f"embedded network, guidance {scale:g}", denoiser, noise, dict(pipe.scheduler.config), learn)
@@ -166,7 +166,7 @@ def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def quality(scheduler: CalibratedScheduler, scale: float, folder: str, count: int, seed: int) -> None:
     """Distances of calibrated samples and of the teacher's to training images, from the same noise."""
-    pipe = load_default_model()
+    pipe = load_fashion_model()
     config = pipe.unet.config
     real = read_images(folder, count, config.in_channels, config.sample_size)
     noise, labels = network_start(pipe.unet, count, seed + 54321)

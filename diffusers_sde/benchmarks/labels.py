@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_sde.assets import load_default_classifier, load_default_model
+from diffusers_sde.assets import load_default_classifier, load_fashion_model
 from diffusers_sde.benchmarks.common import network_start, print_table
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
@@ -19,7 +19,7 @@ SCALES, COUNT, BATCH, STEPS = (1.0, 2.0, 3.0), 200, 50, 12
 @torch.no_grad()
 def measure(seed: int = 0) -> None:
     """Agreement in percent, over all and the worst class, for ``COUNT`` samples at each guidance scale."""
-    pipe, classifier = load_default_model(), load_default_classifier().eval()
+    pipe, classifier = load_fashion_model(), load_default_classifier().eval()
     scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
     noise, labels = network_start(pipe.unet, COUNT, seed)
     rows = []

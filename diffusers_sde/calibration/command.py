@@ -6,6 +6,7 @@ Knows the command's arguments.  Knows nothing of how tables are learned.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=None,
-        help="Embedded model, folder or hub id of a pipeline. Default: the fashion_mnist that ships with the package.",
+        help="Embedded model, folder or hub id of a pipeline. Default: emoji, which ships with the package.",
     )
     parser.add_argument("--steps", nargs="+", type=int, default=[4, 5, 6, 8, 10], help="Numbers of evaluations.")
     parser.add_argument("--num_samples", type=int, default=64, help="Training samples, rounded up to whole batches.")
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance_scale", type=float, nargs="+", default=None, help="One or several. Default: the pipeline's own."
     )
-    parser.add_argument("--prompt", nargs="+", default=None, help="Prompts, dealt out over the samples.")
+    parser.add_argument("--prompt", nargs="+", default=None, help="Dealt out over the samples. Default: examples.")
     parser.add_argument("--class_labels", type=int, nargs="+", default=None, help="Classes. Default: all, if it can.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=int, default=None, help="Most evaluations of a training sample to refine by.")
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The subcommand: calibrate, write, print; returns the exit status."""
     # here and not above: help and wrong arguments answer without them
-    from diffusers_sde.assets import DEFAULT_MODEL
+    from diffusers_sde.assets import DEFAULT_MODEL, EXAMPLE_PROMPTS
     from diffusers_sde.calibration.arguments import check_whole, check_work_dir, checked_counts
     from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.calibration.workers import is_main, leave_together
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         check_whole(1, num_samples=args.num_samples, num_held_out=args.num_held_out, batch_size=args.batch_size)
         check_work_dir(args.work_dir)
         pipe = load_pipeline(args.model or str(DEFAULT_MODEL)).to(args.device or default_device())
+        if "prompt" in inspect.signature(pipe.__call__).parameters:
+            inputs.setdefault("prompt", list(EXAMPLE_PROMPTS))
         scheduler = calibrate(
             pipe,
             num_inference_steps=args.steps,

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=None,
-        help="Embedded model, folder or hub id of a pipeline. Default: the fashion_mnist that ships with the package.",
+        help="Embedded model, folder or hub id of a pipeline. Default: emoji, which ships with the package.",
     )
     parser.add_argument(
         "--samplers",
@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Classifier-free guidance. Default: 2 for a class-conditional network, a pipeline's own default.",
     )
-    parser.add_argument("--prompt", default=None, help="Prompt of a text-to-image pipeline.")
+    parser.add_argument(
+        "--prompt", nargs="+", default=None, help="Prompts of a text-to-image pipeline, dealt out. Default: examples."
+    )
+    parser.add_argument(
+        "--differences", action="store_true", help="Below each image, where it differs from the reference."
+    )
     parser.add_argument("--output_dir", default="compare", help="Gets grid.png, error.png, results.csv.")
     parser.add_argument(
         "--reference_steps",
@@ -84,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         comparison = run_comparison(args)
         from diffusers_sde.comparison.report import format_table, write
 
-        write(comparison, Path(args.output_dir))
+        write(comparison, Path(args.output_dir), args.differences)
     except UsageError as error:
         print(f"diffusers-sde compare: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ import diffusers
 import numpy as np
 import torch
 
+from diffusers_sde.assets import EXAMPLE_PROMPTS
 from diffusers_sde.errors import UsageError
 from diffusers_sde.named_samplers import CALIBRATED, process_family
 from diffusers_sde.sampling import lay_out, network_denoiser, sample, spread_labels
@@ -46,7 +47,7 @@ def make_problem(
     num_images: int,
     seed: int,
     guidance_scale: float | None = None,
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     class_labels: Sequence[int] | None = None,
 ) -> Problem:
     """A pipeline as a problem: a bare network in this package's loop, any other pipeline through its call.
@@ -56,11 +57,12 @@ def make_problem(
         num_images: N.
         seed: of the noise.
         guidance_scale: None: 2 for a class-conditional bare network, a pipeline's own default.
-        prompt: of a pipeline that makes pictures from text.
+        prompt: one or several, dealt out over the images of a pipeline that makes pictures from text; None:
+            :data:`diffusers_sde.assets.EXAMPLE_PROMPTS`.
         class_labels: (N,) of a class-conditional bare network; None spreads the images over its classes.
 
     Raises:
-        UsageError: for what the model does not take (guidance, prompt) or needs (prompt), and for a scheduler that
+        UsageError: for what the model does not take (guidance, prompt), and for a scheduler that
             describes no known process.
     """
     try:
@@ -112,7 +114,7 @@ def _network_problem(
 
 
 def _pipeline_problem(
-    pipe: Any, num_images: int, seed: int, guidance_scale: float | None, prompt: str | None
+    pipe: Any, num_images: int, seed: int, guidance_scale: float | None, prompt: str | Sequence[str] | None
 ) -> Problem:
     known, name = inspect.signature(pipe.__call__).parameters, type(pipe).__name__
     inputs: dict[str, Any] = {"output_type": "np"}
@@ -127,9 +129,8 @@ def _pipeline_problem(
     if "class_labels" in known:
         inputs["class_labels"] = spread_labels(num_images, pipe.transformer.config.num_embeds_ada_norm)
     elif "prompt" in known:
-        if prompt is None:
-            raise UsageError(f"{name} makes pictures from text: pass a --prompt.")
-        inputs["prompt"] = [prompt] * num_images
+        prompts = EXAMPLE_PROMPTS if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        inputs["prompt"] = [prompts[i % len(prompts)] for i in range(num_images)]
     elif "batch_size" in known:
         inputs["batch_size"] = num_images
     else:

@@ -151,15 +151,15 @@ def multistep(
     data_std = default.data_std
     columns = zip(*((float(field.path.time(p.log_snr)), p.alpha, p.sigma) for p in points), strict=True)
     nodes = Nodes(*map(np.array, columns))
-    options: dict[str, Any] = {
-        "order": order,
-        "corrector": order > 1,
-        "data_std": data_std,
-        "clock": default.clock,
-        "final": "exact",
-    }
-    with np.errstate(divide="ignore"):  # a table may end at alpha = 0
-        table = build_multistep(field.path, nodes, **options)
+    table = build_multistep(
+        field.path,
+        nodes,
+        order=order,
+        corrector=order > 1,
+        data_std=data_std,
+        clock=default.clock,
+        final="exact",
+    )
     x = start.state
     history: list[torch.Tensor] = []
     for i, row in enumerate(table.rows):

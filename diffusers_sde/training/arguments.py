@@ -17,6 +17,7 @@ from diffusers_sde.errors import UsageError
 from diffusers_sde.training.settings import Settings, build_parser
 
 FLOW_MAPS = ("consistency", "mean_flow")
+TAUGHT = (*FLOW_MAPS, "rectification")  # the objectives that a teacher serves
 
 
 def read_settings(argv: Sequence[str] | None = None) -> Settings:
@@ -72,10 +73,15 @@ def find_problem(settings: Settings) -> str | None:
     if settings.path != "from_model" and settings.pretrained_model_name_or_path:
         return "a pretrained network keeps its process: leave out --path (or train a new network)."
     distilled = settings.teacher_model_name_or_path is not None
-    if distilled and settings.objective not in FLOW_MAPS:
-        return "--teacher_model_name_or_path is for --objective consistency and mean_flow: leave out one of them."
+    if distilled and settings.objective not in TAUGHT:
+        return (
+            "--teacher_model_name_or_path is for --objective consistency, mean_flow and rectification: leave out one "
+            "of them."
+        )
+    if settings.objective == "rectification" and not distilled:
+        return "--objective rectification straightens the ODE of a teacher: pass --teacher_model_name_or_path."
     if settings.guidance_scale != 1.0 and not distilled:
-        return "--guidance_scale builds the guidance of a teacher into a flow map: pass --teacher_model_name_or_path."
+        return "--guidance_scale builds the guidance of a teacher into its student: pass --teacher_model_name_or_path."
     if settings.objective == "classifier" and (settings.rank is not None or settings.model_config):
         return "--objective classifier trains a small network of its own: leave out --rank and --model_config."
     return (

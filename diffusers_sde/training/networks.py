@@ -18,6 +18,7 @@ from typing import Any
 import diffusers
 import torch
 
+from diffusers_sde.conditioning import capture, moved, network_name, stack
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.models.classifier import NoisyClassifierModel
 from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
@@ -166,7 +167,7 @@ def pipeline_task(pipe: Any, classes: int, captions: bool) -> Task:
 
     Raises ``ValueError`` where the pipeline has no network to train or the data lacks what it is conditioned on.
     """
-    name = next((n for n in ("unet", "transformer") if getattr(pipe, n, None) is not None), None)
+    name = network_name(pipe)
     if name is None:
         raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer: pass another pipeline.")
     network = getattr(pipe, name)
@@ -235,45 +236,18 @@ def classifier_task(scheduler: Any, resolution: int, channels: int, classes: int
     return Task(nothing, "classifier", network, lambda labels, captions: {})
 
 
-class _Captured(Exception):
-    """Carries what a pipeline hands to its network."""
-
-
 def _captured_task(pipe: Any, name: str, network: Any, by_label: bool) -> Task:
-    """Any pipeline: its own call says, once for each caption or label, what else the network is given (text
-    embeddings, pooled embeddings, sizes, masks), without guidance; kept on the host afterwards."""
-    known: dict[Any, dict[str, Any]] = {}
-    scale = 1.0
+    """Any pipeline: its own call says, once for each caption or label, what else the network is given
+    (:func:`diffusers_sde.conditioning.capture`); kept on the host afterwards."""
+    nothing: Any = 0 if by_label else ""
+    _, first, scale = capture(pipe, **{"class_labels" if by_label else "prompt": [nothing]})
+    known = {nothing: first}
 
-    def capture(what: Any) -> dict[str, Any]:
-        nonlocal scale
-        signature, forward = inspect.signature(network.forward), network.forward
-
-        def stop(*args: Any, **kwargs: Any) -> None:
-            raise _Captured(signature.bind(*args, **kwargs).arguments)
-
-        inputs: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
-        inputs["use_resolution_binning"] = False
-        inputs["class_labels" if by_label else "prompt"] = [what]
-        taken = inspect.signature(pipe.__call__).parameters
-        network.forward = stop
-        pipe.set_progress_bar_config(disable=True)
-        try:
-            with torch.no_grad():
-                pipe(**{k: v for k, v in inputs.items() if k in taken})
-        except _Captured as captured:
-            arguments = dict(captured.args[0])
-        finally:
-            network.forward = forward
-        arguments = {**arguments, **arguments.pop("kwargs", {})}
-        first = next(iter(signature.parameters))
-        latents = arguments.pop(first)
-        if latents.ndim != 4:
-            raise ValueError(f"{type(pipe).__name__} packs its latents, which is not supported: use another pipeline.")
-        time, level = arguments.pop("timestep"), float(pipe.scheduler.timesteps[0])
-        scale = float(torch.as_tensor(time).flatten()[0]) / level if level else 1.0
-        arguments.pop("return_dict", None)
-        return _to(arguments, torch.device("cpu"))
+    def given(key: Any) -> dict[str, Any]:
+        if key not in known:
+            # the null class is no label that a pipeline takes
+            known[key] = {**first, "class_labels": torch.tensor([key])} if by_label else capture(pipe, prompt=[key])[1]
+        return known[key]
 
     def condition(labels: Sequence[int | None] | None, captions: Sequence[str | None] | None) -> dict[str, Any]:
         if by_label:
@@ -281,31 +255,9 @@ def _captured_task(pipe: Any, name: str, network: Any, by_label: bool) -> Task:
             keys = [null if label is None else label for label in labels or ()]
         else:
             keys = [caption or "" for caption in captions or ()]
-        for key in dict.fromkeys(keys):
-            if key not in known:
-                known[key] = capture(0 if by_label else key)
-                if by_label:
-                    known[key]["class_labels"] = torch.tensor([key])
-        return _to(stack([known[key] for key in keys]), network.device)
+        return moved(stack([given(key) for key in keys]), network.device)
 
-    known[0 if by_label else ""] = capture(0 if by_label else "")
     return Task(pipe, name, network, condition, scale)
-
-
-def stack(values: Sequence[Any]) -> Any:
-    """One batch of several conditions of batch 1; what has no batch dimension must be the same in all."""
-    first = values[0]
-    if isinstance(first, dict):
-        return {key: stack([value[key] for value in values]) for key in first}
-    if isinstance(first, torch.Tensor) and first.ndim and first.shape[0] == 1:
-        return torch.cat(list(values))
-    return first
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def call_network(

@@ -78,7 +78,7 @@ def card_content(
         kind = "lora"
     elif task.vae is not None:
         kind = "pipeline"
-    elif settings.objective == "denoising":
+    elif settings.objective in ("denoising", "rectification"):
         kind = "class" if conditional else "unconditional"
     else:
         kind = "flow_map" if settings.objective in FLOW_MAPS else settings.objective

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from diffusers_sde.argument_parser import Formatter, Parser
 
-Objective = Literal["denoising", "consistency", "mean_flow", "classifier", "autoencoder"]
+Objective = Literal["denoising", "rectification", "consistency", "mean_flow", "classifier", "autoencoder"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 ForwardPath = Literal["from_model", "vp", "scaled_linear", "cosine", "ve", "edm", "flow"]
 LossWeighting = Literal["none", "min_snr", "soft_min_snr", "edm", "sigma_sqrt", "cosmap", "likelihood"]
@@ -75,7 +75,9 @@ class Settings:
         MODEL, None, "Rank of LoRA adapters (through peft); the network itself stays as it is.", positive=True
     )
     teacher_model_name_or_path: str | None = option(
-        MODEL, None, "Pipeline to distil a flow map from; without it: consistency training."
+        MODEL,
+        None,
+        "Pipeline to distil a flow map from (without it: consistency training), or whose ODE to rectify.",
     )
 
     train_data_dir: str | None = option(
@@ -118,8 +120,13 @@ class Settings:
     loss: ErrorMeasure = option(OBJECTIVE, "l2", "Error measure.")
     huber_c: float = option(OBJECTIVE, 0.1, "Where Huber's loss turns linear.", positive=True)
     label_dropout: float = option(OBJECTIVE, 0.1, "Share of labels or captions dropped, for guidance.")
-    distillation_steps: int = option(OBJECTIVE, 40, "Flow maps: the two times matched are 1/N apart.", positive=True)
-    guidance_scale: float = option(OBJECTIVE, 1.0, "Flow maps: guidance of the teacher.")
+    distillation_steps: int = option(
+        OBJECTIVE,
+        40,
+        "Flow maps: the two times matched are 1/N apart; rectification: steps of the teacher.",
+        positive=True,
+    )
+    guidance_scale: float = option(OBJECTIVE, 1.0, "Flow maps and rectification: guidance of the teacher.")
 
     sharpness_weight: float = option(OBJECTIVE, 1.0, "Autoencoders: weight of the error of edges and lines.")
     kl_weight: float = option(OBJECTIVE, 1e-4, "Autoencoders: weight of the latents' divergence from N(0, I).")

@@ -17,8 +17,9 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusers_sde.conditioning import stack
 from diffusers_sde.errors import UsageError
-from diffusers_sde.training.networks import Task, stack
+from diffusers_sde.training.networks import Task
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 SHORTEST_PROMPT = 16  # tokens that a prompt may have at least, with start and end

@@ -14,12 +14,12 @@ from typing import Any
 import diffusers
 import torch
 
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.comparison.problems import Problem, make_problem
 from diffusers_sde.errors import UsageError
 from diffusers_sde.loading import load_pipeline
 
-ASSETS = DEFAULT_MODEL.parent
+ASSETS = FASHION_MODEL.parent
 
 
 @dataclass(frozen=True)

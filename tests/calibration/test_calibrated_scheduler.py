@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEuler
 from helpers import mixture
 
 from diffusers_sde import CalibratedScheduler, ProbabilityFlowScheduler
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.calibration.rollout import Evaluator, roll
 from diffusers_sde.calibration.sources import DenoiserBatch
 from diffusers_sde.defaults import standard_table
@@ -126,7 +126,7 @@ def test_a_calibration_without_a_version_is_of_the_first_format(learned):
 
 
 def test_the_shipped_calibration_is_in_the_present_format():
-    shipped = CalibratedScheduler.from_pretrained(DEFAULT_MODEL / CALIBRATED)
+    shipped = CalibratedScheduler.from_pretrained(FASHION_MODEL / CALIBRATED)
     assert shipped.config.calibration["format_version"] == FORMAT_VERSION
     assert sorted(shipped.errors) == [4, 5, 6, 8, 10]
 

@@ -17,7 +17,7 @@ from snippets import load
 from snippets import run as run_snippet
 
 from diffusers_sde import DPMSolverScheduler, FlowMapScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.control import (
     Transition,
     best_of,
@@ -339,7 +339,7 @@ def test_pipeline_refuses(tmp_path):
 
 def test_network_batches_do_not_matter(tmp_path):
     """max_batch_size splits the network's calls, not the result; labels and guidance go along."""
-    pipe = load("steering", DEFAULT_MODEL)
+    pipe = load("steering", FASHION_MODEL)
     pipe.scheduler = ReverseSDEScheduler.from_config(pipe.scheduler.config)
     images = [
         pipe(

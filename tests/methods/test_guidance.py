@@ -21,7 +21,7 @@ from diffusers_sde import (
     ProbabilityFlowScheduler,
     ReverseSDEScheduler,
 )
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.control import estimate, scheduler_kernel, twisted_smc
 from diffusers_sde.methods.guidance import (
     adaptive_projection,
@@ -332,7 +332,7 @@ def test_guidance_is_computed_at_the_levels_of_the_run():
 
 @functools.cache
 def pipeline():
-    return type(load("guided_generation", DEFAULT_MODEL))
+    return type(load("guided_generation", FASHION_MODEL))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline_parts import PROCESSES, ddpm, oracle, save_oracle, tiny_unet, tiny_vae
 from snippets import load, run
 
-from diffusers_sde.assets import DEFAULT_MODEL, load_default_model
+from diffusers_sde.assets import FASHION_MODEL, load_fashion_model
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.inversion import Trajectory, inversion_points, multistep, reversible, slerp
@@ -84,7 +84,7 @@ def test_ddim_inversion_does_not():
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_it_is_exact_on_the_embedded_network_with_and_without_guidance(scale):
     """Float32 network, pair kept in float64: <= 1e-5 (rounding of the network is the same on the way back)."""
-    pipe = load_default_model()
+    pipe = load_fashion_model()
     labels = torch.tensor([1, 9])
     field = network_field(pipe.unet, pipe.scheduler.config, labels, scale)
     x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -166,7 +166,7 @@ def test_interpolation_ends_at_the_two_pictures(tmp_path):
 def test_foreign_schedulers_latents_and_half_precision():
     """A stock scheduler's process is enough; with an autoencoder the state is its latent; a bfloat16 network is undone
     exactly too."""
-    pipe_class = type(load("inversion", DEFAULT_MODEL))
+    pipe_class = type(load("inversion", FASHION_MODEL))
     pipe = pipe_class(unet=tiny_unet(channels=4).bfloat16(), scheduler=ddpm(), vae=tiny_vae())
     pipe.set_progress_bar_config(disable=True)
     x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

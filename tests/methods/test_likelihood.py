@@ -8,7 +8,7 @@ from PIL import Image
 from pipeline_parts import ddpm, oracle, save_oracle, tiny_unet, tiny_vae
 from snippets import load, run
 
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.likelihood import bits_per_dimension, dequantized, log_likelihood, output_and_traces
 
@@ -128,7 +128,7 @@ def test_bits_per_dimension_with_dequantization():
 
 def test_pictures_latents_foreign_schedulers_and_half_precision():
     """8-bit pictures are dequantised, latents are not; any scheduler's process; bfloat16 networks."""
-    cls = type(load("likelihood", DEFAULT_MODEL))
+    cls = type(load("likelihood", FASHION_MODEL))
     picture = Image.new("L", (8, 8), 100)
     pixel, latent = cls(tiny_unet(), ddpm()), cls(tiny_unet(channels=4), ddpm(), tiny_vae())
     half = cls(tiny_unet().bfloat16(), ddpm())

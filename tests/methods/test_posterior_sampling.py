@@ -20,7 +20,7 @@ from pipeline_parts import (
 from snippets import load, run
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, ReverseSDEScheduler
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.posterior import (
     Measurement,
@@ -252,7 +252,7 @@ def runs(process="vp", method="mmps", steps=40, seed=5, count=500):
 
 @functools.cache
 def pipeline():
-    return type(load("posterior_sampling", DEFAULT_MODEL))
+    return type(load("posterior_sampling", FASHION_MODEL))
 
 
 @pytest.mark.parametrize("process", ["vp", "flow"])

@@ -12,7 +12,7 @@ from contract_helpers import CLASSES, EDM, FLOW, VP, randn
 from tiny_pipelines import stock
 
 from diffusers_sde import CalibratedScheduler, FlowMapScheduler, ProbabilityFlowScheduler, stock_configs
-from diffusers_sde.assets import DEFAULT_MODEL
+from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.errors import UsageError
 from diffusers_sde.schedulers import conversion
 from diffusers_sde.stock_configs import FLOW_MAP_CLASSES, STOCK_CLASSES, canonical_config
@@ -157,7 +157,7 @@ def test_consistency_networks_on_betas(name):
 
 # -- what diffusers' common tests ask --
 
-CALIBRATION = json.loads((DEFAULT_MODEL / "calibrated" / "scheduler_config.json").read_text())["calibration"]
+CALIBRATION = json.loads((FASHION_MODEL / "calibrated" / "scheduler_config.json").read_text())["calibration"]
 BUILT = {
     **{cls.__name__: (cls, VP) for cls in (*CLASSES, FlowMapScheduler)},
     **{f"{cls.__name__} flow": (cls, FLOW) for cls in (*CLASSES, FlowMapScheduler)},

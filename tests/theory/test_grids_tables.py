@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 
+import mpmath
 import numpy as np
 import pytest
 from helpers import (
@@ -30,7 +31,14 @@ from diffusers_sde.extrapolation import MAX_STEP_RATIO
 from diffusers_sde.grids import GRIDS, make_grid, nodes_from_times, nodes_from_user
 from diffusers_sde.paths import VarianceExploding
 from diffusers_sde.tables import SINGLESTEP_METHODS, build_multistep, build_singlestep, tau_from_eta
-from diffusers_sde.weights import CLOCKS, Point, evaluation_coefficients, lagrange_weights, linear_coefficients
+from diffusers_sde.weights import (
+    CLOCKS,
+    Point,
+    evaluation_coefficients,
+    lagrange_weights,
+    linear_coefficients,
+    quadrature,
+)
 
 INF = math.inf
 LONG = [name for name in PATHS if name != "vp_trained_betas"]  # paths with more training times than steps
@@ -312,6 +320,55 @@ def test_weights_agree_with_thirty_digits(start, h, order, tau):
     lam = np.array([p.log_snr for p in points])
     exact = reference_weights(points[0].log_snr, end.log_snr, lam, tau)
     np.testing.assert_allclose(w, exact, atol=1e-12 * np.abs(exact).max())
+
+
+STEPS = {
+    "long": (-5.0, 4.0),
+    "short and clean": (6.0, 6.01),
+    "from zero SNR": (-INF, -2.0),
+    "from zero SNR, far": (-INF, 1.5),
+    "to clean data": (0.5, INF),
+    "the whole way": (-INF, INF),
+    "towards noise": (4.0, -8.0),
+    "towards noise, to zero SNR": (3.0, -INF),
+}
+
+
+@pytest.mark.parametrize("data_std", [0.25, 1.0, 50.0, 1000.0])
+@pytest.mark.parametrize(
+    ("step", "tau"), [(s, tau) for s in STEPS for tau in (0.0, 0.3, 1.0) if tau == 0 or "towards" not in s]
+)
+def test_the_rule_of_a_step_agrees_with_twenty_digits(step, data_std, tau):
+    """Int A (r_t/r_u)^A (s_u/r_u) p(u) d lambda = Int A/c (cos/cos_t)^(tau^2) p d theta with tan theta = s/c, for p =
+    1 + theta, to 1e-12: at any data scale, from and to infinite log-SNR and, for the ODE, towards noise."""
+    alpha, sigma = PATHS["vp_linear"].alpha_sigma_of(np.array(STEPS[step]))
+    start, end = (Point(float(a), float(s)) for a, s in zip(alpha, sigma, strict=True))
+    lam, w = quadrature(start, end, data_std, tau)
+    with mpmath.workdps(20):
+        first, last = (mpmath.atan2(mpmath.mpf(p.sigma), data_std * mpmath.mpf(p.alpha)) for p in (start, end))
+
+        def integrand(x):
+            return (mpmath.cos(x) / mpmath.cos(last) if tau else 1) ** mpmath.mpf(tau**2) * (1 + x)
+
+        exact = (1 + tau**2) * mpmath.quad(integrand, mpmath.linspace(last, first, 3))
+    rho_t = math.hypot(data_std * end.alpha, end.sigma)
+    assert w @ (1 + np.arctan2(np.exp(-lam), data_std)) == pytest.approx(float(exact) * rho_t / data_std, rel=1e-12)
+
+
+@pytest.mark.parametrize("data_std", [0.0, 0.5, 50.0, 1000.0])
+@pytest.mark.parametrize("h", [1e-6, 1e-3, 1.0])
+def test_the_noise_of_a_short_step_agrees_with_thirty_digits(h, data_std):
+    """c = rho_t sqrt(1 - (r_t/r_s)^(2 tau^2)), without the cancellation of its terms."""
+    for lam, tau in itertools.product((-3.0, 2.0), (0.5, 1.0)):
+        start, end = points_at(lam, lam + h)
+        with mpmath.workdps(30):
+            c2, (s, t) = (
+                mpmath.mpf(data_std) ** 2,
+                ((mpmath.mpf(p.sigma) / mpmath.mpf(p.alpha)) ** 2 for p in (start, end)),
+            )
+            exact = end.alpha * mpmath.sqrt((c2 + t) * (1 - ((c2 + t) / (c2 + s)) ** (mpmath.mpf(tau) ** 2)))
+        found = linear_coefficients(start, end, data_std, tau)[1]
+        assert found == pytest.approx(float(exact), rel=1e-12 + 4e-16 / h)  # log-SNR itself is rounded
 
 
 @given(shift=st.floats(-4, 4), tau=st.sampled_from([0.0, 0.7, 1.0]), order=st.integers(1, 4))

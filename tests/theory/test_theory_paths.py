@@ -64,6 +64,32 @@ def test_f_and_g2_are_the_derivatives_of_alpha_and_sigma(name):
     np.testing.assert_allclose(g2, numeric_ds2 - 2 * f * sigma2, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "ends"), [("vp_zero_snr", (998, 999)), ("vp_clean_start", (0, 1))])
+def test_f_and_g2_where_the_angle_is_linear(name, ends):
+    """Next to alpha = 0 (zero terminal SNR) or sigma = 0: f = -angle' tan(angle) and g^2 = -2 f, from alpha =
+    cos(angle) by hand and as the derivatives of alpha and sigma (Fu & Wang, setup); at the ends their limits."""
+    path = {**PATHS, "vp_clean_start": VariancePreserving([1.0, 0.7, 0.2])}[name]
+    angle = [float(np.arctan2(*path.alpha_sigma(end)[::-1])) for end in ends]
+    rate, t, h = angle[1] - angle[0], ends[0] + np.array([0.01, 0.3, 0.7, 0.99]), 1e-6
+    f, g2 = drift_and_diffusion(path, t)
+    np.testing.assert_allclose(f, -rate * np.tan(angle[0] + (t - ends[0]) * rate), rtol=1e-10)
+    np.testing.assert_allclose(g2, -2 * f, rtol=1e-10)
+    (a0, s0), (a1, s1) = path.alpha_sigma(t - h), path.alpha_sigma(t + h)
+    np.testing.assert_allclose(f, (np.log(a1) - np.log(a0)) / (2 * h), rtol=1e-6)
+    np.testing.assert_allclose(g2, (s1**2 - s0**2) / (2 * h) - 2 * f * path.alpha_sigma(t)[1] ** 2, rtol=1e-6)
+    np.testing.assert_allclose(path.d_log_snr(t), (path.log_snr(t + h) - path.log_snr(t - h)) / (2 * h), rtol=1e-6)
+    limits = [float(v) for v in drift_and_diffusion(path, path.noisiest if name == "vp_zero_snr" else 0.0)]
+    assert limits == ([-np.inf, np.inf] if name == "vp_zero_snr" else [0.0, 0.0])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("name", "noisy", "clean"), [("flow", 1000.0, 0.0), ("mochi", 0.0, 1000.0)])
+def test_f_and_g2_of_flow_matching_at_its_ends(name, noisy, clean):
+    """f = -1/(1 - u) and g^2 = 2 u/(1 - u) with u = t/T, per unit of t: their limits, without a warning."""
+    assert [float(v) for v in drift_and_diffusion(PATHS[name], noisy)] == [-np.inf, np.inf]
+    assert [float(v) for v in drift_and_diffusion(PATHS[name], clean)] == [-0.001, 0.0]
+
+
 @every_path
 def test_g2_is_positive(name):
     """Every path of the package is a noising process: g^2 >= 0 and the log-SNR falls with noise (F, setup)."""

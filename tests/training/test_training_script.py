@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from training_helpers import common, launch, losses, make_images, tiny_config, train_here
 
 import diffusers_sde
-from diffusers_sde.assets import load_default_model
+from diffusers_sde.assets import load_fashion_model
 from diffusers_sde.training import command, launching
 from diffusers_sde.training.arguments import read_settings
 from diffusers_sde.training.checkpoints import checkpoints, publish
@@ -250,7 +250,7 @@ def test_fine_tuning_the_embedded_model_lowers_its_loss_on_a_few_images(tmp_path
         target.parent.mkdir(parents=True, exist_ok=True)
         file.rename(target)
     model = tmp_path / "model"
-    load_default_model().save_pretrained(model)
+    load_fashion_model().save_pretrained(model)
     arguments = common(tmp_path / "data", tmp_path / "out", None, 12, pretrained_model_name_or_path=model)
     assert train_here([*arguments, "--train_batch_size", "16", "--time_sampling", "stratified"]) == 0
     curve = list(losses(tmp_path / "out").values())
