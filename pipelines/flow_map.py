@@ -69,7 +69,7 @@ class FlowMapPipeline(DiffusionPipeline):
         """Generate one picture per label; gamma and the kind of map are the scheduler's.
 
         Args:
-            class_labels: a label, several, or None for no class.
+            class_labels: a label or its name, several, or None for no class.
             num_inference_steps: network evaluations.
             batch_size: number of pictures; None: as many as there are labels.
             timesteps: what to evaluate the network at, from noise to data, instead of a number of steps.

@@ -119,7 +119,7 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         """Generate one picture per label.
 
         Args:
-            class_labels: a label, several, or None for no class.
+            class_labels: a label or its name, several, or None for no class.
             num_images: number of pictures; None: as many as there are labels.
             num_inference_steps: network evaluations (twice as many where guidance needs two predictions).
             timesteps: what the network is given, from noise to data, instead of a number of steps.

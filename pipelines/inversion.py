@@ -112,7 +112,7 @@ class InversionPipeline(DiffusionPipeline):
 
         Args:
             image: PIL images, an array (N, H, W, C) in 0..1, or a tensor (N, C, H, W) in the model's units.
-            class_labels: the classes of the images, one or one for each; None: no class.
+            class_labels: the classes of the images (labels or names), one or one for each; None: no class.
             target_labels: the classes to generate; None: as in the inversion, which gives the image back.
             guidance_scale: classifier-free guidance of the inversion; 1 (none) suits editing.
             target_guidance_scale: that of the generation; None: as in the inversion.

@@ -145,7 +145,7 @@ class LikelihoodPipeline(DiffusionPipeline):
 
         Args:
             image: PIL images, an array (N, H, W, C) in 0..1, or a tensor (N, C, H, W) in the model's units.
-            class_labels: the classes to condition on, one or one for each picture; None: no class.
+            class_labels: the classes to condition on (labels or names), one or one for each picture; None: no class.
             divergence: hutchinson, or exact (one backward pass for each dimension: small states only).
             num_probes: of the Hutchinson estimate.
             distribution: of the probes, rademacher or gaussian.

@@ -121,7 +121,7 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
             observation: y, (N, ...), in the units of the model's pixels (-1..1).
             operator: linear function from pixels (N, C, H, W) to y's shape, in torch.
             noise_std: standard deviation of the noise in y; positive.
-            class_labels: what the pictures show, one or one for each observation; None: no class.
+            class_labels: what the pictures show (labels or names), one or one for each observation; None: no class.
             method: mmps, pigdm, dps or projection (of pixels only; it takes the observation to be exact).
             num_inference_steps: network evaluations; each needs 1 (pigdm, dps), up to solver_iterations + 1 (mmps) or
                 no (projection) backward passes.

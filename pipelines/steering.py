@@ -127,7 +127,7 @@ class SteeringPipeline(DiffusionPipeline):
 
         Args:
             reward: ``reward(images)`` from (M, C, H, W) in -1..1 to (M,), also of blurred predictions.
-            class_labels: a label, several, or None for no class.
+            class_labels: a label or its name, several, or None for no class.
             num_images: number of pictures; None: as many as there are labels.
             num_particles: of each population.
             beta: strength of the tilt; finite.

@@ -167,7 +167,7 @@ def check_observation(operator: Operator, y: torch.Tensor, noise_std: float, pix
         operator: tried on random pixels.
         y: the observations (N, ...), all of them.
         noise_std: of its noise.
-        pixels: (1, C, H, W), for their shape, dtype and device.
+        pixels: (N, C, H, W), of any N, for their shape, dtype and device.
 
     Raises:
         ValueError: unless the operator is linear, differentiable and makes tensors of y's shape, y is finite and
@@ -179,9 +179,12 @@ def check_observation(operator: Operator, y: torch.Tensor, noise_std: float, pix
     one, two = torch.randn(2, *pixels.shape, generator=generator).to(pixels)
     with torch.enable_grad():
         outputs = [operator(v.requires_grad_()) for v in (one, two, one - 2 * two)]
-    if not isinstance(outputs[0], torch.Tensor) or outputs[0].shape != y[:1].shape:
+    expected_shape = torch.Size((len(pixels), *y.shape[1:]))
+    if not isinstance(outputs[0], torch.Tensor) or outputs[0].shape != expected_shape:
         shape = getattr(outputs[0], "shape", type(outputs[0]).__name__)
-        raise ValueError(f"The operator makes {shape} of an image, an observation is {y[:1].shape}: they must agree.")
+        raise ValueError(
+            f"The operator makes {shape} of these pixels, y is {expected_shape}: they must agree."
+        )
     if not outputs[0].requires_grad:
         raise ValueError("The operator is not differentiable: write it in torch functions, without detach or numpy.")
     first, second, both = (output.detach() for output in outputs)

@@ -12,9 +12,11 @@ from pipeline_parts import save_oracle, tiny_unet
 from snippets import load
 
 from diffusers_sde import FlowMapScheduler, GaussianMixtureModel, ReverseSDEScheduler
+from diffusers_sde.assets import ASSETS, FASHION_MODEL, FLOW_MAP_MODEL
 from diffusers_sde.methods.pipeline_io import label_tensor
 from diffusers_sde.methods.posterior import check_observation
 from diffusers_sde.sampling import class_names
+from diffusers_sde.training.prepare import FASHION_CLASSES
 
 PICTURES = torch.zeros(2, 1, 1, 4)
 NEEDED = {
@@ -102,6 +104,14 @@ def test_names_are_labels_where_the_network_has_names(tmp_path, key):
         ValueError, match=r"There is no class 'hat': class_labels are numbers, or names among bag, Shoe"
     ):
         label_tensor(network, ["bag", "hat"])
+
+
+def test_the_embedded_networks_know_their_names():
+    for folder in (FASHION_MODEL, FLOW_MAP_MODEL):
+        config = UNet2DModel.load_config(folder, subfolder="unet")
+        assert tuple(config["_class_names"]) == FASHION_CLASSES and config["num_class_embeds"] == 11
+    emoji = UNet2DModel.load_config(ASSETS / "noto_emoji", subfolder="unet")
+    assert len(emoji["_class_names"]) == emoji["num_class_embeds"] - 1
 
 
 def test_a_pipeline_takes_names(tmp_path):
