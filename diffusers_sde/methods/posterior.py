@@ -182,9 +182,7 @@ def check_observation(operator: Operator, y: torch.Tensor, noise_std: float, pix
     expected_shape = torch.Size((len(pixels), *y.shape[1:]))
     if not isinstance(outputs[0], torch.Tensor) or outputs[0].shape != expected_shape:
         shape = getattr(outputs[0], "shape", type(outputs[0]).__name__)
-        raise ValueError(
-            f"The operator makes {shape} of these pixels, y is {expected_shape}: they must agree."
-        )
+        raise ValueError(f"The operator makes {shape} of these pixels, y is {expected_shape}: they must agree.")
     if not outputs[0].requires_grad:
         raise ValueError("The operator is not differentiable: write it in torch functions, without detach or numpy.")
     first, second, both = (output.detach() for output in outputs)
