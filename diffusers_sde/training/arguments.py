@@ -151,12 +151,13 @@ def find_wrong_number(settings: Settings) -> str | None:
         "num_validation_images",
         "num_held_out_images",
         "dataloader_num_workers",
-        "lr_warmup_steps",
         "sharpness_weight",
         "kl_weight",
     ):
         if getattr(settings, name) < 0:
             return f"--{name} cannot be negative."
+    if settings.lr_warmup_steps is not None and settings.lr_warmup_steps < 0:
+        return "--lr_warmup_steps cannot be negative."
     return None
 
 
@@ -168,7 +169,8 @@ def find_wrong_output(settings: Settings) -> str | None:
     output = Path(settings.output_dir)
     if output.exists() and not output.is_dir():
         return f"--output_dir {output} is a file: pass a folder."
-    holds = (output / "model_index.json").exists() or any(output.glob("checkpoint-*"))
+    results = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
+    holds = any((output / name).exists() for name in results) or any(output.glob("checkpoint-*"))
     if holds and not settings.resume_from_checkpoint and not settings.dry_run:
         return (
             f"--output_dir {output} holds an earlier training: pass --resume_from_checkpoint latest to go on, "

@@ -177,12 +177,13 @@ def image_channels(pipe: Any, vae: Any, model_config: str | None) -> int | None:
 @dataclass(frozen=True)
 class Length:
     """How long the training is: ``steps`` optimizer steps of ``global_batch`` images (all processes together, without
-    accumulation), ``accumulate`` of them each."""
+    accumulation), ``accumulate`` of them each; the learning rate grows over the first ``warm_up`` steps."""
 
     steps: int
     global_batch: int
     accumulate: int
     images: int | None
+    warm_up: int
 
     @property
     def epochs(self) -> float | None:
@@ -197,7 +198,8 @@ def training_length(settings: Settings, images: TrainingData, processes: int) ->
     if steps is None:
         assert count is not None  # a stream has max_train_steps
         steps = math.ceil(settings.num_train_epochs * count / (global_batch * accumulate))
-    return Length(steps, global_batch, accumulate, count)
+    warm_up = min(500, steps // 10) if settings.lr_warmup_steps is None else settings.lr_warmup_steps
+    return Length(steps, global_batch, accumulate, count, warm_up)
 
 
 def describe(settings: Settings, task: Task, images: TrainingData, classes: int, length: Length, processes: int) -> str:
@@ -220,7 +222,7 @@ def describe(settings: Settings, task: Task, images: TrainingData, classes: int,
         "length": f"{length.steps} optimizer steps of {length.global_batch} x {length.accumulate} images{epochs}",
         "processes": f"{processes}",
         "memory": f"about {floats * 4 / 2**20:.0f} MB for weights, average, gradients and moments, per process",
-        "learning rate": f"{settings.learning_rate:g}, {settings.lr_scheduler}, {settings.lr_warmup_steps} to warm up",
+        "learning rate": describe_rate(settings, length),
         "output": f"{settings.output_dir}, a checkpoint every {settings.checkpointing_steps} steps",
     }
     return "\n".join(f"{key + ':':15}{value}" for key, value in lines.items())
@@ -232,3 +234,14 @@ def count_classes(images: TrainingData) -> str:
     counts = images.class_counts()
     shown = names if counts is None else [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
     return ", ".join(shown[:MAX_SHOWN_CLASSES]) + (", ..." if len(shown) > MAX_SHOWN_CLASSES else "")
+
+
+def describe_rate(settings: Settings, length: Length) -> str:
+    """The learning rate, and whether the training is too short to reach it."""
+    rate = f"{settings.learning_rate:g}, {settings.lr_scheduler}"
+    if settings.lr_scheduler == "constant":
+        return rate
+    late = length.warm_up >= length.steps
+    return f"{rate}, {length.warm_up} steps to warm up" + (
+        ", more than there are, so that it is never reached: pass fewer as --lr_warmup_steps" if late else ""
+    )
