@@ -166,8 +166,8 @@ def test_an_error_in_two_processes_is_said_once_and_by_no_launcher(config: Path,
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 1 and "Traceback" not in said and "hf_secret" not in said
     assert [line for line in said.splitlines() if "missing" in line] == [
-        f"diffusers_sde.train: {tmp_path / 'missing'} does not exist: pass a folder of images or the name of a data set "
-        "on the Hub."
+        f"diffusers_sde.train: {tmp_path / 'missing'} does not exist: pass a folder of images or the name of a "
+        "data set on the Hub."
     ]
 
 
