@@ -14,7 +14,7 @@ import diffusers
 import numpy as np
 import torch
 
-from diffusers_sde.conditioning import capture, moved, network_name, stack
+from diffusers_sde.conditioning import batched, call, calling, capture, moved, network_name
 from diffusers_sde.errors import check_finite
 from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 
@@ -101,31 +101,33 @@ def network_denoiser(
     return guided
 
 
-def prompt_denoiser(pipe: Any, prompts: Sequence[str], guidance_scale: float = 1.0) -> Denoiser:
+def prompt_denoiser(pipe: Any, prompts: Sequence[str], guidance_scale: float = 1.0, **size: int) -> Denoiser:
     """The network of a text-to-image pipeline as a function of latents and time, guided as the pipeline guides:
     ``m_empty + w (m_prompt - m_empty)`` in one batch of 2N, against the empty prompt.
 
     Args:
-        pipe: a pipeline whose network takes latents (N, C, H, W).
+        pipe: a pipeline whose latents are pictures, whatever its network makes of them (:mod:`.conditioning`).
         prompts: N of them.
         guidance_scale: w; 1: no guidance.
+        size: ``height`` and ``width`` of the pictures in pixels; none: the pipeline's own.
 
     Returns:
         ``denoiser(latents, timestep)``, (N, C, H, W) to (N, C, H, W).
 
     Raises:
-        ValueError: where the pipeline packs its latents.
+        ValueError: where the pipeline packs its latents in a way that is not known.
     """
     network = getattr(pipe, network_name(pipe) or "")
-    known = {prompt: capture(pipe, prompt=[prompt]) for prompt in dict.fromkeys([*prompts, ""])}
-    scale = known[""][2]
+    how = calling(network)
+    known = {prompt: capture(pipe, prompt=[prompt], **size) for prompt in dict.fromkeys([*prompts, ""])}
+    scale = known[""].time_scale
     words = list(prompts) if guidance_scale == 1.0 else [*("" for _ in prompts), *prompts]
-    condition = moved(stack([known[prompt][1] for prompt in words]), network.device)
+    condition = moved(batched(how, [known[prompt].condition for prompt in words]), network.device)
 
     def guided(sample: torch.Tensor, t: Any) -> torch.Tensor:
         x = sample if guidance_scale == 1.0 else torch.cat([sample, sample])
-        times = torch.as_tensor(t, device=x.device).expand(len(x)) * scale
-        out = network(x, timestep=times, **condition, return_dict=False)[0]
+        times = torch.as_tensor(t, device=x.device).expand(len(x))
+        out = call(how, network, x, times, scale, condition)
         return out if guidance_scale == 1.0 else torch.lerp(*out.chunk(2), guidance_scale)
 
     return guided

@@ -34,6 +34,6 @@ def test_the_network_is_as_before_whatever_the_pipeline_says() -> None:
 
 
 def test_packed_latents_are_refused() -> None:
-    pipe, inputs, _ = PIPELINES["flux"]()
+    pipe, inputs, _ = PIPELINES["flux2"]()
     with pytest.raises(ValueError, match="packs its latents"):
-        capture(pipe, prompt=["a cat"], height=inputs["height"], width=inputs["width"])
+        capture(pipe, **{key: inputs[key] for key in ("prompt_embeds", "height", "width")})

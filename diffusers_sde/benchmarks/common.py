@@ -63,7 +63,7 @@ def network_start(network: Any, count: int, seed: int) -> tuple[torch.Tensor, to
 
 def prompt_start(pipe: Any, count: int, seed: int) -> torch.Tensor:
     """Noise (N, C, H, W) of a text-to-image pipeline's latents."""
-    latents, _, _ = capture(pipe, prompt=[""])
+    latents = capture(pipe, prompt=[""]).latents
     return torch.randn((count, *latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
 
 

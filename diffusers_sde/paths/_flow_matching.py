@@ -119,13 +119,19 @@ class FlowMatching(Path):
     def times_of_noise(self, levels: Any) -> Array:
         return self._times_of_sigma(levels / (1 + levels) if self.ramps_in_ratio else levels)
 
-    def training_times(self, fractions: Array) -> tuple[Array, Array]:
-        """Through the static shift, as in Esser et al. 2024; a dynamic one is a fact of a run, not of the training."""
-        if self.use_dynamic_shifting:
+    def training_times(self, fractions: Array, mu: float | None = None) -> tuple[Array, Array]:
+        """Through the shift that samples are made with, as in Esser et al. 2024: the static one, or the dynamic one of
+        ``mu``."""
+        if self.use_dynamic_shifting and mu is None:
             return super().training_times(fractions)
-        s = self.static_shift
+        s = self._shift_factor(mu)
         times, density = super().training_times(s * fractions / (1 + (s - 1) * fractions))
         return times, density * (1 + (s - 1) * fractions) ** 2 / s
+
+    def _shift_factor(self, mu: float | None) -> float:
+        if not self.use_dynamic_shifting or mu is None:
+            return self.static_shift
+        return math.exp(mu) if self.time_shift_type == "exponential" else mu
 
     def shift(self, u: Any, mu: float | None = None) -> Array:
         """The time warp that diffusers applies to a grid before sampling: static ``s u / (1 + (s-1) u)`` or dynamic
@@ -143,12 +149,9 @@ class FlowMatching(Path):
             ValueError: where ``mu`` is missing.
         """
         u = np.asarray(u, np.float64)
-        if self.use_dynamic_shifting:
-            if mu is None:
-                raise ValueError("This model shifts its timesteps by resolution: pass `mu` to set_timesteps.")
-            factor = math.exp(mu) if self.time_shift_type == "exponential" else mu
-        else:
-            factor = self.static_shift
+        if self.use_dynamic_shifting and mu is None:
+            raise ValueError("This model shifts its timesteps by resolution: pass `mu` to set_timesteps.")
+        factor = self._shift_factor(mu)
         sigma = factor * u / (1 + (factor - 1) * u)
         if self.shift_terminal and len(sigma) and sigma[-1] < 1:
             sigma = 1 - (1 - sigma) * (1 - self.shift_terminal) / (1 - sigma[-1])

@@ -154,11 +154,12 @@ class Path:
 
     # -- training --
 
-    def training_times(self, fractions: Array) -> tuple[Array, Array]:
+    def training_times(self, fractions: Array, mu: float | None = None) -> tuple[Array, Array]:
         """Times at which to train, and the density of fractions in half log-SNR.
 
         Args:
             fractions: (N,) in (0, 1), from the cleanest to the noisiest time.
+            mu: the dynamic shift of flow matching at the resolution of the training, None: none.
 
         Returns:
             ``(t, |d fraction / d log_snr|)``, each (N,).

@@ -109,7 +109,7 @@ class VariancePreserving(Path):
         low, high = np.exp(-ends)
         return float(low), float(high)
 
-    def training_times(self, fractions: Array) -> tuple[Array, Array]:
+    def training_times(self, fractions: Array, mu: float | None = None) -> tuple[Array, Array]:
         """Integers, every one as often as the others, each for the log-SNRs of the times that are rounded to it."""
         steps = len(self.alphas_cumprod)
         t = np.minimum(np.floor(fractions * steps), self.noisiest)

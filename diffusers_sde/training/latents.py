@@ -1,7 +1,8 @@
 """Latents of every training image, encoded once.
 
-Knows the encoder's distribution and its files: safetensors shards in a folder named by a fingerprint of data, framing
-and autoencoder, each written under a temporary name first, so that whatever is there is complete and belongs to them.
+Knows the files of what an encoder says (:mod:`.encoding`): safetensors shards in a folder named by a fingerprint of
+data, framing and autoencoder, each written under a temporary name first, so that whatever is there is complete and
+belongs to them.
 Knows nothing of how the latents are trained on.
 """
 
@@ -16,10 +17,10 @@ from typing import Any
 
 import safetensors
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from diffusers_sde.training.encoding import Units, drawn, encoder_output, units_of
 from diffusers_sde.training.framing import DataError
 from diffusers_sde.training.samples import Images, Item, TrainingData
 
@@ -40,14 +41,14 @@ def latent_fingerprint(images: Images, vae: torch.nn.Module) -> str:
 class LatentImages(TrainingData):
     """Cached latents; items are those of ``images`` with ``latents`` (float32, (c, h, w)) instead of pixels.
 
-    An item samples ``z = mean + std eps`` with eps from its seed and returns ``(z - shift_factor) scaling_factor``, the
-    units of the network (deterministic encoders have std = 0).
+    An item samples ``z = mean + std eps`` with eps from its seed (deterministic encoders have std = 0) and returns it
+    in the ``units`` of the network.
     """
 
-    def __init__(self, images: Images, folder: Path, *, scaling_factor: float, shift_factor: float) -> None:
+    def __init__(self, images: Images, folder: Path, *, units: Units) -> None:
         self.images, self.folder, self.framing = images, folder, images.framing
         self.class_names, self.captions, self.damage = images.class_names, images.captions, images.damage
-        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+        self.units = units
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -63,25 +64,13 @@ class LatentImages(TrainingData):
             self._open[shard] = safetensors.safe_open(shard_path(self.folder, shard), "pt")
         file = self._open[shard]
         number = int(file.get_slice("numbers")[row : row + 1])
-        if "latents" in file.keys():  # noqa: SIM118 (no mapping)
-            latents = file.get_slice("latents")[row : row + 1].float()
-        else:
-            distribution = DiagonalGaussianDistribution(file.get_slice("parameters")[row : row + 1].float())
-            latents = distribution.sample(torch.Generator().manual_seed(seed))
-        latents = (latents[0] - self.shift_factor) * self.scaling_factor
+        said = {key: file.get_slice(key)[row : row + 1] for key in file.keys() if key != "numbers"}  # noqa: SIM118
+        latents = self.units(drawn(said, [torch.Generator().manual_seed(seed)]))[0]
         return {"latents": latents, **self.images.annotation(number, seed)}
 
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.safetensors"
-
-
-def encoder_output(vae: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the encoder says: ``parameters`` (mean and log-variance) or, of deterministic ones, ``latents``."""
-    out = vae.encode(pixels.to(vae.device, vae.dtype))
-    if hasattr(out, "latent_dist"):
-        return {"parameters": out.latent_dist.parameters.cpu()}
-    return {"latents": (out.latent if hasattr(out, "latent") else out.latents).cpu()}
 
 
 def cache_latents(
@@ -116,8 +105,7 @@ def cache_latents(
         vae.to(device)
     for shard in tqdm(missing, desc="Encoding", unit=" shards", disable=None if progress else True):
         write_shard(images, vae, folder, shard, batch_size)
-    scaling, shift = (getattr(vae.config, key, None) for key in ("scaling_factor", "shift_factor"))
-    return LatentImages(images, folder, scaling_factor=scaling or 1.0, shift_factor=shift or 0.0)
+    return LatentImages(images, folder, units=units_of(vae))
 
 
 @torch.no_grad()

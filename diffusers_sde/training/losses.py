@@ -20,6 +20,7 @@ from diffusers_sde.flow_maps import average_prediction, jump
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
 from diffusers_sde.training import autoencoders
+from diffusers_sde.training.encoding import drawn, encoder_output, units_of
 from diffusers_sde.training.networks import Task, call_network
 from diffusers_sde.training.objectives import draw_times, loss_weights, prediction_targets, regression_loss
 from diffusers_sde.training.randomness import generator_of
@@ -56,9 +57,8 @@ def draw(settings: Settings, task: Task, batch: dict[str, Any], global_batch: in
     else:
         x0 = batch["pixel_values"].to(device)
         if task.vae is not None:
-            x0 = draw_latents(
-                task.vae, x0, [generator_of(settings.seed, int(p), SAMPLE_STREAM) for p in batch["positions"]]
-            )
+            own = [generator_of(settings.seed, int(p), SAMPLE_STREAM) for p in batch["positions"]]
+            x0 = units_of(task.vae)(drawn(encoder_output(task.vae, x0), own)).to(device)
     eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(device)
 
     def kept(values: Any) -> list[Any] | None:
@@ -69,13 +69,10 @@ def draw(settings: Settings, task: Task, batch: dict[str, Any], global_batch: in
     return Drawn(x0.float(), eps, u, numbers[:, 2:], kept(labels), kept(batch.get("caption")))
 
 
-@torch.no_grad()
-def draw_latents(vae: Any, pixels: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-    """Latents sampled from the encoder's distribution, ``(z - shift_factor) scaling_factor``."""
-    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-    noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in generators])
-    latents = posterior.mean + posterior.std * noise.to(posterior.mean)
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+def times_of(settings: Settings, task: Task, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The training times of uniform numbers u (N,) and their density in log-SNR (:func:`.objectives.draw_times`)."""
+    mean, std = settings.time_mean, settings.time_std
+    return draw_times(task.path, settings.time_sampling, u, mean=mean, std=std, mu=task.mu)
 
 
 def at_times(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
@@ -109,7 +106,7 @@ def _denoising_loss(settings: Settings, task: Task, teacher: Task | None, global
         d = draw(settings, task, batch, global_batch)
         if teacher is not None:
             d = rectified(settings, teacher, d)
-        times, density = draw_times(path, settings.time_sampling, d.u, mean=settings.time_mean, std=settings.time_std)
+        times, density = times_of(settings, task, d.u)
         a, b = (at_times(v, d.x0) for v in prediction_targets(path, kind, *path.alpha_sigma(times)))
         x, sigma = noised(d, path, times)
         condition = task.condition(d.labels, d.captions)
@@ -172,7 +169,7 @@ def _flow_map_loss(settings: Settings, task: Task, teacher: Task | None, global_
 
     def loss(network: Any, batch: dict[str, Any]) -> torch.Tensor:
         d = draw(settings, task, batch, global_batch)
-        times, density = draw_times(path, settings.time_sampling, d.u, mean=settings.time_mean, std=settings.time_std)
+        times, density = times_of(settings, task, d.u)
         place = np.maximum((times - clean) / (noisy - clean), h)  # 0 at clean data, 1 at pure noise
         to = np.where(d.v[:, 0] < 0.5, place - h, d.v[:, 1] * (place - h)) if told else np.zeros_like(place)
         t, u, s = (clean + w * (noisy - clean) for w in (place, place - h, to))
@@ -195,7 +192,7 @@ def _classifier_loss(settings: Settings, task: Task, global_batch: int) -> Loss:
 
     def loss(network: Any, batch: dict[str, Any]) -> torch.Tensor:
         d = draw(settings, task, batch, global_batch)
-        times, _ = draw_times(path, settings.time_sampling, d.u, mean=settings.time_mean, std=settings.time_std)
+        times, _ = times_of(settings, task, d.u)
         x, sigma = noised(d, path, times)
         logits = network(x * path.input_scale(sigma), at_times(times, x).flatten())
         return torch.nn.functional.cross_entropy(logits.float(), batch["class_labels"].to(x.device))

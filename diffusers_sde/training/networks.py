@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 import torch
 
-from diffusers_sde.conditioning import capture, moved, network_name, stack
+from diffusers_sde.conditioning import batched, call, calling, capture, moved, network_name, remembered
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.models.classifier import NoisyClassifierModel
 from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
@@ -34,6 +34,8 @@ _FORWARD_PROCESSES: dict[str, dict[str, Any]] = {
     "edm": {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_schedule": "karras"},
     "flow": {"use_flow_sigmas": True},
 }
+
+MAX_CONDITION_BYTES = 2**30  # of the conditions of captions that are kept
 
 
 def process_scheduler(path: str, prediction_type: str) -> Any:
@@ -110,7 +112,8 @@ class Task:
 
     ``condition(labels, captions)`` gives the network's further keyword arguments for a batch; a label or caption that
     is None stands for no condition (classifier-free guidance's dropout).  ``trained`` is the module that the optimizer
-    sees: the network, or a module that has it as its part ``network`` beside others of the pipeline.
+    sees: the network, or a module that has it as its part ``network`` beside others of the pipeline.  ``mu`` is the
+    dynamic shift that the pipeline samples with at the resolution of the training.
     """
 
     pipe: Any
@@ -119,6 +122,7 @@ class Task:
     condition: Callable[[Sequence[int | None] | None, Sequence[str | None] | None], dict[str, Any]]
     timestep_scale: float = 1.0
     trained: Any = None
+    mu: float | None = None
 
     def __post_init__(self) -> None:
         self.trained = self.network if self.trained is None else self.trained
@@ -154,7 +158,12 @@ class Task:
     @property
     def channels(self) -> int:
         """Channels of the images that the data set has to give."""
-        return int(self.network.config.in_channels if self.vae is None else self.vae.config.in_channels)
+        return image_channels(self.network if self.vae is None else self.vae)
+
+
+def image_channels(model: Any) -> int:
+    """Channels of the images that a network or an autoencoder takes."""
+    return int(model.config.get("in_channels") or model.config["input_channels"])  # the latter of Qwen-Image's
 
 
 def fresh_task(network: Any, scheduler: Any, classes: int) -> Task:
@@ -162,8 +171,8 @@ def fresh_task(network: Any, scheduler: Any, classes: int) -> Task:
     return _unet_task(diffusers.DDPMPipeline(unet=network, scheduler=scheduler), classes)
 
 
-def pipeline_task(pipe: Any, classes: int, captions: bool) -> Task:
-    """The network of a pretrained pipeline.
+def pipeline_task(pipe: Any, classes: int, captions: bool, resolution: int | None = None) -> Task:
+    """The network of a pretrained pipeline, told what the pipeline tells it at a resolution (None: at its own).
 
     Raises ``ValueError`` where the pipeline has no network to train or the data lacks what it is conditioned on.
     """
@@ -187,11 +196,11 @@ def pipeline_task(pipe: Any, classes: int, captions: bool) -> Task:
     if "class_labels" in takes:
         if not classes:
             raise ValueError(f"{type(pipe).__name__} is class-conditional: put the images into class folders.")
-        return _captured_task(pipe, name, network, by_label=True)
+        return _captured_task(pipe, name, network, resolution, by_label=True)
     if "prompt" in takes:
         if not captions:
             raise ValueError(f"{type(pipe).__name__} is conditioned on text: add captions in a metadata.jsonl.")
-        return _captured_task(pipe, name, network, by_label=False)
+        return _captured_task(pipe, name, network, resolution, by_label=False)
     raise ValueError(f"{type(pipe).__name__} takes neither class labels nor prompts: pass another pipeline.")
 
 
@@ -236,28 +245,41 @@ def classifier_task(scheduler: Any, resolution: int, channels: int, classes: int
     return Task(nothing, "classifier", network, lambda labels, captions: {})
 
 
-def _captured_task(pipe: Any, name: str, network: Any, by_label: bool) -> Task:
-    """Any pipeline: its own call says, once for each caption or label, what else the network is given
-    (:func:`diffusers_sde.conditioning.capture`); kept on the host afterwards."""
-    nothing: Any = 0 if by_label else ""
-    _, first, scale = capture(pipe, **{"class_labels" if by_label else "prompt": [nothing]})
-    known = {nothing: first}
+def _captured_task(pipe: Any, name: str, network: Any, resolution: int | None, by_label: bool) -> Task:
+    """Any pipeline: its own call says for each caption or label what else the network is given
+    (:func:`diffusers_sde.conditioning.capture`); kept on the host afterwards, within :data:`MAX_CONDITION_BYTES`."""
+    size = {} if resolution is None else {"height": resolution, "width": resolution}
+    kind, nothing = ("class_labels", 0) if by_label else ("prompt", "")
+    first = capture(pipe, **{kind: [nothing]}, **size)
+    how = calling(network)
 
-    def given(key: Any) -> dict[str, Any]:
-        if key not in known:
-            # the null class is no label that a pipeline takes
-            known[key] = {**first, "class_labels": torch.tensor([key])} if by_label else capture(pipe, prompt=[key])[1]
-        return known[key]
+    def make(key: Any) -> dict[str, Any]:
+        if by_label:  # the null class is no label that a pipeline takes
+            null = getattr(network.config, "num_embeds_ada_norm", None)
+            return {**first.condition, "class_labels": torch.tensor([null if key is None else key])}
+        if key is None and pipe.config.get("force_zeros_for_empty_prompt"):  # what it samples with, of SDXL
+            return silent(first.condition)
+        return capture(pipe, prompt=[key or ""], **size).condition
+
+    given = remembered(make, MAX_CONDITION_BYTES)
 
     def condition(labels: Sequence[int | None] | None, captions: Sequence[str | None] | None) -> dict[str, Any]:
-        if by_label:
-            null = getattr(network.config, "num_embeds_ada_norm", None)
-            keys = [null if label is None else label for label in labels or ()]
-        else:
-            keys = [caption or "" for caption in captions or ()]
-        return moved(stack([given(key) for key in keys]), network.device)
+        keys: Sequence[Any] = (labels if by_label else captions) or ()
+        return moved(batched(how, [given(key) for key in keys]), network.device)
 
-    return Task(pipe, name, network, condition, scale)
+    return Task(pipe, name, network, condition, first.time_scale, mu=first.mu)
+
+
+def silent(condition: dict[str, Any]) -> dict[str, Any]:
+    """A condition whose text embeddings, pooled ones too, are zeros."""
+    return {
+        key: silent(value)
+        if isinstance(value, dict)
+        else torch.zeros_like(value)
+        if key in ("encoder_hidden_states", "text_embeds")
+        else value
+        for key, value in condition.items()
+    }
 
 
 def call_network(
@@ -265,6 +287,5 @@ def call_network(
 ) -> torch.Tensor:
     """The prediction for states ``x`` at ``times`` (N,): EDM networks see ``x / sqrt(sigma^2 + sigma_data^2)``, learned
     variances are split off.  ``network`` is ``task.network`` or what Accelerate made of it."""
-    x = x * task.path.input_scale(sigma)
-    times = times if task.timestep_scale == 1.0 else times * task.timestep_scale
-    return network(x, timestep=times, **condition, return_dict=False)[0][:, : x.shape[1]]
+    how = calling(task.network)
+    return call(how, network, x * task.path.input_scale(sigma), times, task.timestep_scale, condition)

@@ -49,7 +49,14 @@ def check_objective(path: Path, prediction_type: str, loss_weighting: str, loss:
 
 
 def draw_times(
-    path: Path, sampling: str, u: Array, *, mean: float = 0.0, std: float = 1.0, mode_scale: float = 1.29
+    path: Path,
+    sampling: str,
+    u: Array,
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    mode_scale: float = 1.29,
+    mu: float | None = None,
 ) -> tuple[Array, Array]:
     """Training times and the density of their half log-SNR, from uniform numbers ``u`` in (0, 1), (N,), float64.
 
@@ -57,7 +64,8 @@ def draw_times(
     integer timesteps of a variance preserving process; ``logit_normal``: ``logit w ~ N(mean, std^2)`` on the unit
     interval of times (Esser et al. 2024, arXiv:2403.03206, eq. 19), ``mode``: ``w = 1 - u - s (cos^2(pi u/2) - 1 + u)``
     (eq. 20); ``lognormal``: ``log(sigma/alpha) ~ N(mean, std^2)`` given that it lies in the training range (Karras et
-    al. 2022, arXiv:2206.00364, table 1).  Flow matching times pass through the model's static shift.
+    al. 2022, arXiv:2206.00364, table 1).  Flow matching times pass through the model's shift, the
+    static one or the dynamic one of ``mu``.
 
     Returns ``(t, p)``: the mean of ``g(log_snr(t))/p`` is the integral of g over the training range, by the trapezoidal
     rule on the integer timesteps of a variance preserving process.
@@ -83,7 +91,7 @@ def draw_times(
         density = 1 / np.abs(1 + mode_scale * (1 - np.pi / 2 * np.sin(np.pi * u)))
     else:
         raise ValueError(f"time_sampling {sampling!r} is unknown: use one of {', '.join(TIME_SAMPLINGS)}.")
-    t, per_log_snr = path.training_times(w)
+    t, per_log_snr = path.training_times(w, mu)
     return t, density * per_log_snr
 
 

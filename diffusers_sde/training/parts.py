@@ -72,12 +72,11 @@ def save_weights(task: Task, state: dict[str, torch.Tensor], folder: Path, lora:
     """
     states = part_states(task, state)
     if lora:
-        from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
         layers = {}
-        for name, part in task.parts.items():
-            own = convert_state_dict_to_diffusers(get_peft_model_state_dict(part, state_dict=states[name]))
+        for name, part in task.parts.items():  # in peft's names, all of which diffusers loads
+            own = get_peft_model_state_dict(part, state_dict=states[name])
             layers[f"{name}_lora_layers"] = {key: value.to(dtype) for key, value in own.items()}
         task.pipe.save_lora_weights(folder, **layers)
         return

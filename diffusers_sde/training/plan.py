@@ -57,7 +57,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         task = networks.classifier_task(scheduler, resolution, images.framing.channels, classes)
         return task, images, classes
     if pipe is not None:
-        task = networks.pipeline_task(pipe, classes, images.captions)
+        task = networks.pipeline_task(pipe, classes, images.captions, resolution)
         if settings.prediction_type not in (None, task.prediction_type):
             raise UsageError(
                 f"The pretrained network predicts {task.prediction_type}: leave out --prediction_type "
@@ -67,7 +67,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         network = new_network(settings, images, vae, 0)
         side = resolution / vae_factor(vae)
         pipe = text_pipelines.new_pipeline(vae, network, new_scheduler(settings), all_captions(settings, images), side)
-        task = networks.pipeline_task(pipe, 0, images.captions)
+        task = networks.pipeline_task(pipe, 0, images.captions, resolution)
     else:
         task = networks.fresh_task(new_network(settings, images, vae, classes), new_scheduler(settings), classes)
     check_objective(task.path, task.prediction_type, settings.loss_weighting, settings.loss)
@@ -134,12 +134,13 @@ def build_teacher(settings: Settings, task: Task, classes: int, captions: bool) 
     """
     if not settings.teacher_model_name_or_path:
         return None
-    teacher = networks.pipeline_task(load_pipeline(settings.teacher_model_name_or_path), classes, captions)
+    pipe = load_pipeline(settings.teacher_model_name_or_path)
+    teacher = networks.pipeline_task(pipe, classes, captions, settings.resolution)
     teacher.network.requires_grad_(False).eval()
     mine, its = (p.log_snr(np.linspace(p.noisiest, p.cleanest, 9)) for p in (task.path, teacher.path))
     if type(task.path) is not type(teacher.path) or not np.allclose(mine, its):
         raise UsageError("Teacher and student have different forward processes: start the student from the teacher.")
-    sizes = [t.network.config.sample_size for t in (task, teacher)]
+    sizes = [t.network.config.get("sample_size") for t in (task, teacher)]
     if sizes[0] != sizes[1] or task.channels != teacher.channels:
         raise UsageError(f"Teacher and student differ in size ({sizes[1]} and {sizes[0]}): use the same resolution.")
     return teacher
@@ -148,11 +149,11 @@ def build_teacher(settings: Settings, task: Task, classes: int, captions: bool) 
 def native_resolution(pipe: Any) -> int:
     """Side of the images a pipeline's network was made for."""
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    size = getattr(getattr(network, "config", None), "sample_size", None)
+    size = getattr(getattr(network, "config", None), "sample_size", None) or getattr(pipe, "default_sample_size", None)
     if not isinstance(size, int):
         raise UsageError("This model does not say its resolution: pass --resolution.")
     vae = getattr(pipe, "vae", None)
-    return size * (vae_factor(vae) if vae is not None else 1)
+    return size * (getattr(pipe, "vae_scale_factor", None) or vae_factor(vae) if vae is not None else 1)
 
 
 def vae_factor(vae: Any) -> int:
@@ -163,11 +164,11 @@ def vae_factor(vae: Any) -> int:
 def image_channels(pipe: Any, vae: Any, model_config: str | None) -> int | None:
     """Channels that the network (or the encoder before it) takes; None: those of the images."""
     if vae is not None:
-        return int(vae.config.in_channels)
+        return networks.image_channels(vae)
     if pipe is not None:
         vae = getattr(pipe, "vae", None)
         network = vae if vae is not None else getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-        return int(network.config.in_channels) if network is not None else None
+        return networks.image_channels(network) if network is not None else None
     if model_config:
         channels = networks.read_model_config(model_config).get("in_channels")
         return int(channels or networks.network_from_config(model_config, 0).config.in_channels)

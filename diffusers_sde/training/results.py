@@ -126,7 +126,7 @@ def card_content(
         "values": {
             "name": json.dumps(name, ensure_ascii=False),
             "channels": task.channels,
-            "size": task.network.config.sample_size,
+            "size": task.network.config.get("sample_size"),
             "condition": condition,
             "shown": shown,
             "count": len(shown) or SHOWN_CLASSES,
