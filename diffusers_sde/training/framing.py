@@ -86,32 +86,52 @@ class Framing:
             raise DataError(f"Images have 1 or 3 channels, not {self.channels}: choose a model with as many.")
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """uint8 ``(C, h, w)`` whose shorter side is the resolution (Lanczos); the longer one too if cropped centrally,
-        else at most :data:`MAX_ASPECT` times as long, the middle of a longer image.
+        """``image``, which is put upright, as uint8 ``(C, h, w)`` whose shorter side is the resolution (Lanczos); the
+        longer one too if cropped centrally, else at most :data:`MAX_ASPECT` times as long, the middle of a longer
+        image.
 
         Only what is kept is ever scaled.
         """
-        side = self.resolution
         ImageOps.exif_transpose(image, in_place=True)
         if "transparency" in image.info:
             image = image.convert("RGBA")
         if image.mode not in SCALED_MODES:
             image = to_mode(image, self.channels)
-        longest = side if self.center_crop else MAX_ASPECT * side
-        scaled = [max(side, round(n * side / min(image.size))) for n in image.size]
-        kept = [min(n, longest) for n in scaled]
-        margins = [(n - k) // 2 for n, k in zip(scaled, kept, strict=True)]
+        scaled, kept, margins = self._layout(image.size)
         left, top = (m * n / s for m, n, s in zip(margins, image.size, scaled, strict=True))
         right, bottom = ((m + k) * n / s for m, k, n, s in zip(margins, kept, image.size, scaled, strict=True))
         image = image.resize((kept[0], kept[1]), Image.Resampling.LANCZOS, (left, top, right, bottom))
         pixels = np.array(to_mode(image, self.channels))
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
+    def _layout(self, size: tuple[int, int]) -> tuple[list[int], list[int], list[int]]:
+        """Of an image of this size: what it is scaled to, how much of that is kept, and where that begins."""
+        side = self.resolution
+        longest = side if self.center_crop else MAX_ASPECT * side
+        scaled = [max(side, round(n * side / min(size))) for n in size]
+        kept = [min(n, longest) for n in scaled]
+        return scaled, kept, [(n - k) // 2 for n, k in zip(scaled, kept, strict=True)]
+
+    def _crop(self, height: int, width: int, seed: int) -> tuple[int, int, bool]:
+        """Top and left of the crop of kept pixels and whether it is flipped, drawn from ``seed``."""
+        draw, side = random.Random(seed), self.resolution
+        top, left = (draw.randint(0, n - side) for n in (height, width))
+        return top, left, self.random_flip and draw.random() < 0.5
+
+    def frame(self, size: tuple[int, int], seed: int) -> tuple[int, int, int, int]:
+        """Height and width that an upright image of ``size`` (width, height) came with, then top and left of the crop
+        of ``seed`` in the scaled and, if so drawn, flipped image."""
+        (width, _), (kept_width, kept_height), (margin, above) = self._layout(size)
+        top, left, flipped = self._crop(kept_height, kept_width, seed)
+        left += margin
+        return size[1], size[0], above + top, width - self.resolution - left if flipped else left
+
     def tensor(self, pixels: torch.Tensor, seed: int) -> torch.Tensor:
         """float32 ``(C, resolution, resolution)`` in [-1, 1]: crop and flip drawn from ``seed``."""
-        draw, side = random.Random(seed), self.resolution
-        top, left = (draw.randint(0, n - side) for n in pixels.shape[1:])
+        side = self.resolution
+        _, height, width = pixels.shape
+        top, left, flipped = self._crop(height, width, seed)
         pixels = pixels[:, top : top + side, left : left + side]
-        if self.random_flip and draw.random() < 0.5:
+        if flipped:
             pixels = pixels.flip(-1)
         return pixels.to(torch.float32).div_(127.5).sub_(1)

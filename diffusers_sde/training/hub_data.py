@@ -24,8 +24,17 @@ from PIL import Image
 from diffusers_sde.training.captions import Caption, caption_of
 from diffusers_sde.training.framing import DataError, Framing, Unreadable, decoding, open_image
 from diffusers_sde.training.randomness import seed_of
-from diffusers_sde.training.samples import Images, Item, TrainingData, annotation, epoch_order, read_images, sample_seed
-from diffusers_sde.training.scan import Damage
+from diffusers_sde.training.samples import (
+    Images,
+    Item,
+    TrainingData,
+    annotation,
+    epoch_order,
+    framed,
+    read_images,
+    sample_seed,
+)
+from diffusers_sde.training.scan import Damage, Decoded
 
 SHUFFLE_BUFFER = 1000  # images of a stream that are shuffled at a time
 NO_LABEL = "{name} has rows without a label: remove them or pass another --label_column."
@@ -215,7 +224,7 @@ class ImageStream(TrainingData):
                 continue
             try:
                 with decoding(), open_encoded(row[self.columns.image]) as image:
-                    pixels = torch.from_numpy(self.framing.pixels(image))
+                    decoded = Decoded(torch.from_numpy(self.framing.pixels(image)), image.size)
             except Unreadable as error:
                 run += 1
                 self.damage.add((row[self.columns.image] or {}).get("path") or f"position {position}", error)
@@ -229,7 +238,7 @@ class ImageStream(TrainingData):
             label, caption = self.annotations(row, position)
             while waiting:
                 own = sample_seed(seed, waiting.popleft())
-                yield {"pixel_values": self.framing.tensor(pixels, own), **annotation(label, caption, own)}
+                yield {**framed(self.framing, decoded, own), **annotation(label, caption, own)}
 
     def annotations(self, row: dict[str, Any], position: int) -> tuple[int | None, Caption | None]:
         """Label and caption of a row, None where the data set has none."""

@@ -22,15 +22,16 @@ from tqdm.auto import tqdm
 
 from diffusers_sde.training.encoding import Units, drawn, encoder_output, units_of
 from diffusers_sde.training.framing import DataError
-from diffusers_sde.training.samples import Images, Item, TrainingData
+from diffusers_sde.training.samples import Images, Item, TrainingData, framed
 
 SHARD = 1024  # images in a file
+CONTENT = "encoder output, numbers, frames"  # of a file
 
 
 def latent_fingerprint(images: Images, vae: torch.nn.Module) -> str:
     """16 hexadecimal digits that change with the images, their framing, and the autoencoder's config and weights."""
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(images.fingerprint().encode())
+    digest.update(f"{CONTENT}{images.fingerprint()}".encode())
     digest.update(json.dumps(dict(vae.config), sort_keys=True, default=str).encode())
     for name, tensor in vae.state_dict().items():
         digest.update(f"{name}{tensor.dtype}".encode())
@@ -64,9 +65,9 @@ class LatentImages(TrainingData):
             self._open[shard] = safetensors.safe_open(shard_path(self.folder, shard), "pt")
         file = self._open[shard]
         number = int(file.get_slice("numbers")[row : row + 1])
-        said = {key: file.get_slice(key)[row : row + 1] for key in file.keys() if key != "numbers"}  # noqa: SIM118
-        latents = self.units(drawn(said, [torch.Generator().manual_seed(seed)]))[0]
-        return {"latents": latents, **self.images.annotation(number, seed)}
+        rows = {key: file.get_slice(key)[row : row + 1] for key in file.keys()}  # noqa: SIM118 (no mapping)
+        latents = self.units(drawn(rows, [torch.Generator().manual_seed(seed)]))[0]
+        return {"latents": latents, "frame": rows["frames"][0], **self.images.annotation(number, seed)}
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -112,17 +113,18 @@ def cache_latents(
 def write_shard(images: Images, vae: Any, folder: Path, shard: int, batch_size: int) -> None:
     """Encode the images of one shard; the file appears when it is complete."""
     indices = range(shard * SHARD, min((shard + 1) * SHARD, len(images)))
-    numbers, encoded = [], []
+    numbers, frames, encoded = [], [], []
     for first in indices[::batch_size]:
         chunk = [images.readable(i) for i in range(first, min(first + batch_size, indices.stop))]
         numbers += [number for number, _ in chunk]
-        pixels = [images.framing.tensor(pixels, seed=number) for number, pixels in chunk]
-        encoded.append(encoder_output(vae, torch.stack(pixels)))
+        items = [framed(images.framing, decoded, seed=number) for number, decoded in chunk]
+        frames += [item["frame"] for item in items]
+        encoded.append(encoder_output(vae, torch.stack([item["pixel_values"] for item in items])))
     tensors = {key: torch.cat([e[key] for e in encoded]).contiguous() for key in encoded[0]}
     target = shard_path(folder, shard)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
-        save_file({**tensors, "numbers": torch.tensor(numbers)}, partial)
+        save_file({**tensors, "numbers": torch.tensor(numbers), "frames": torch.stack(frames)}, partial)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

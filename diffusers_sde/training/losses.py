@@ -34,7 +34,7 @@ _NOISE = 1  # the stream of a sample's random numbers that its noise, times and 
 @dataclass
 class Drawn:
     """What is random in a batch: data x_0 and noise eps (N, C, H, W), uniform numbers u for the time and v (N, 2) for a
-    second time, labels and captions with the dropped ones None."""
+    second time, labels and captions with the dropped ones None, and where in their pictures the data lie."""
 
     x0: torch.Tensor
     eps: torch.Tensor
@@ -42,6 +42,7 @@ class Drawn:
     v: np.ndarray
     labels: list[int | None] | None
     captions: list[str | None] | None
+    frames: torch.Tensor | None = None
 
 
 def draw(settings: Settings, task: Task, batch: dict[str, Any], global_batch: int) -> Drawn:
@@ -66,7 +67,7 @@ def draw(settings: Settings, task: Task, batch: dict[str, Any], global_batch: in
 
     labels = batch["class_labels"].tolist() if "class_labels" in batch else None
     u = np.clip(u, 1e-12, 1 - 1e-12)
-    return Drawn(x0.float(), eps, u, numbers[:, 2:], kept(labels), kept(batch.get("caption")))
+    return Drawn(x0.float(), eps, u, numbers[:, 2:], kept(labels), kept(batch.get("caption")), batch.get("frame"))
 
 
 def times_of(settings: Settings, task: Task, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +110,7 @@ def _denoising_loss(settings: Settings, task: Task, teacher: Task | None, global
         times, density = times_of(settings, task, d.u)
         a, b = (at_times(v, d.x0) for v in prediction_targets(path, kind, *path.alpha_sigma(times)))
         x, sigma = noised(d, path, times)
-        condition = task.condition(d.labels, d.captions)
+        condition = task.given(d.labels, d.captions, d.frames)
         prediction = call_network(task, network, x, at_times(times, x).flatten(), sigma, condition)
         return _weighted(settings, path, kind, times, density, prediction, a * d.x0 + b * d.eps)
 
@@ -143,11 +144,11 @@ def _teacher_output(
     settings: Settings, teacher: Task, path: Path, x: torch.Tensor, t: np.ndarray, d: Drawn
 ) -> torch.Tensor:
     """What the teacher says at states x of times t (N,), with its guidance."""
-    m = _ask(teacher, teacher.network, path, x, t, teacher.condition(d.labels, d.captions))
+    m = _ask(teacher, teacher.network, path, x, t, teacher.given(d.labels, d.captions, d.frames))
     if settings.guidance_scale == 1.0:
         return m
     none = [None] * len(x)
-    null = _ask(teacher, teacher.network, path, x, t, teacher.condition(none if d.labels else None, none))
+    null = _ask(teacher, teacher.network, path, x, t, teacher.given(none if d.labels else None, none, d.frames))
     return torch.lerp(null, m, settings.guidance_scale)
 
 
@@ -174,7 +175,7 @@ def _flow_map_loss(settings: Settings, task: Task, teacher: Task | None, global_
         to = np.where(d.v[:, 0] < 0.5, place - h, d.v[:, 1] * (place - h)) if told else np.zeros_like(place)
         t, u, s = (clean + w * (noisy - clean) for w in (place, place - h, to))
         x = noised(d, path, t)[0]
-        condition = task.condition(d.labels, d.captions)
+        condition = task.given(d.labels, d.captions, d.frames)
         if told:
             condition["target_timestep"] = at_times(s, x).flatten()
         with torch.no_grad():

@@ -113,7 +113,8 @@ class Task:
     ``condition(labels, captions)`` gives the network's further keyword arguments for a batch; a label or caption that
     is None stands for no condition (classifier-free guidance's dropout).  ``trained`` is the module that the optimizer
     sees: the network, or a module that has it as its part ``network`` beside others of the pipeline.  ``mu`` is the
-    dynamic shift that the pipeline samples with at the resolution of the training.
+    dynamic shift that the pipeline samples with at the resolution of the training.  ``told_frames``: whether a network
+    that knows of sizes and crops is told those of each picture.
     """
 
     pipe: Any
@@ -123,9 +124,20 @@ class Task:
     timestep_scale: float = 1.0
     trained: Any = None
     mu: float | None = None
+    told_frames: bool = False
 
     def __post_init__(self) -> None:
         self.trained = self.network if self.trained is None else self.trained
+
+    def given(
+        self,
+        labels: Sequence[int | None] | None,
+        captions: Sequence[str | None] | None,
+        frames: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        """The condition of a batch with the frames (N, 4) of its pictures (:meth:`.framing.Framing.frame`)."""
+        condition = self.condition(labels, captions)
+        return condition if frames is None or not self.told_frames else with_frames(condition, frames)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -267,7 +279,21 @@ def _captured_task(pipe: Any, name: str, network: Any, resolution: int | None, b
         keys: Sequence[Any] = (labels if by_label else captions) or ()
         return moved(batched(how, [given(key) for key in keys]), network.device)
 
-    return Task(pipe, name, network, condition, first.time_scale, mu=first.mu)
+    return Task(pipe, name, network, condition, first.time_scale, mu=first.mu, told_frames=True)
+
+
+def with_frames(condition: dict[str, Any], frames: torch.Tensor) -> dict[str, Any]:
+    """A condition with the sizes (N, 2) and crops (N, 2) of each picture in place of those of a whole one (Podell et
+    al. 2023, arXiv:2307.01952, section 2.2), where the network is told such: SDXL's time ids, CogView's coordinates."""
+    size, corner = frames.split(2, 1)
+    out = dict(condition)
+    if "crop_coords" in out:
+        out["original_size"], out["crop_coords"] = size.to(out["original_size"]), corner.to(out["crop_coords"])
+    ids = (out.get("added_cond_kwargs") or {}).get("time_ids")
+    if ids is not None and ids.shape[1] == 6:  # five are those of the refiner
+        told = torch.cat([size.to(ids), corner.to(ids), ids[:, 4:]], 1)
+        out["added_cond_kwargs"] = {**out["added_cond_kwargs"], "time_ids": told}
+    return out
 
 
 def silent(condition: dict[str, Any]) -> dict[str, Any]:

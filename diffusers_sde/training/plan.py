@@ -68,6 +68,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         side = resolution / vae_factor(vae)
         pipe = text_pipelines.new_pipeline(vae, network, new_scheduler(settings), all_captions(settings, images), side)
         task = networks.pipeline_task(pipe, 0, images.captions, resolution)
+        task.told_frames = False  # a new network learns what it is sampled with
     else:
         task = networks.fresh_task(new_network(settings, images, vae, classes), new_scheduler(settings), classes)
     check_objective(task.path, task.prediction_type, settings.loss_weighting, settings.loss)

@@ -20,7 +20,7 @@ import torch
 
 from diffusers_sde.training.framing import DataError, Framing, Unreadable, decoding
 from diffusers_sde.training.randomness import seed_of
-from diffusers_sde.training.scan import Damage, Pictures, Scan, common_channels, scan_pictures
+from diffusers_sde.training.scan import Damage, Decoded, Pictures, Scan, common_channels, scan_pictures
 
 MAX_CACHED_BYTES = 2**30
 SAMPLE_STREAM = 2  # the stream of random numbers of a position that makes its sample; noise and time have others
@@ -35,6 +35,12 @@ def annotation(label: int | None, caption: str | Sequence[str] | None, seed: int
     if caption is not None:
         out["caption"] = caption if isinstance(caption, str) else random.Random(seed).choice(list(caption))
     return out
+
+
+def framed(framing: Framing, decoded: Decoded, seed: int) -> Item:
+    """The image of an item, with the crop and flip of ``seed``, and where in the whole picture it lies."""
+    frame = torch.tensor(framing.frame(decoded.size, seed))
+    return {"pixel_values": framing.tensor(decoded.pixels, seed), "frame": frame}
 
 
 # -- the order --
@@ -94,8 +100,8 @@ class TrainingData(torch.utils.data.Dataset):
 class Images(TrainingData):
     """The readable images of a source with their labels and captions, made by :func:`read_images`.
 
-    Items are ``{"pixel_values": float32 (C, H, W) in [-1, 1], "class_labels": int, "caption": str}``, the last two
-    where there are such.
+    Items are ``{"pixel_values": float32 (C, H, W) in [-1, 1], "frame": int64 (4,), "class_labels": int, "caption":
+    str}``, the last two where there are such; ``frame`` is that of :meth:`.framing.Framing.frame`.
 
     Args:
         pictures: the images.
@@ -138,15 +144,15 @@ class Images(TrainingData):
             return None
         return np.bincount(self._labels, minlength=len(self.class_names)).tolist()
 
-    def decode(self, index: int) -> torch.Tensor:
-        """uint8 ``(C, h, w)`` of the image of this number, from memory or from its source."""
-        if (pixels := self.scan.decoded(index)) is not None:
-            return pixels
+    def decode(self, index: int) -> Decoded:
+        """The image of this number, from memory or from its source."""
+        if (decoded := self.scan.decoded(index)) is not None:
+            return decoded
         with decoding(), self.pictures[int(self.scan.kept[index])] as image:
-            return torch.from_numpy(self.framing.pixels(image))
+            return Decoded(torch.from_numpy(self.framing.pixels(image)), image.size)
 
-    def readable(self, index: int) -> tuple[int, torch.Tensor]:
-        """The number and pixels of an image, or of the next readable one (the same in every process) where a file
+    def readable(self, index: int) -> tuple[int, Decoded]:
+        """The number and content of an image, or of the next readable one (the same in every process) where a file
         turns out to be cut off behind its good header."""
         for number in itertools.chain(range(index, len(self)), range(index)):
             try:
@@ -170,8 +176,8 @@ class Images(TrainingData):
 
     def item(self, index: int, seed: int) -> Item:
         """The image of this number with the crop, flip and caption of ``seed``."""
-        number, pixels = self.readable(index)
-        return {"pixel_values": self.framing.tensor(pixels, seed), **self.annotation(number, seed)}
+        number, decoded = self.readable(index)
+        return {**framed(self.framing, decoded, seed), **self.annotation(number, seed)}
 
     def fingerprint(self) -> str:
         """Changes with the source's content and with the framing."""

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -70,21 +70,32 @@ class Pictures(Protocol):
     def fingerprint(self) -> str: ...
 
 
+class Decoded(NamedTuple):
+    """An image's uint8 pixels ``(C, h, w)`` and the size, width and height, that it came with."""
+
+    pixels: torch.Tensor
+    size: tuple[int, int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Scan:
     """What reading every image once has found: ``kept``, the numbers of the readable ones (N,), and, if they all fit
-    into memory, their uint8 pixels one behind the other with ``shapes`` (N, 3) and ``offsets`` (N + 1,)."""
+    into memory, their uint8 pixels one behind the other with ``shapes`` (N, 3) and ``offsets`` (N + 1,), and the
+    ``sizes`` (N, 2), width and height, of the images that they were made of."""
 
     kept: np.ndarray
     pixels: torch.Tensor | None = None
     shapes: np.ndarray | None = None
     offsets: np.ndarray | None = None
+    sizes: np.ndarray | None = None
 
-    def decoded(self, index: int) -> torch.Tensor | None:
-        """uint8 ``(C, h, w)`` of the readable image of this number; None where pixels are not kept."""
-        if self.pixels is None or self.shapes is None or self.offsets is None:
+    def decoded(self, index: int) -> Decoded | None:
+        """The readable image of this number; None where pixels are not kept."""
+        if self.pixels is None or self.shapes is None or self.offsets is None or self.sizes is None:
             return None
-        return self.pixels[self.offsets[index] : self.offsets[index + 1]].view(*self.shapes[index].tolist())
+        pixels = self.pixels[self.offsets[index] : self.offsets[index + 1]].view(*self.shapes[index].tolist())
+        width, height = self.sizes[index].tolist()
+        return Decoded(pixels, (width, height))
 
 
 def common_channels(pictures: Pictures) -> int:
@@ -102,12 +113,14 @@ def scan_pictures(pictures: Pictures, framing: Framing, name: str, cache_bytes: 
     """Read every image: decoded as long as ``cache_bytes`` may hold them all, then only checked for a good header."""
     kept: list[int] = []
     chunks: list[np.ndarray] = []
+    sizes: list[tuple[int, int]] = []
     size = 0
     for i in tqdm(range(len(pictures)), desc=f"Reading {name}", unit=" images", disable=None, leave=False):
         try:
             with decoding(), pictures[i] as image:
                 if size < cache_bytes:
                     chunks.append(framing.pixels(image))
+                    sizes.append(image.size)
                     size += chunks[-1].size
                 else:
                     chunks.clear()
@@ -124,4 +137,5 @@ def scan_pictures(pictures: Pictures, framing: Framing, name: str, cache_bytes: 
         torch.from_numpy(np.concatenate([c.reshape(-1) for c in chunks])),
         np.array([c.shape for c in chunks]),
         np.cumsum([0, *(c.size for c in chunks)]),
+        np.array(sizes),
     )

@@ -44,7 +44,10 @@ def sample_sheet(
     task.trained.eval()
     try:
         with torch.no_grad(), accelerator.autocast():
-            images = _sampled_images(settings, task, classes, mine, generators)
+            size = settings.train_batch_size  # what is known to fit into memory
+            starts = range(0, len(mine), size)
+            parts = ((mine[i : i + size], generators[i : i + size]) for i in starts)
+            images = torch.cat([_sampled_images(settings, task, classes, *part) for part in parts])
     finally:
         task.trained.train(training)
     images = accelerator.gather(images.to(accelerator.device).contiguous())
@@ -83,8 +86,11 @@ def _sampled_images(
         inputs["prompt"] = [prompts[i % len(prompts)] for i in numbers]
     else:
         inputs["class_labels"] = labels
-    if "use_resolution_binning" in inspect.signature(pipe.__call__).parameters:  # PixArt, Sana: the trained size
-        inputs["use_resolution_binning"] = False
+    if settings.resolution is not None:
+        inputs |= {"height": settings.resolution, "width": settings.resolution}
+    inputs["use_resolution_binning"] = False  # PixArt, Sana: the trained size
+    taken = inspect.signature(pipe.__call__).parameters
+    inputs = {name: value for name, value in inputs.items() if name in taken}
     kept, pipe.scheduler = pipe.scheduler, scheduler
     try:
         images = pipe(**inputs, generator=generators).images

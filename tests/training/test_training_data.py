@@ -153,7 +153,7 @@ def test_folder_items_have_pixels_class_and_caption(cropped):
 def test_flat_folder_has_neither_classes_nor_captions(tmp_path):
     images = load_images(write(tmp_path, {f"{i}.png": picture(i) for i in range(3)}), **RGB)
     assert images.class_names is None and not images.captions
-    assert set(images.item(0, 0)) == {"pixel_values"}
+    assert set(images.item(0, 0)) == {"pixel_values", "frame"}
     assert [value(images.item(i, 0)) for i in range(3)] == [0, 1, 2]
 
 

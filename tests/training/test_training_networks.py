@@ -142,7 +142,6 @@ def test_lora_of_stable_diffusion_loads_into_the_pipeline(captioned: Path, tmp_p
     [
         ("sd", {}, "metadata.jsonl"),
         ("dit", {"classes": 0}, "class folders"),
-        ("flux", {"captions": True}, "packs its latents"),
     ],
 )
 def test_data_and_pipelines_that_do_not_fit_are_refused_with_the_remedy(name: str, options: dict, remedy: str) -> None:
