@@ -6,13 +6,20 @@ import json
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from tiny_pipelines import PIPELINES
 from training_helpers import common, losses, make_images, train_here
+from training_tasks import settings, text_task
 
+from diffusers_sde.training.framing import Framing
+from diffusers_sde.training.losses import times_of
 from diffusers_sde.training.networks import default_network, pipeline_task, process_scheduler
+from diffusers_sde.training.validation import sample_sheet
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,87 @@ def test_the_condition_of_a_caption_is_what_the_pipeline_gives_its_network(name:
     with torch.no_grad():
         mine = task.network(x, timestep=time, **condition, return_dict=False)[0]
     torch.testing.assert_close(mine, said)
+
+
+def test_a_dropped_caption_is_what_the_pipeline_samples_with_beside_the_prompt() -> None:
+    """SDXL's: zeros, not the embedding of an empty prompt; its pipeline calls the network once, for both."""
+    pipe = PIPELINES["sdxl"]()[0]
+    assert pipe.config.force_zeros_for_empty_prompt
+    seen: list = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    pipe("a cat", num_inference_steps=1, guidance_scale=5.0, output_type="latent")
+    hook.remove()
+    expected, added = seen[0]["encoder_hidden_states"], seen[0]["added_cond_kwargs"]
+    task = pipeline_task(pipe, 0, captions=True)
+    found = task.condition(None, [None, "a cat"])
+    torch.testing.assert_close(found["encoder_hidden_states"], expected)
+    torch.testing.assert_close(found["added_cond_kwargs"]["text_embeds"], added["text_embeds"])
+    empty = task.condition(None, [""])
+    assert empty["encoder_hidden_states"].abs().max() > 0  # a caption that is empty was not dropped
+
+
+def test_networks_that_know_of_sizes_are_told_those_of_each_picture() -> None:
+    """SDXL: original height and width, top and left of the crop, height and width of the training images."""
+    task = pipeline_task(PIPELINES["sdxl"]()[0], 0, captions=True, resolution=24)
+    frames = torch.tensor([[100, 50, 0, 3], [30, 60, 2, 0]])
+    found = task.given(None, ["a cat", None], frames)["added_cond_kwargs"]["time_ids"]
+    assert found.tolist() == [[100, 50, 0, 3, 24, 24], [30, 60, 2, 0, 24, 24]]
+    assert task.given(None, ["a cat"])["added_cond_kwargs"]["time_ids"].tolist() == [[24, 24, 0, 0, 24, 24]]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_frame_of_an_item_says_where_in_its_picture_it_lies(flip: bool) -> None:
+    """A picture of 40x20 at resolution 10 is scaled to 20x10, and its crop begins at a column that is its shade."""
+    ramp = torch.arange(40, dtype=torch.uint8).repeat(20, 1).numpy() * 6
+    framing = Framing(10, 1, center_crop=False, random_flip=flip)
+    pixels = torch.from_numpy(framing.pixels(Image.fromarray(ramp)))
+    seen = set()
+    for seed in range(20):
+        height, width, top, left = framing.frame((40, 20), seed)
+        row = (framing.tensor(pixels, seed)[0, 0] + 1) * 127.5
+        flipped = bool(row[0] > row[-1])
+        whole = (pixels.flip(-1) if flipped else pixels)[0, 0].float()
+        torch.testing.assert_close(row, whole[left : left + 10])
+        assert (height, width, top) == (20, 40, 0)
+        seen.add(flipped)
+    assert seen == ({False, True} if flip else {False})
+
+
+def test_a_centre_crop_begins_where_its_margin_ends() -> None:
+    assert Framing(10, 1).frame((80, 20), 0) == (20, 80, 0, 15)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+def test_training_times_are_shifted_as_the_pipeline_shifts_at_this_resolution(name: str) -> None:
+    """``mu`` grows with the number of tokens, 16 here (Flux: 0.5 at 256, 1.15 at 4096)."""
+    task = text_task(name)
+    config = task.scheduler.config
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    assert task.mu == pytest.approx(config.base_shift + slope * (16 - config.base_image_seq_len))
+    u = np.array([0.2, 0.7])
+    plain = (1 + 999 * (np.exp(task.mu) * u / (1 + (np.exp(task.mu) - 1) * u))) / 1000
+    times, _ = times_of(settings(), task, u)
+    np.testing.assert_allclose(times / 1000, plain, rtol=1e-12)
+
+
+def test_sheets_are_made_at_the_resolution_of_the_training_a_few_at_a_time() -> None:
+    """Five pictures of 24x24, at most two at once; the same whatever the batch."""
+    task = text_task("sd")
+    options = {"num_validation_images": 5, "validation_inference_steps": 1, "resolution": 24}
+    counts = []
+    decode = task.vae.decode
+
+    def counted(z, *args, **kwargs):
+        counts.append(len(z))
+        return decode(z, *args, **kwargs)
+
+    task.pipe.vae.decode = counted
+    two, five = (
+        sample_sheet(settings(train_batch_size=size, **options), task, 0, Accelerator(cpu=True), None)
+        for size in (2, 5)
+    )
+    assert counts == [2, 2, 1, 5] and two.size == (5 * 2 * 24 + 12, 2 * 24 + 4)
+    assert np.abs(np.asarray(two, int) - np.asarray(five, int)).max() <= 1
 
 
 @pytest.mark.slow
