@@ -27,6 +27,7 @@ class Calling:
             latents' shape.
         time: name of the argument that is the time.
         time_offset: the time that the network is told for the scheduler's time 0.
+        unguided: the pipeline's ``guidance_scale`` that means no guidance.
         text: names of the text embeddings (N, length, width) and of their mask (N, length), None where all prompts
             have the same length or no mask is known.
     """
@@ -35,6 +36,7 @@ class Calling:
     leave: Callable[[Any, torch.Size], torch.Tensor] = lambda out, shape: out[:, : shape[1]]  # without variances
     time: str = "timestep"
     time_offset: float = 0.0
+    unguided: float = 1.0
     text: tuple[str, str] | None = None
 
 
@@ -59,6 +61,7 @@ CALLINGS = {
         lambda out, shape: -torch.stack(list(out)).squeeze(2),
         time="t",
         time_offset=1.0,
+        unguided=0.0,
     ),
 }
 
@@ -141,7 +144,7 @@ def capture(pipe: Any, **inputs: Any) -> Given:
     }
     usual = taken["guidance_scale"].default if "guidance_scale" in taken else None
     if usual is not None and not getattr(network.config, "guidance_embeds", False):
-        options["guidance_scale"] = 1.0
+        options["guidance_scale"] = how.unguided
     network.forward, pipe.scheduler.set_timesteps = stop, listen
     pipe.set_progress_bar_config(disable=True)
     try:
