@@ -225,6 +225,16 @@ def test_lora_of_stable_diffusion_loads_into_the_pipeline(captioned: Path, tmp_p
     assert "load_lora_weights" in (tmp_path / "out/README.md").read_text()
 
 
+def test_lora_of_a_packed_flow_transformer_is_trained_by_the_script(captioned: Path, tmp_path: Path) -> None:
+    """Flux: cached latents, a sheet, a card, and weights that its pipeline loads."""
+    model = saved("flux", tmp_path / "model")
+    arguments = common(captioned, tmp_path / "out", None, 2, pretrained_model_name_or_path=model, resolution=16)
+    shown = ["--num_validation_images", "1", "--validation_prompts", "a cat", "--validation_inference_steps", "2"]
+    assert train_here([*arguments, "--rank", "2", "--cache_latents", "--center_crop", *shown]) == 0
+    PIPELINES["flux"]()[0].lora_state_dict(tmp_path / "out")
+    assert (tmp_path / "out/samples.png").is_file() and (tmp_path / "out/README.md").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "remedy"),
     [
