@@ -183,6 +183,12 @@ def batched(how: Calling, values: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     return stack([filled(value) for value in values])
 
 
+def ragged(how: Calling, values: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the texts of conditions differ in length in a network that takes no mask for them."""
+    texts = [value.get("encoder_hidden_states") for value in values]
+    return how.text is None and len({text.shape for text in texts if isinstance(text, torch.Tensor)}) > 1
+
+
 def stack(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One batch of several conditions of batch 1; lists are joined, what has no batch dimension must be the same in
     all.

@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 import torch
 
-from diffusers_sde.conditioning import batched, call, calling, capture, moved, network_name, remembered
+from diffusers_sde.conditioning import batched, call, calling, capture, moved, network_name, ragged, remembered
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.models.classifier import NoisyClassifierModel
 from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
@@ -277,7 +277,10 @@ def _captured_task(pipe: Any, name: str, network: Any, resolution: int | None, b
 
     def condition(labels: Sequence[int | None] | None, captions: Sequence[str | None] | None) -> dict[str, Any]:
         keys: Sequence[Any] = (labels if by_label else captions) or ()
-        return moved(batched(how, [given(key) for key in keys]), network.device)
+        values = [given(key) for key in keys]
+        if ragged(how, values):  # the pipeline fills up a batch in its own way
+            return moved(capture(pipe, prompt=[key or "" for key in keys], **size).condition, network.device)
+        return moved(batched(how, values), network.device)
 
     return Task(pipe, name, network, condition, first.time_scale, mu=first.mu, told_frames=True)
 

@@ -496,7 +496,8 @@ def test_cached_latents_are_the_scaled_draws_of_the_encoder(tmp_path, numbered):
         eps = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(11))
         expected = (posterior.mean + posterior.std * eps - 0.2) * 0.3
         torch.testing.assert_close(item["latents"], expected[0], rtol=1e-5, atol=1e-5)
-        assert set(item) == {"latents", "class_labels"} and item["class_labels"] == plain["class_labels"]
+        assert set(item) == {"latents", "frame", "class_labels"} and item["class_labels"] == plain["class_labels"]
+        assert torch.equal(item["frame"], plain["frame"])
     assert not torch.equal(cached.item(0, 1)["latents"], cached.item(0, 2)["latents"])
 
 

@@ -177,6 +177,16 @@ def test_prompts_longer_than_any_caption_are_not_an_error() -> None:
     assert image.shape == (1, 4, 8, 8)
 
 
+def test_captions_of_very_different_lengths_are_filled_up_as_the_pipeline_does() -> None:
+    """Its network takes no mask."""
+    pipe = fresh_pipeline(flow=True)
+    captions = ["red apple", "red apple " * 20]
+    found = pipeline_task(pipe, 0, True).condition(None, captions)["encoder_hidden_states"]
+    with torch.no_grad():
+        expected, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("flow", [True, False])
 def test_a_network_of_another_process_is_refused(flow: bool) -> None:
     """The stock scheduler of one process cannot be called by the stock pipeline of the other."""
