@@ -10,7 +10,14 @@ from snippets import load, run
 
 from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.fields import network_field
-from diffusers_sde.methods.likelihood import bits_per_dimension, dequantized, log_likelihood, output_and_traces
+from diffusers_sde.methods.likelihood import (
+    _prior,
+    bits_per_dimension,
+    dequantized,
+    log_likelihood,
+    output_and_traces,
+)
+from diffusers_sde.weights import Point
 
 
 def seeded(seed=0):
@@ -69,6 +76,22 @@ def test_the_prior_is_part_of_the_error():
     assert off(standard, exact) > 1e-3 and off(matched, exact) < off(standard, exact) / 50
     assert 0.3 < float(standard.prior_error.mean() / (standard.log_density - exact).abs().mean()) < 3
     assert float(matched.prior_error.mean()) < 0.1 * float(standard.prior_error.mean())
+
+
+@pytest.mark.parametrize("prior", ["standard", "matched"])
+def test_the_error_of_the_prior_is_by_its_score(prior):
+    """``|(score + z - centre) . z|`` in the units of z = x/rho, with the mixture's exact score, halfway to the data."""
+    model, scheduler = oracle("vp", 4)
+    field, end, like = network_field(model, scheduler.config), Point(0.6, 0.8), torch.zeros(8, 1, 1, 4).double()
+    rho = math.hypot(2 * end.alpha, end.sigma)  # data_std = 2
+    z = torch.randn(8, 4, dtype=torch.float64, generator=seeded())
+    mean = model.posterior_mean(torch.zeros(8, 4, dtype=torch.float64), end.alpha, end.sigma)
+    exact_centre = mean * (end.alpha / rho if prior == "matched" else 0)
+    exact = ((rho * model.score(z * rho, end.alpha, end.sigma) + z - exact_centre) * z).sum(1).abs()
+    centre, error, evaluations = _prior(field, z, end, 2.0, prior, like, 5)
+    torch.testing.assert_close(centre, exact_centre, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(error, exact, rtol=1e-4, atol=1e-4)
+    assert evaluations == (7 if prior == "matched" else 6)
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
@@ -158,6 +181,7 @@ def test_pictures_latents_foreign_schedulers_and_half_precision():
         ({"distribution": "uniform"}, "distribution must be"),
         ({"prior": "flat"}, "prior must be"),
         ({"rtol": 0.0}, "rtol and atol must be positive"),
+        ({"noise_std": 0.0}, "noise_std must be a positive noise level"),
         ({"noise_std": -1.0}, "noise_std must be a positive noise level"),
         ({"noise_std": 1e9}, "noise_std must be a positive noise level"),
         ({"data_std": 0.0}, "data_std must be positive"),

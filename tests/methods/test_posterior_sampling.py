@@ -425,6 +425,9 @@ def test_operators_refuse_what_they_cannot_do():
     ]:
         with pytest.raises(ValueError, match=message):
             wrong()
+    for shape in ((1, 1, 6, 4), (1, 1, 4, 6)):
+        with pytest.raises(ValueError, match="not divisible by 4"):
+            super_resolution(4)(torch.zeros(shape))
 
 
 @pytest.mark.slow
