@@ -94,14 +94,42 @@ def initial_noise(
         (N, C, H, W).
 
     Raises:
-        ValueError: for latents of another shape.
+        ValueError: as :func:`unit_noise`.
     """
-    shape = (batch, *sample_shape(network))
+    noise = unit_noise(network, batch, generator, latents)
+    return noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def unit_noise(
+    network: Any,
+    batch: int,
+    generator: Any = None,
+    latents: torch.Tensor | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Unit normals.
+
+    Args:
+        network: whose shape and dtype (float32 for an oracle) they get.
+        batch: N.
+        generator: one, or one for each sample.
+        latents: the caller's, (N, C, H, W), in the dtype that the state shall have; None: they are drawn.
+        device: where they are to be; None: where the network is.
+
+    Returns:
+        (N, C, H, W).
+
+    Raises:
+        ValueError: for latents of another shape, and for another number of generators.
+    """
+    shape, device = (batch, *sample_shape(network)), device or network.device
+    if isinstance(generator, list) and len(generator) not in (1, batch):
+        raise ValueError(f"{len(generator)} generators for {batch} images: pass one, or one for each image.")
     if latents is None:
-        latents = randn_tensor(shape, generator=generator, device=network.device, dtype=network.dtype)
-    elif tuple(latents.shape) != shape:
+        return randn_tensor(shape, generator=generator, device=device, dtype=network.dtype)
+    if tuple(latents.shape) != shape:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, this model makes {shape}.")
-    return latents.to(network.device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    return latents.to(device)
 
 
 def lay_out_grid(

@@ -47,7 +47,8 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         label_column=settings.label_column,
         streaming=settings.streaming,
     )
-    classes = len(images.class_names or ())
+    class_names = images.class_names or ()
+    classes = len(class_names)
     torch.manual_seed(seed_of(settings.seed))  # of the weights of new networks
     if settings.objective == "autoencoder":
         return autoencoders.autoencoder_task(new_network(settings, images, vae, 0)), images, 0
@@ -56,7 +57,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         task = networks.classifier_task(scheduler, resolution, images.framing.channels, classes)
         return task, images, classes
     if pipe is not None:
-        task = networks.pipeline_task(pipe, classes, images.captions)
+        task = networks.pipeline_task(pipe, classes, images.captions, class_names)
         if settings.prediction_type not in (None, task.prediction_type):
             raise UsageError(
                 f"The pretrained network predicts {task.prediction_type}: leave out --prediction_type "
@@ -68,7 +69,8 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         pipe = text_pipelines.new_pipeline(vae, network, new_scheduler(settings), all_captions(settings, images), side)
         task = networks.pipeline_task(pipe, 0, images.captions)
     else:
-        task = networks.fresh_task(new_network(settings, images, vae, classes), new_scheduler(settings), classes)
+        network = new_network(settings, images, vae, classes)
+        task = networks.fresh_task(network, new_scheduler(settings), classes, class_names)
     check_objective(task.path, task.prediction_type, settings.loss_weighting, settings.loss)
     if settings.cache_latents and task.vae is None:
         raise UsageError("--cache_latents is for latent models, this one has no vae: leave it out.")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusers_sde.class_conditional import ClassConditionalPipeline
 from diffusers_sde.training import autoencoders, card
 from diffusers_sde.training.arguments import FLOW_MAPS
 from diffusers_sde.training.checkpoints import publish_into
@@ -71,7 +72,7 @@ def card_content(
 ) -> dict[str, Any]:
     """The arguments of :func:`card.write_card`; ``measured`` are further facts."""
     settings, task, length = session.settings, session.task, session.length
-    conditional = bool(task.vae is None and task.network.config.get("num_class_embeds"))
+    conditional = isinstance(task.pipe, ClassConditionalPipeline)
     if settings.rank is not None:
         kind = "lora"
     elif task.vae is not None:
@@ -79,7 +80,8 @@ def card_content(
     elif settings.objective == "denoising":
         kind = "class" if conditional else "unconditional"
     else:
-        kind = "flow_map" if settings.objective in FLOW_MAPS else settings.objective
+        flow_map = "class_flow_map" if conditional else "flow_map"
+        kind = flow_map if settings.objective in FLOW_MAPS else settings.objective
     late = [loss for step, loss, _ in rows if step > 0.9 * length.steps]
     networks = (
         f"{type(p).__name__}, {sum(v.numel() for v in p.parameters()):,} parameters" for p in task.parts.values()
@@ -111,7 +113,7 @@ def card_content(
             "channels": task.channels,
             "size": task.network.config.sample_size,
             "condition": condition,
-            "labels": ", torch.tensor([0, 1, 2])" if conditional else "",
+            "shown": list(task.pipe.labels)[:3] if conditional else [],
             "target": ", target_timestep=scheduler.target_timestep(t)" if settings.objective == "mean_flow" else "",
         },
         "base_model": settings.pretrained_model_name_or_path,
