@@ -105,7 +105,7 @@ def sample_generators(seed: int, first: int, count: int) -> list[torch.Generator
 
 
 def is_class_conditional(pipe: Any) -> bool:
-    """Whether a pipeline is a bare class-conditional network, which can be called here without it."""
+    """Whether a pipeline is a bare class-conditional network, which is evaluated here without the pipeline's call."""
     return set(pipe.components) == {"unet", "scheduler"} and bool(pipe.unet.config.get("num_class_embeds"))
 
 
