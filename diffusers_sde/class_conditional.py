@@ -6,17 +6,16 @@ guidance and no scheduler of its own: those are :mod:`diffusers_sde.sampling`'s 
 
 from __future__ import annotations
 
-import difflib
-import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from diffusers_sde.errors import is_whole
 from diffusers_sde.methods.pipeline_io import check_output_type, label_tensor, pictures, unit_noise
-from diffusers_sde.sampling import Denoiser, flow_map_denoiser, lay_out, network_denoiser, null_label, sample
+from diffusers_sde.sampling import Denoiser, class_names, flow_map_denoiser, lay_out, network_denoiser, sample
 from diffusers_sde.schedulers import FlowMapScheduler
 
 GUIDANCE = 2.0  # of labels, if the caller names none
@@ -26,51 +25,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """Pictures of classes, by their names or numbers: ``pipe("sneaker").images[0]``.
 
     Args:
-        unet: a ``UNet2DModel`` whose last class of ``num_class_embeds`` means none, a network without classes, a
-            :class:`FlowMapUNet2DModel` or a mixture.
+        unet: a ``UNet2DModel`` whose last class of ``num_class_embeds`` means none, with the names of the others in its
+            config (:func:`diffusers_sde.sampling.class_names`); a network without classes; a
+            :class:`FlowMapUNet2DModel`; or a mixture.
         scheduler: any, of this package or of diffusers.
-        id2label: the name of each class by its number, as in diffusers' ``DiTPipeline``; None: they have no names.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
-    def __init__(self, unet: Any, scheduler: Any, id2label: dict[int, str] | dict[str, str] | None = None):
+    def __init__(self, unet: Any, scheduler: Any):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        names = {str(number): name for number, name in (id2label or {}).items()}  # the keys that JSON gives back
-        self.register_to_config(id2label=names)
-        self.labels = {name: int(number) for number, name in names.items()}
 
-    def get_label_ids(self, label: Any) -> list[int]:
-        """The numbers of classes.
-
-        Args:
-            label: a name or number, several, or a tensor.
-
-        Returns:
-            One number for each.
-
-        Raises:
-            ValueError: for a name that no class has, and for what is neither name nor whole number.
-        """
-        given = label.tolist() if hasattr(label, "tolist") else label
-        several = isinstance(given, Iterable) and not isinstance(given, str)
-        return [self._number(one) for one in (given if several else [given])]
-
-    def _number(self, label: Any) -> int:
-        if isinstance(label, numbers.Integral) and not isinstance(label, bool):
-            return int(label)
-        if not isinstance(label, str):
-            raise ValueError(f"class_labels has {label!r}: pass names of classes or whole numbers.")
-        if not self.labels:
-            raise ValueError(f"The classes of this model have no names: pass a number instead of {label!r}.")
-        if label not in self.labels:
-            (near,) = difflib.get_close_matches(label, self.labels, 1, cutoff=0.0)
-            raise ValueError(
-                f"No class of this model is named {label!r}: the nearest is {near!r}, pipe.labels has all."
-            )
-        return self.labels[label]
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names that labels may have, in the order of their numbers; None: they have none."""
+        return class_names(self.unet)
 
     @torch.no_grad()
     def __call__(
@@ -113,14 +84,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
         check_output_type(output_type)
         counts = {"num_images": num_images, "num_images_per_label": num_images_per_label}
         for name, number in counts.items():
-            if number is not None and not (isinstance(number, numbers.Integral) and number > 0):
+            if number is not None and not (is_whole(number) and number > 0):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {number!r}.")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             known, asked = self._callback_tensor_inputs, list(callback_on_step_end_tensor_inputs)
             raise ValueError(f"callback_on_step_end_tensor_inputs may have {known}, not {asked}.")
-        labels = self._labels(class_labels, num_images, num_images_per_label)
+        labels = label_tensor(self.unet, class_labels, num_images)
+        if labels is not None:
+            labels = labels.repeat_interleave(num_images_per_label).to(self._execution_device)
         denoiser = self._denoiser(labels, guidance_scale, default=1.0 if class_labels is None else GUIDANCE)
         count = (num_images or 1) * num_images_per_label if labels is None else len(labels)
         scheduler, device = self.scheduler, self._execution_device
@@ -140,13 +113,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         images = pictures(state, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _labels(self, class_labels: Any, num_images: int | None, num_images_per_label: int) -> torch.Tensor | None:
-        """The label of each picture, the null one for no class; None for a network without classes."""
-        if class_labels is not None and null_label(self.unet) is not None:
-            class_labels = self.get_label_ids(class_labels)
-        labels = label_tensor(self.unet, class_labels, num_images)
-        return None if labels is None else labels.repeat_interleave(num_images_per_label).to(self._execution_device)
 
     def _denoiser(self, labels: torch.Tensor | None, guidance_scale: float | None, default: float) -> Denoiser:
         """The guided network, whose learned variance goes to those schedulers only that sample with it."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import warnings
 
-SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels", "calibration")
+SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels", "captions", "calibration")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    choices = (*SECTIONS, "training", "errors")
+    choices = (*SECTIONS, "training", "errors", "lora")
     parser.add_argument(
         "--sections",
         nargs="+",
@@ -23,9 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="What to measure; all of them take over an hour.",
     )
     parser.add_argument("--num_images", type=int, default=10, help="Images of the network section.")
-    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[1.0, 3.0], help="Of the network section.")
     parser.add_argument(
-        "--training_images", default=None, help="Folder of the embedded model's training images, for sample quality."
+        "--guidance_scale", type=float, nargs="+", default=None, help="Of the network and calibration sections."
+    )
+    parser.add_argument(
+        "--training_images",
+        default=None,
+        help="Folder of a model's training images: of Fashion-MNIST for the calibration section, of the emoji for "
+        "those of captions and lora (left out without them).",
     )
     for name, text in {"training": "a training step", "errors": "the error budget of a sampler"}.items():
         only = {"dest": "sections", "action": "store_const", "const": [name]}
@@ -51,9 +56,11 @@ def run(args: argparse.Namespace) -> int:
 def _measure(section: str, args: argparse.Namespace) -> None:
     from diffusers_sde.benchmarks import (
         calibration,
+        captions,
         deterministic,
         errors,
         labels,
+        lora,
         robustness,
         steps,
         stochastic,
@@ -67,16 +74,20 @@ def _measure(section: str, args: argparse.Namespace) -> None:
     elif section == "oracle":
         deterministic.measure_oracles(args.seed, args.candidates)
     elif section == "network":
-        deterministic.measure_network(args.seed, args.num_images, args.guidance_scale, args.candidates)
+        deterministic.measure_network(args.seed, args.num_images, args.candidates, args.guidance_scale)
     elif section == "sde":
         stochastic.sde_quality(args.seed)
     elif section == "robustness":
         robustness.measure(args.seed)
     elif section == "labels":
         labels.measure(args.seed)
+    elif section == "captions":
+        captions.measure(args.seed, args.training_images)
     elif section == "calibration":
         images = args.num_images if args.shipped else max(args.num_images, 20)
         calibration.measure(args.seed, images, args.guidance_scale, args.training_images, shipped=args.shipped)
+    elif section == "lora":
+        lora.measure(args.seed, args.training_images)
     elif section == "errors":
         errors.measure(args.seed)
     elif section == "training":

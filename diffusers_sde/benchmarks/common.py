@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusers_sde.conditioning import capture
 from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 from diffusers_sde.sampling import Denoiser, rmse, sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
@@ -58,6 +59,12 @@ def network_start(network: Any, count: int, seed: int) -> tuple[torch.Tensor, to
     shape = (count, config.in_channels, config.sample_size, config.sample_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return noise, torch.arange(count) % (config.num_class_embeds - 1)
+
+
+def prompt_start(pipe: Any, count: int, seed: int) -> torch.Tensor:
+    """Noise (N, C, H, W) of a text-to-image pipeline's latents."""
+    latents, _, _ = capture(pipe, prompt=[""])
+    return torch.randn((count, *latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
 
 
 def mean_error(x: torch.Tensor, reference: torch.Tensor) -> float:

@@ -14,7 +14,7 @@ import torch
 
 from diffusers_sde.benchmarks.common import mean_error
 from diffusers_sde.calibration.stock import fitting_samplers
-from diffusers_sde.named_samplers import make_scheduler
+from diffusers_sde.named_samplers import make_scheduler, process_family
 from diffusers_sde.sampler_names import SAMPLERS
 from diffusers_sde.sampling import Denoiser, lay_out, sample
 
@@ -33,7 +33,7 @@ def stock_odes(config: dict[str, Any], n: int) -> Iterator[tuple[str, Callable[[
     Yields:
         A setting in words, and what makes its scheduler, laid out for ``n`` evaluations; that may raise anything.
     """
-    if config.get("use_flow_sigmas"):
+    if process_family(config) == "flow matching":
         for name in fitting_samplers(config, stochastic=False)[0]:
             yield name, functools.partial(_named, name, config, n)
         return

@@ -1,17 +1,19 @@
 """``diffusers-sde bench --sections oracle network``: error to the exact ODE solution against evaluations.
 
-Knows our settings and what they are measured on: mixture oracles and the embedded network, all from the same noise.
+Knows our settings and what they are measured on: mixture oracles and the embedded networks, all from the same noise.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_sde.assets import load_fashion_model
+from diffusers_sde.assets import EXAMPLE_PROMPTS, embedded_models
 from diffusers_sde.benchmarks.common import (
     PROCESSES,
     mean_error,
@@ -19,13 +21,16 @@ from diffusers_sde.benchmarks.common import (
     oracle,
     print_left_out,
     print_table,
+    prompt_start,
     reference_solution,
 )
 from diffusers_sde.benchmarks.competition import best_stock_ode
-from diffusers_sde.sampling import Denoiser, network_denoiser, sample
+from diffusers_sde.loading import load_pipeline
+from diffusers_sde.sampling import Denoiser, network_denoiser, prompt_denoiser, sample
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler
 
 ERROR_STEPS = (5, 6, 8, 10, 15, 20)
+NETWORK_GUIDANCE = (1.0, 3.0, 5.0, 7.5, 12.0)
 
 
 def measure_oracles(seed: int, candidates: bool) -> None:
@@ -36,14 +41,22 @@ def measure_oracles(seed: int, candidates: bool) -> None:
         errors(f"mixture oracle, {name} betas", network_denoiser(model), noise, process_config, candidates)
 
 
-def measure_network(seed: int, num_images: int, guidance_scales: list[float], candidates: bool) -> None:
-    """The embedded network at each guidance scale, every class equally often."""
-    pipe = load_fashion_model()
-    noise, labels = network_start(pipe.unet, num_images, seed)
-    config = dict(pipe.scheduler.config)
-    for scale in guidance_scales:
-        denoiser = network_denoiser(pipe.unet, labels, scale)
-        errors(f"embedded network, guidance {scale:g}", denoiser, noise, config, candidates)
+def measure_network(
+    seed: int, num_images: int, candidates: bool, guidance_scales: Sequence[float] | None = None
+) -> None:
+    """The embedded networks at each guidance scale: the two text-to-image models, in latents, with the example prompts
+    in turn, and Fashion-MNIST with its classes in turn."""
+    for name in embedded_models():
+        pipe = load_pipeline(name)
+        if hasattr(pipe, "text_encoder"):
+            prompts = [EXAMPLE_PROMPTS[i % len(EXAMPLE_PROMPTS)] for i in range(num_images)]
+            noise = prompt_start(pipe, num_images, seed)
+            guided = functools.partial(prompt_denoiser, pipe, prompts)
+        else:
+            noise, labels = network_start(pipe.unet, num_images, seed)
+            guided = functools.partial(network_denoiser, pipe.unet, labels)
+        for scale in guidance_scales or NETWORK_GUIDANCE:
+            errors(f"{name}, guidance {scale:g}", guided(scale), noise, dict(pipe.scheduler.config), candidates)
 
 
 def ours(config: dict[str, Any], candidates: bool) -> dict[str, Any]:

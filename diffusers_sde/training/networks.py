@@ -158,12 +158,12 @@ class Task:
         return int(self.network.config.in_channels if self.vae is None else self.vae.config.in_channels)
 
 
-def fresh_task(network: Any, scheduler: Any, classes: int, class_names: Sequence[str] = ()) -> Task:
+def fresh_task(network: Any, scheduler: Any, classes: int) -> Task:
     """A network without a pipeline of its own: unconditional or class-conditional."""
-    return _unet_task(diffusers.DDPMPipeline(unet=network, scheduler=scheduler), classes, class_names)
+    return _unet_task(diffusers.DDPMPipeline(unet=network, scheduler=scheduler), classes)
 
 
-def pipeline_task(pipe: Any, classes: int, captions: bool, class_names: Sequence[str] = ()) -> Task:
+def pipeline_task(pipe: Any, classes: int, captions: bool) -> Task:
     """The network of a pretrained pipeline.
 
     Raises ``ValueError`` where the pipeline has no network to train or the data lacks what it is conditioned on.
@@ -180,7 +180,7 @@ def pipeline_task(pipe: Any, classes: int, captions: bool, class_names: Sequence
             )
         if own and not classes:
             raise ValueError(f"The network is conditioned on {own - 1} classes: put the images into class folders.")
-        return _unet_task(pipe, classes if own else 0, class_names)
+        return _unet_task(pipe, classes if own else 0)
     takes = inspect.signature(pipe.__call__).parameters
     for other in pipe.components.values():
         if isinstance(other, torch.nn.Module) and other is not network:
@@ -201,10 +201,10 @@ def takes_prompts(pipe: Any) -> bool:
     return callable(pipe) and "prompt" in inspect.signature(pipe.__call__).parameters
 
 
-def _unet_task(pipe: Any, classes: int, class_names: Sequence[str]) -> Task:
+def _unet_task(pipe: Any, classes: int) -> Task:
     """A bare network, with a pipeline that can be called: that of diffusers takes no labels."""
     if classes:
-        pipe = ClassConditionalPipeline(pipe.unet, pipe.scheduler, dict(enumerate(class_names)))
+        pipe = ClassConditionalPipeline(pipe.unet, pipe.scheduler)
 
     def condition(labels: Sequence[int | None] | None, captions: Sequence[str | None] | None) -> dict[str, Any]:
         if not classes or labels is None:

@@ -35,7 +35,7 @@ def test_command_writes_a_scheduler(tmp_path, capsys):
 
 
 def test_class_conditional_network_through_its_bare_pipeline():
-    """Every class at every guidance scale is in each batch; classes may be named where the pipeline knows names."""
+    """Every class at every guidance scale is in each batch; classes may be named where the network has names."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -56,8 +56,8 @@ def test_class_conditional_network_through_its_bare_pipeline():
     assert isinstance(scheduler, diffusers_sde.CalibratedScheduler)
     assert {tuple(v) for v in seen} == {(0, 0, 1, 1), (2, 2, 2, 2)}
     seen.clear()
-    named = diffusers_sde.ClassConditionalPipeline(unet, pipe.scheduler, {1: "bag"})
-    with class_conditional_source(named, {"class_labels": "bag"}, batch_size=2, seed=0).open(0) as batch:
+    unet.register_to_config(_class_names=["shoe", "bag"])
+    with class_conditional_source(pipe, {"class_labels": "bag"}, batch_size=2, seed=0).open(0) as batch:
         batch.evaluate(batch.noise, torch.tensor(500))
     assert seen == [[2, 2, 1, 1]]  # guided, as the pipeline's own call
     with pytest.raises(ValueError, match="no prompt"):

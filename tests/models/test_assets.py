@@ -18,11 +18,11 @@ NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "
 
 
 def test_they_are_small_and_load_with_their_names():
-    """2 to 4 million parameters, at most 8 MB in all, with a model card; ``DDPMPipeline`` takes them too, unnamed."""
+    """2 to 4 million parameters, at most 8 MB in all, with a model card; ``DDPMPipeline`` takes them too."""
     for folder in (FASHION_MODEL, FLOW_MAP_MODEL):
         pipe = DiffusionPipeline.from_pretrained(folder)
         assert type(pipe) is ClassConditionalPipeline
-        assert list(pipe.labels) == list(NAMES) and pipe.labels["ankle boot"] == BOOT
+        assert pipe.class_names == list(NAMES) and pipe.class_names[BOOT] == "ankle boot"
         assert 2e6 < sum(p.numel() for p in pipe.unet.parameters()) < 4e6
         assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 8e6
         assert (folder / "README.md").is_file()

@@ -13,7 +13,7 @@ from pipeline_parts import tiny_unet
 from diffusers_sde import ClassConditionalPipeline, FlowMapScheduler, FlowMapUNet2DModel, ReverseSDEScheduler
 
 NULL = 3
-NAMES = {0: "shoe", 1: "bag", 2: "coat"}
+NAMES = ["shoe", "bag", "coat"]
 VP = {"clip_sample": False, "prediction_type": "epsilon"}
 SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler(**VP),
@@ -26,8 +26,14 @@ SCHEDULERS = {
 }
 
 
-def pipeline(unet=None, scheduler=None, names=NAMES):
-    pipe = ClassConditionalPipeline(unet or tiny_unet(classes=NULL + 1), scheduler or SCHEDULERS["ddim"], names)
+def named_unet():
+    unet = tiny_unet(classes=NULL + 1)
+    unet.register_to_config(_class_names=NAMES)
+    return unet
+
+
+def pipeline(unet=None, scheduler=SCHEDULERS["ddim"]):
+    pipe = ClassConditionalPipeline(unet or named_unet(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -46,7 +52,7 @@ def states(pipe, *labels, seed=0, **options):
 def test_a_call_is_the_loop_of_guided_predictions_with_any_scheduler(name, scale):
     """``m_null + w (m_label - m_null)``, written out with diffusers' own loop; noise of start and steps from one
     generator."""
-    unet, scheduler = tiny_unet(classes=NULL + 1).double(), SCHEDULERS[name]
+    unet, scheduler = named_unet().double(), SCHEDULERS[name]
     got = states(pipeline(unet, scheduler), [2, 0], guidance_scale=scale)
     generator = torch.Generator().manual_seed(0)
     if name == "flow":
@@ -72,7 +78,7 @@ def test_without_a_guidance_scale_labels_are_guided_by_two_and_no_label_is_not_g
 @pytest.mark.parametrize("scheduler", [diffusers.DDPMScheduler(variance_type="learned_range"), SCHEDULERS["ddim"]])
 def test_a_learned_variance_is_that_of_the_label_and_goes_only_to_schedulers_that_sample_with_it(scheduler):
     """Guidance moves the mean alone (Nichol & Dhariwal's networks have both); DDIM would fail on twice the channels."""
-    unet = UNet2DModel.from_config({**tiny_unet(classes=NULL + 1).config, "out_channels": 2})
+    unet = UNet2DModel.from_config({**named_unet().config, "out_channels": 2})
     seen, step = [], scheduler.step
     scheduler.step = lambda output, *args, **kwargs: seen.append(output) or step(output, *args, **kwargs)
     noise = torch.randn(1, 1, 8, 8)
@@ -86,7 +92,7 @@ def test_a_learned_variance_is_that_of_the_label_and_goes_only_to_schedulers_tha
 
 def test_a_flow_map_is_called_with_its_target_and_without_guidance():
     """MeanFlow's network gets the next time; its jumps written out."""
-    unet = FlowMapUNet2DModel.from_unet(tiny_unet(classes=NULL + 1))
+    unet = FlowMapUNet2DModel.from_unet(named_unet())
     torch.nn.init.normal_(unet.class_embedding.target.linear_2.weight)  # else it ignores the target
     scheduler = FlowMapScheduler(flow_map="mean_flow", gamma=0.0)
     noise = torch.randn(2, 1, 8, 8)
@@ -109,7 +115,7 @@ def test_a_network_without_classes_draws_as_many_as_are_asked_for():
     stock.set_progress_bar_config(disable=True)
     expected = stock(3, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
     options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
-    np.testing.assert_allclose(pipeline(unet, scheduler, None)(num_images=3, **options).images, expected, atol=1e-6)
+    np.testing.assert_allclose(pipeline(unet, scheduler)(num_images=3, **options).images, expected, atol=1e-6)
 
 
 # -- how it is asked --
@@ -120,7 +126,7 @@ def test_names_numbers_and_tensors_are_the_same_labels():
     expected = states(pipe, [1, 2, 1])
     for labels in (["bag", "coat", "bag"], ("bag", 2, np.int64(1)), torch.tensor([1, 2, 1]), np.array([1, 2, 1])):
         assert torch.equal(states(pipe, labels), expected)
-    assert pipe.labels == {"shoe": 0, "bag": 1, "coat": 2} and pipe.get_label_ids("coat") == [2]
+    assert pipe.class_names == NAMES
     assert torch.equal(states(pipe, "bag"), states(pipe, class_labels=1))
 
 
@@ -141,7 +147,7 @@ def test_with_a_generator_each_an_image_does_not_depend_on_the_others(name):
 
 def test_pictures_come_as_asked_for():
     """Zero is mid-grey: 0.5."""
-    unet = tiny_unet(classes=NULL + 1)
+    unet = named_unet()
     torch.nn.init.zeros_(unet.conv_out.weight)
     torch.nn.init.zeros_(unet.conv_out.bias)
     options = {"latents": torch.zeros(1, 1, 8, 8), "num_inference_steps": 2}
@@ -168,7 +174,7 @@ def test_callbacks_see_each_step_and_may_replace_the_state():
 
 
 def test_a_network_in_half_precision_takes_latents_of_any():
-    pipe = pipeline(tiny_unet(classes=NULL + 1).bfloat16())
+    pipe = pipeline(named_unet().bfloat16())
     noise = torch.randn(1, 1, 8, 8)
     half = states(pipe, "bag", latents=noise)
     assert half.dtype == torch.bfloat16
@@ -178,12 +184,12 @@ def test_a_network_in_half_precision_takes_latents_of_any():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"class_labels": "sho"}, "No class here is named 'sho': the nearest is 'shoe'"),
+        ({"class_labels": "sho"}, "There is no class 'sho', the nearest is 'shoe'"),
         ({"class_labels": [0, 4]}, "whole numbers from 0 to 2, or 3 for no class"),
         ({"class_labels": -1}, "0 or larger"),
-        ({"class_labels": 1.5}, "1.5: pass names of classes or whole numbers"),
-        ({"class_labels": [True]}, "True: pass names"),
-        ({"class_labels": [None]}, "None: pass names"),
+        ({"class_labels": 1.5}, "one or more whole numbers"),
+        ({"class_labels": [True]}, "one or more whole numbers"),
+        ({"class_labels": [None]}, "one or more whole numbers"),
         ({"class_labels": []}, "one or more"),
         ({"class_labels": [0, 1], "num_images": 3}, "2 class_labels for 3 images"),
         ({"num_images": 0}, "num_images must be a whole number of at least 1, not 0"),
@@ -200,11 +206,9 @@ def test_what_it_cannot_do_is_refused_with_the_remedy_before_the_first_step(opti
         pipe(**options)
 
 
-def test_labels_and_names_that_the_network_lacks_are_refused():
+def test_labels_of_a_network_without_classes_are_refused():
     with pytest.raises(ValueError, match="no classes: leave out class_labels"):
-        pipeline(tiny_unet(), names=None)("bag")
-    with pytest.raises(ValueError, match="have no names: pass a number instead of 'bag'"):
-        pipeline(names=None)("bag")
+        pipeline(tiny_unet())("bag")
 
 
 # -- how it is saved --
@@ -218,24 +222,24 @@ def folder(tmp_path_factory):
 
 
 def test_a_saved_pipeline_is_loaded_by_diffusers_own_class(folder):
-    """As itself with its names; as a ``DDPMPipeline``, which knows none, if that is what is asked for."""
+    """As itself with its names; as a ``DDPMPipeline`` if that is what is asked for."""
     pipe = DiffusionPipeline.from_pretrained(folder)
-    assert type(pipe) is ClassConditionalPipeline and pipe.labels == {"shoe": 0, "bag": 1, "coat": 2}
+    assert type(pipe) is ClassConditionalPipeline and pipe.class_names == NAMES
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(states(pipe, "coat"), states(pipeline(), 2))
     assert type(DDPMPipeline.from_pretrained(folder)) is DDPMPipeline
 
 
 def test_the_folder_of_a_ddpm_pipeline_is_loaded_too(tmp_path):
-    DDPMPipeline(tiny_unet(classes=NULL + 1), SCHEDULERS["ddim"]).save_pretrained(tmp_path)
-    pipe = ClassConditionalPipeline.from_pretrained(tmp_path, id2label=NAMES)
+    DDPMPipeline(named_unet(), SCHEDULERS["ddim"]).save_pretrained(tmp_path)
+    pipe = ClassConditionalPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(states(pipe, "coat"), states(pipeline(), 2))
 
 
 def test_the_index_names_nothing_that_a_download_from_the_hub_would_take_for_a_component(folder):
-    """diffusers takes every list in ``model_index.json`` for a component with its library: the names are a dict."""
+    """diffusers takes every list in ``model_index.json`` for a component with its library: names lie elsewhere."""
     index = json.loads((folder / "model_index.json").read_text())
-    assert index["_class_name"] == "ClassConditionalPipeline" and index["id2label"]["1"] == "bag"
+    assert index["_class_name"] == "ClassConditionalPipeline"
     files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     assert _get_custom_components_and_folders("someone/model", index, files) == ({}, ["scheduler", "unet"])
