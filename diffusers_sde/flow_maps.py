@@ -238,7 +238,7 @@ def exact_flow_map(
     if start == end:
         return x.double()
     y = (x.double() / (alpha + sigma)).flatten().numpy()
-    solution = solve_ivp(slope, (start, end), y, method="DOP853", rtol=rtol, atol=atol, t_eval=[end])
+    solution = solve_ivp(slope, (start, end), y, method="DOP853", rtol=rtol, atol=atol)
     if not solution.success:
         raise RuntimeError(f"The flow map could not be integrated from t = {t:g} to {s:g}: {solution.message}")
     return torch.from_numpy(solution.y[:, -1]).reshape(x.shape) * (alpha_s + sigma_s)

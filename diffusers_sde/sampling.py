@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from diffusers_sde.conditioning import capture, moved, network_name, stack
+from diffusers_sde.errors import check_finite
 from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 
 Denoiser = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -46,10 +47,11 @@ def class_names(network: Any) -> list[str] | None:
     Returns:
         One for each class that has a name, or None.
     """
-    if names := network.config.get(CLASS_NAMES):
+    if names := getattr(network.config, CLASS_NAMES, None):
         return list(names)
-    numbered = {int(label): str(name) for label, name in (network.config.get("id2label") or {}).items()}
-    return [numbered[label] for label in range(len(numbered))] if numbered.keys() == set(range(len(numbered))) else None
+    numbered = {int(label): str(name) for label, name in (getattr(network.config, "id2label", None) or {}).items()}
+    known = numbered and numbered.keys() == set(range(len(numbered)))
+    return [numbered[label] for label in range(len(numbered))] if known else None
 
 
 def spread_labels(n: int, classes: int) -> list[int]:
@@ -77,6 +79,7 @@ def network_denoiser(
         ValueError: for guidance without labels or without a null class, and for a class-conditional network without
             labels.
     """
+    check_finite("guidance_scale", guidance_scale)
     if class_labels is None:
         if guidance_scale != 1.0:
             raise ValueError("Guidance needs class labels: this model is sampled without any, use guidance_scale 1.")

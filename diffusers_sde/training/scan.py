@@ -45,15 +45,17 @@ class Damage:
         """
         self._file = file
         if begin:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
             self._write(self.lines)
 
     def _write(self, lines: Sequence[str]) -> None:
         if self._file is None or not lines:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._file, "a", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write("".join(f"{line}\n" for line in lines))
+        with contextlib.suppress(OSError):  # no training ends for it
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._file, "a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write("".join(f"{line}\n" for line in lines))
 
 
 class Pictures(Protocol):

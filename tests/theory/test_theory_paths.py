@@ -30,7 +30,13 @@ from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.configs import alphas_cumprod_from_config
 from diffusers_sde.dynamics import drift_and_diffusion
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
-from diffusers_sde.prediction import PREDICTION_TYPES, convert, model_coefficients, prediction_coefficients
+from diffusers_sde.prediction import (
+    PREDICTION_TYPES,
+    convert,
+    model_coefficients,
+    prediction_coefficients,
+    split_variance,
+)
 from diffusers_sde.sampling import sample
 from diffusers_sde.tables import build_multistep
 from diffusers_sde.weights import Point, linear_coefficients
@@ -350,6 +356,24 @@ def test_predictions_without_information_are_refused():
         prediction_coefficients("velocity", 1.0, 0.5)
 
 
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_an_output_with_variances_starts_with_the_prediction(variance_type):
+    """The first C of 2C channels (Nichol & Dhariwal 2021, section 3.1)."""
+    output = torch.arange(2 * 6 * 4).reshape(2, 6, 2, 2)
+    torch.testing.assert_close(split_variance(output, torch.zeros(2, 3, 2, 2), variance_type), output[:, :3])
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 2), (3, 6, 2, 2), (2, 6, 2, 4), (4, 3, 2, 2), (2, 3, 2, 2)])
+def test_an_output_that_does_not_fit_the_sample_is_refused(shape):
+    """Only the doubled channels of the sample's own shape hold variances."""
+    with pytest.raises(ValueError, match=r"must agree\.$"):
+        split_variance(torch.zeros(shape), torch.zeros(2, 3, 2, 2), "learned_range")
+    with pytest.raises(ValueError, match=r"must agree\.$"):
+        split_variance(torch.zeros(4), torch.zeros(2), "learned_range")
+    with pytest.raises(ValueError, match=r"set variance_type='learned_range'\)\.$"):
+        split_variance(torch.zeros(2, 6, 2, 2), torch.zeros(2, 3, 2, 2), "fixed_small")
+
+
 @given(sigma=level, x0=st.floats(-3, 3), eps=st.floats(-3, 3))
 def test_edm_preconditioning(sigma, x0, eps):
     """D = c_skip x + c_out F with c_skip = sd^2/r^2, c_out = sigma sd/r (Karras et al. 2022, table 1; P D.6)."""
@@ -494,45 +518,6 @@ def test_affine_flows_are_equivalent(clock, tau, data_std):
     for other in results[1:]:
         for left, right in zip(results[0], other, strict=True):
             torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
-
-
-# -- what stopping early and starting late cost --
-
-
-def w2_of_gaussians(mean0, var0, mean1, var1):
-    """W2^2 of Gaussians with diagonal covariances (Lu, chapter 1)."""
-    return np.sum((mean0 - mean1) ** 2) + np.sum((np.sqrt(var0) - np.sqrt(var1)) ** 2)
-
-
-@every_path
-@given(mean=st.lists(st.floats(-4, 4), min_size=3, max_size=3), std=st.floats(0, 3))
-def test_early_stopping_bound(name, mean, std):
-    """Stopping at the cleanest time costs W2^2 <= (1 - a_1)^2 E|X_0|^2 + sigma_1^2 d (Lu, chapter 6); equality for
-    points."""
-    path, mean, d = PATHS[name], np.array(mean), 3
-    alpha, sigma = (float(v) for v in path.alpha_sigma(path.cleanest))
-    distance = w2_of_gaussians(mean, np.full(d, std**2), alpha * mean, np.full(d, alpha**2 * std**2 + sigma**2))
-    bound = (1 - alpha) ** 2 * (mean @ mean + d * std**2) + sigma**2 * d
-    assert distance <= bound * (1 + 1e-12)
-    point = w2_of_gaussians(mean, np.zeros(d), alpha * mean, np.full(d, sigma**2))
-    assert point == pytest.approx((1 - alpha) ** 2 * (mean @ mean) + sigma**2 * d, rel=1e-12)
-
-
-@pytest.mark.parametrize("sigma_max", [10.0, 80.0, 500.0])
-@given(mean=st.floats(-4, 4), std=st.floats(0, 3))
-def test_ve_initialisation_bound(sigma_max, mean, std):
-    """Starting VE from N(0, T) costs KL(p_T | N(0, T)) <= E|X_0|^2 / 2T, T = sigma_max^2 (Lu, chapter 6); equality for
-    points."""
-    path = VarianceExploding(0.01, sigma_max, 0.5)
-    top = float(path.alpha_sigma(path.noisiest)[1] ** 2)
-    assert top == pytest.approx(sigma_max**2, rel=1e-12)
-
-    def divergence(variance):
-        ratio = variance / top
-        return 0.5 * (mean**2 / top + (ratio - np.log1p(ratio)))
-
-    assert divergence(std**2) <= (mean**2 + std**2) / (2 * top) + 1e-15
-    assert divergence(0.0) == pytest.approx(mean**2 / (2 * top), rel=1e-12, abs=1e-300)
 
 
 def test_flow_matching_rejects_impossible_options():

@@ -19,7 +19,7 @@ from training_helpers import TINY_VAE
 
 from diffusers_sde.paths import FlowMatching, VarianceExploding
 from diffusers_sde.training.arguments import read_settings
-from diffusers_sde.training.losses import draw, make_loss
+from diffusers_sde.training.losses import Drawn, _teacher_output, draw, make_loss
 from diffusers_sde.training.networks import Task, fresh_task
 from diffusers_sde.training.objectives import draw_times
 from diffusers_sde.training.samples import sample_seed
@@ -72,7 +72,7 @@ def drawn(asked: Settings, task: Task):
 STOCK = functools.partial(diffusers.DDPMScheduler, clip_sample=False)
 
 
-@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("gamma", [None, 0.1])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_denoising_is_the_regression_of_diffusers_examples(kind: str, gamma: float | None) -> None:
     """States, targets and times of ``DDPMScheduler``; min-SNR weights as published for each prediction."""
@@ -83,9 +83,10 @@ def test_denoising_is_the_regression_of_diffusers_examples(kind: str, gamma: flo
     t = torch.from_numpy(np.floor(1000 * d.u)).long()
     x = scheduler.add_noise(d.x0, d.eps, t)
     target = {"epsilon": d.eps, "sample": d.x0, "v_prediction": scheduler.get_velocity(d.x0, d.eps, t)}[kind]
-    snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod))[t]
-    least = snr.clamp(max=5.0) / {"epsilon": snr, "sample": torch.ones(()), "v_prediction": snr + 1}[kind]
-    weights = torch.ones(BATCH) if gamma is None else least
+    weights = torch.ones(BATCH)
+    if gamma is not None:
+        snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod))[t]
+        weights = snr.clamp(max=gamma) / {"epsilon": snr, "sample": 1, "v_prediction": snr + 1}[kind]
     expected = (weights * (STUDENT.say(x, t, y) - target).square().mean((1, 2, 3))).mean()
     loss = make_loss(asked, task, None, BATCH)(STUDENT, given)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
@@ -141,6 +142,23 @@ def test_flow_maps_learn_the_published_target(objective: str, guidance: float | 
     expected = (STUDENT.say(x, 1000 * at.flatten(), y, told) - target).square().mean()
     loss = make_loss(asked, task, teacher, BATCH)(STUDENT, given)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("labels", [None, [1, 0]])
+def test_a_guided_teacher_is_asked_without_the_conditions_that_it_has(labels: list[int] | None) -> None:
+    """Without captions and, where the data has them, without labels: a text-to-image teacher knows no labels."""
+    asked: list[tuple] = []
+
+    def condition(labels: Sequence | None, captions: Sequence | None) -> dict:
+        asked.append((labels, captions))
+        return {"class_labels": torch.zeros(2)}
+
+    teacher = dataclasses.replace(fresh_task(TEACHER, STOCK(), 0), condition=condition)
+    zeros = torch.zeros(2, 1, 4, 4)
+    d = Drawn(zeros, zeros, np.zeros(2), np.zeros((2, 2)), labels, ["a", "b"])
+    asked_for = settings(guidance_scale=2.0, objective="consistency", teacher_model_name_or_path="given below")
+    _teacher_output(asked_for, teacher, teacher.path, zeros, np.full(2, 500.0), d)
+    assert asked == [(labels, ["a", "b"]), (labels and [None, None], [None, None])]
 
 
 def test_the_classifier_is_shown_the_noised_image_and_keeps_every_label() -> None:
