@@ -51,6 +51,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import TableScheduler
+from diffusers_sde.errors import check_finite, check_whole, is_real
 from diffusers_sde.methods.guidance import (
     Classifier,
     adaptive_projection,
@@ -72,7 +73,7 @@ from diffusers_sde.methods.pipeline_io import (
     pictures,
 )
 from diffusers_sde.prediction import from_model
-from diffusers_sde.sampling import null_label
+from diffusers_sde.sampling import class_names, null_label
 from diffusers_sde.tables import points_of
 
 
@@ -118,7 +119,7 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         """Generate one picture per label.
 
         Args:
-            class_labels: a label, several, or None for no class.
+            class_labels: a label or its name, several, or None for no class.
             num_images: number of pictures; None: as many as there are labels.
             num_inference_steps: network evaluations (twice as many where guidance needs two predictions).
             timesteps: what the network is given, from noise to data, instead of a number of steps.
@@ -150,6 +151,15 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             ValueError: for guidance that the network cannot give, a scheduler of another kind and wrong inputs.
         """
         check_output_type(output_type)
+        check_finite("guidance_scale", guidance_scale)
+        check_finite("classifier_scale", classifier_scale)
+        check_finite("apg_momentum", apg_momentum)
+        if apg_parallel is not None:
+            check_finite("apg_parallel", apg_parallel)
+        if not (is_real(apg_norm_threshold) and apg_norm_threshold > 0):
+            raise ValueError(f"apg_norm_threshold must be positive, not {apg_norm_threshold!r}.")
+        if num_images is not None:
+            check_whole("num_images", num_images)
         self._check(class_labels, guidance_scale, cfg_plus_plus, guidance_interval, guidance_rescale, weak_unet)
         if classifier is not None and class_labels is None:
             raise ValueError("Classifier guidance needs class_labels: pass the classes that the pictures should have.")
@@ -157,7 +167,8 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             raise ValueError("Annealed Langevin has no steps to restart: leave out restart, or annealed.")
         has_classes, scheduler = null_label(self.unet) is not None, self.scheduler
         labels = label_tensor(self.unet, class_labels if has_classes else None, num_images)
-        classes = None if class_labels is None else labels_of(class_labels, num_images).to(self.unet.device)
+        names = class_names(self.unet)
+        classes = None if class_labels is None else labels_of(class_labels, num_images, names).to(self.unet.device)
         batch = (num_images or 1) if classes is None else len(classes)
         x = initial_noise(self.unet, scheduler, batch, generator, latents)
         lay_out_grid(scheduler, num_inference_steps, x.device, timesteps, sigmas)
@@ -256,7 +267,12 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             raise ValueError(f"The guidance_scale of CFG++ lies in (0, 1], not {scale}: 0.6 is a usual one.")
         if plus_plus and interval is not None:
             raise ValueError("CFG++ chooses its scale at every level: leave out guidance_interval.")
-        if interval is not None and not 0 <= interval[0] < interval[1]:
-            raise ValueError(f"guidance_interval must be (low, high) noise levels sigma/alpha, not {interval}.")
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"guidance_rescale must lie in [0, 1], not {rescale}.")
+        if interval is not None and not (
+            isinstance(interval, list | tuple)
+            and len(interval) == 2
+            and all(map(is_real, interval))
+            and 0 <= interval[0] < interval[1]
+        ):
+            raise ValueError(f"guidance_interval must be (low, high) noise levels sigma/alpha, not {interval!r}.")
+        if not (is_real(rescale) and 0 <= rescale <= 1):
+            raise ValueError(f"guidance_rescale must lie in [0, 1], not {rescale!r}.")

@@ -67,6 +67,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_sde import FlowMapScheduler, ReverseSDEScheduler, TableScheduler
+from diffusers_sde.errors import check_whole
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.images import from_latents, from_state
 from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out_grid, sample_shape
@@ -120,7 +121,7 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
             observation: y, (N, ...), in the units of the model's pixels (-1..1).
             operator: linear function from pixels (N, C, H, W) to y's shape, in torch.
             noise_std: standard deviation of the noise in y; positive.
-            class_labels: what the pictures show, one or one for each observation; None: no class.
+            class_labels: what the pictures show (labels or names), one or one for each observation; None: no class.
             method: mmps, pigdm, dps or projection (of pixels only; it takes the observation to be exact).
             num_inference_steps: network evaluations; each needs 1 (pigdm, dps), up to solver_iterations + 1 (mmps) or
                 no (projection) backward passes.
@@ -147,13 +148,12 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         """
         check_output_type(output_type)
         check_method(method, data_std, solver_iterations, max_noise, dps_scale)
+        check_whole("num_images", num_images)
         if method == "projection" and self.vae is not None:
             raise ValueError("Projection replaces pixels, not latents: use method='mmps', 'pigdm' or 'dps'.")
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, not {num_images}.")
         device, count = self.unet.device, len(observation)
         y = observation.to(device, torch.float32)
-        check_observation(operator, y[:1], noise_std, torch.zeros(1, *self._pixel_shape(), device=device))
+        check_observation(operator, y, noise_std, torch.zeros(1, *self._pixel_shape(), device=device))
         labels = label_tensor(self.unet, class_labels, count)
         labels = None if labels is None else labels.repeat_interleave(num_images)
         field = network_field(self.unet, self.scheduler.config, labels, guidance_scale)

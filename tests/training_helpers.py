@@ -143,7 +143,15 @@ def train_here(arguments: list[str]) -> int:
 
 def launch(arguments: list[str], processes: int = 1, **environment: str) -> subprocess.Popen[str]:
     """The script through ``accelerate launch``, in its own process group."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--num_processes",
+        str(processes),
+        "--cpu",
+    ]
     command += ["--main_process_port", "0", "-m", "diffusers_sde.train", *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **environment}
     return subprocess.Popen(

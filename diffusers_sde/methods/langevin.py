@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_sde.errors import is_real, is_whole
 from diffusers_sde.prediction import NOISE, from_model
 from diffusers_sde.tables import points_of
 from diffusers_sde.weights import Point
@@ -131,9 +132,9 @@ def restart_visits(
     Raises:
         ValueError: where the interval holds fewer than two of the levels, or repeats is negative.
     """
+    if not (is_whole(repeats) and repeats >= 0):
+        raise ValueError(f"Restart repeats an interval 0 or more times, not {repeats!r}.")
     inside = [i for i, s in enumerate(noise_levels) if interval[0] <= s <= interval[1]]
-    if repeats < 0:
-        raise ValueError(f"Restart repeats an interval 0 or more times, not {repeats}.")
     if len(inside) < 2:
         raise ValueError(
             f"The restart interval {interval} holds {len(inside)} of the noise levels: widen it or take more steps."
@@ -158,6 +159,8 @@ def planned_visits(scheduler: Any, restart: tuple[float, float, int] | None) -> 
     """
     if restart is None:
         return [Visit(i) for i in range(len(scheduler.timesteps))]
+    if not isinstance(restart, Sequence) or len(restart) != 3 or not all(map(is_real, restart)):
+        raise ValueError(f"restart must be (low, high, repeats), not {restart!r}.")
     low, high, repeats = restart
     return restart_visits(np.exp(-scheduler.levels.log_snr[:-1]), (low, high), repeats)
 
@@ -225,8 +228,11 @@ def sample_with_correctors(
     Raises:
         ValueError: as :func:`restart_visits`, and for correctors that do not converge.
     """
-    if corrector_steps < 0 or (corrector_steps and not 0 < corrector_snr < 1):
-        raise ValueError(f"Correctors need 0 or more steps and 0 < snr < 1, not {corrector_steps} and {corrector_snr}.")
+    right = is_whole(corrector_steps) and corrector_steps >= 0 and is_real(corrector_snr)
+    if not right or (corrector_steps and not 0 < corrector_snr < 1):
+        raise ValueError(
+            f"Correctors need 0 or more steps and 0 < snr < 1, not {corrector_steps!r} and {corrector_snr!r}."
+        )
     points, rows = points_of(scheduler.levels), len(scheduler.timesteps)
     dtype = x.dtype
     for row, back_from in planned_visits(scheduler, restart):
@@ -278,8 +284,10 @@ def annealed_langevin(
     Raises:
         ValueError: for no steps, and for steps that do not converge.
     """
-    if steps_per_level < 1 or not 0 < snr < 1:
-        raise ValueError(f"Annealed Langevin needs 1 or more steps and 0 < snr < 1, not {steps_per_level} and {snr}.")
+    if not (is_whole(steps_per_level) and steps_per_level >= 1 and is_real(snr) and 0 < snr < 1):
+        raise ValueError(
+            f"Annealed Langevin needs 1 or more steps and 0 < snr < 1, not {steps_per_level!r} and {snr!r}."
+        )
     points, dtype = points_of(scheduler.levels)[:-1], x.dtype
     for row, point in enumerate(points):
         if row:
@@ -312,5 +320,5 @@ def _corrected(
 
 
 def _check_step(step: float) -> None:
-    if not 0 < step < math.inf:
-        raise ValueError(f"The step of Langevin dynamics must be positive, not {step}.")
+    if not (is_real(step) and 0 < step < math.inf):
+        raise ValueError(f"The step of Langevin dynamics must be positive, not {step!r}.")

@@ -33,6 +33,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffusers_sde.errors import check_whole, is_real
 from diffusers_sde.methods.fields import Field
 from diffusers_sde.weights import Point
 
@@ -82,8 +83,7 @@ def super_resolution(factor: int) -> Operator:
     Raises:
         ValueError: for a factor below 2.
     """
-    if factor < 2:
-        raise ValueError(f"factor must be at least 2, not {factor}.")
+    check_whole("factor", factor, 2)
 
     def pooled(x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] % factor or x.shape[-2] % factor:
@@ -105,8 +105,8 @@ def gaussian_blur(std: float) -> Operator:
     Raises:
         ValueError: for a std that is not positive.
     """
-    if not std > 0:
-        raise ValueError(f"std must be positive, not {std}.")
+    if not (is_real(std) and 0 < std < math.inf):
+        raise ValueError(f"std must be positive and finite, not {std!r}.")
     radius = max(math.ceil(3 * std), 1)
     weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / std) ** 2)
     weights /= weights.sum()
@@ -165,23 +165,24 @@ def check_observation(operator: Operator, y: torch.Tensor, noise_std: float, pix
 
     Args:
         operator: tried on random pixels.
-        y: the observation (N, ...).
+        y: the observations (N, ...), all of them.
         noise_std: of its noise.
-        pixels: (N, C, H, W), for their shape, dtype and device.
+        pixels: (N, C, H, W), of any N, for their shape, dtype and device.
 
     Raises:
         ValueError: unless the operator is linear, differentiable and makes tensors of y's shape, y is finite and
             noise_std positive.
     """
-    if not noise_std > 0:
-        raise ValueError(f"noise_std must be positive, not {noise_std}: use a small one where there is no noise.")
+    if not (is_real(noise_std) and noise_std > 0):
+        raise ValueError(f"noise_std must be positive, not {noise_std!r}: use a small one where there is no noise.")
     generator = torch.Generator().manual_seed(0)  # the caller's own stream of random numbers is not touched
     one, two = torch.randn(2, *pixels.shape, generator=generator).to(pixels)
     with torch.enable_grad():
         outputs = [operator(v.requires_grad_()) for v in (one, two, one - 2 * two)]
-    if not isinstance(outputs[0], torch.Tensor) or outputs[0].shape != y.shape:
+    expected_shape = torch.Size((len(pixels), *y.shape[1:]))
+    if not isinstance(outputs[0], torch.Tensor) or outputs[0].shape != expected_shape:
         shape = getattr(outputs[0], "shape", type(outputs[0]).__name__)
-        raise ValueError(f"The operator makes {shape} of these pixels, the observation is {y.shape}: they must agree.")
+        raise ValueError(f"The operator makes {shape} of these pixels, y is {expected_shape}: they must agree.")
     if not outputs[0].requires_grad:
         raise ValueError("The operator is not differentiable: write it in torch functions, without detach or numpy.")
     first, second, both = (output.detach() for output in outputs)
@@ -385,8 +386,7 @@ def check_method(method: str, data_std: float, iterations: int, max_noise: float
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
-    if iterations < 1:
-        raise ValueError(f"solver_iterations must be at least 1, not {iterations}.")
+    check_whole("solver_iterations", iterations)
     for name, value in (("data_std", data_std), ("max_noise", max_noise), ("dps_scale", dps_scale)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, not {value}.")
+        if not (is_real(value) and value > 0):
+            raise ValueError(f"{name} must be positive, not {value!r}.")

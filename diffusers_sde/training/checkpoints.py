@@ -137,8 +137,11 @@ def remove(folder: Path) -> None:
 
 def clean_up(output_dir: Path) -> None:
     """Delete what killed trainings have left unfinished."""
-    for folder in output_dir.glob(".*unfinished"):
-        shutil.rmtree(folder)
+    for left in output_dir.glob(".*unfinished"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def publish(

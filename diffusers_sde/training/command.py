@@ -57,7 +57,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
 def describe_error(error: Exception) -> str:
     """One line, with what to do where the system does not say it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error.strerror}: make room, then go on with --resume_from_checkpoint latest."
+        return f"{error.strerror}: make room, then go on with --resume_from_checkpoint latest, or start anew."
     return " ".join(str(error).split())
 
 

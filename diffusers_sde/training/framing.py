@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 # JPEG includes MPO.  No others: some of Pillow's decoders start further programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX")
 MAX_ASPECT = 8  # of what is kept of an image that is cropped at random: a strip may be thousands of times as long
+SCALED_MODES = frozenset(("L", "LA", "RGB", "RGBA"))  # as they are: what is converted afterwards is small
 GREY_MODES = frozenset(("1", "L", "LA", "La", "F"))
 
 
@@ -61,7 +62,7 @@ def is_grey(image: Image.Image) -> bool:
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
     """``image`` in grey (1 channel) or RGB (3), transparency composited on white, 16 bits scaled to 8."""
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -92,7 +93,10 @@ class Framing:
         """
         side = self.resolution
         ImageOps.exif_transpose(image, in_place=True)
-        image = to_mode(image, self.channels)
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
+        if image.mode not in SCALED_MODES:
+            image = to_mode(image, self.channels)
         longest = side if self.center_crop else MAX_ASPECT * side
         scaled = [max(side, round(n * side / min(image.size))) for n in image.size]
         kept = [min(n, longest) for n in scaled]
@@ -100,7 +104,7 @@ class Framing:
         left, top = (m * n / s for m, n, s in zip(margins, image.size, scaled, strict=True))
         right, bottom = ((m + k) * n / s for m, k, n, s in zip(margins, kept, image.size, scaled, strict=True))
         image = image.resize((kept[0], kept[1]), Image.Resampling.LANCZOS, (left, top, right, bottom))
-        pixels = np.array(image)
+        pixels = np.array(to_mode(image, self.channels))
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
     def tensor(self, pixels: torch.Tensor, seed: int) -> torch.Tensor:

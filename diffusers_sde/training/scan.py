@@ -32,9 +32,10 @@ class Damage:
     def add(self, name: str, reason: Unreadable) -> None:
         """Count an image, and name it if it is one of the first."""
         self.count += 1
-        if len(self.lines) < NAMED:
-            self.lines.append(" ".join(f"{name}: {reason}".split()))
-            self._write(self.lines[-1:])
+        line = " ".join(f"{name}: {reason}".split())
+        if len(self.lines) < NAMED and line not in self.lines:  # a stream meets it again in every epoch
+            self.lines.append(line)
+            self._write([line])
 
     def name_in(self, file: Path, *, begin: bool) -> None:
         """Name them in ``file``, a line each, now and as they are found; no file is made while there are none.
@@ -45,15 +46,17 @@ class Damage:
         """
         self._file = file
         if begin:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
             self._write(self.lines)
 
     def _write(self, lines: Sequence[str]) -> None:
         if self._file is None or not lines:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._file, "a", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write("".join(f"{line}\n" for line in lines))
+        with contextlib.suppress(OSError):  # no training ends for it
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._file, "a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write("".join(f"{line}\n" for line in lines))
 
 
 class Pictures(Protocol):

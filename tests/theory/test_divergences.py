@@ -140,6 +140,23 @@ def test_noise_shrinks_total_variation_and_divergence_bounds_it(name):
         assert distance**2 < 0.5 * kl(level) < 2.2 * distance**2
 
 
+# -- the evidence bound of DDPM --
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "edm", "flow"])
+def test_a_step_of_ddpm_costs_the_gain_in_signal_to_noise_times_the_error(name):
+    """``KL(q(x_s|x_t, x_0) | p(x_s|x_t)) = (SNR_s - SNR_t)/2 |x_0 - D|^2``, the terms of DDPM's bound: both are the row
+    of order 1 at tau = 1, the one with x_0 and the other with D (Lai et al., arXiv:2510.21890, chapter 2; Kingma et al.
+    2021, arXiv:2107.00630, eq. 13)."""
+    path, x0, data, x = PATHS[name], 0.8, -0.3, 1.7
+    nodes = nodes_of(path, [-2.0, -0.7, 0.4, 1.9])
+    snr = (nodes.alpha / nodes.sigma) ** 2
+    for i, row in enumerate(build_multistep(path, nodes, order=1, tau=1.0).rows):
+        right, guessed = (row.a * x + row.b[0] * d for d in (x0, data))
+        divergence = (right - guessed) ** 2 / (2 * row.c**2)
+        assert divergence == pytest.approx(0.5 * (snr[i + 1] - snr[i]) * (x0 - data) ** 2, rel=1e-9)
+
+
 # -- control --
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipeline_parts import tiny_unet
 from snippets import load, run
+from stated import stated
 
 from diffusers_sde import FlowMapScheduler, FlowMapUNet2DModel, GaussianMixtureModel, ProbabilityFlowScheduler
 from diffusers_sde.flow_maps import (
@@ -392,6 +393,7 @@ def test_exact_network_in_one_two_and_four_steps(name):
         exact = exact_flow_map(scheduler.path, model.posterior_mean, start, first, scheduler.path.cleanest)
         torch.testing.assert_close(x, exact, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
+    stated("with the exact flow map 1, 2 and 4 steps agree with the ODE to 1e-4")
 
 
 def test_ending_at_zero_removes_the_last_noise():

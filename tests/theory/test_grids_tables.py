@@ -1,4 +1,5 @@
-"""Invariants of grids and tables: what must hold for every path, every grid and every number of steps."""
+"""Invariants of grids and tables: what must hold for every path, every grid and every number of steps; the formula of
+each grid stands in test_named_grids.py."""
 
 import functools
 import itertools
@@ -25,7 +26,6 @@ from helpers import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from scipy.special import betaincinv
 
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.extrapolation import MAX_STEP_RATIO
@@ -87,42 +87,6 @@ def test_grid_starts_at_the_highest_noise(name, grid):
         assert isinstance(PATHS[name], VarianceExploding) or len(set(first)) > 1
     else:
         assert set(first) == {PATHS[name].noisiest}
-
-
-@given(n=st.integers(2, 60))
-def test_trailing_and_leading_are_those_of_the_literature(n):
-    """t_i = T (n-i)/n - 1 and t_i = (n-1-i) floor(T/n) + offset (Lin et al. 2023, table 2)."""
-    path, i = PATHS["vp_linear"], np.arange(n)
-    np.testing.assert_allclose(make_grid(path, "trailing", n), 1000 * (n - i) / n - 1, atol=1e-9)
-    expected = (n - 1 - i) * (1000 // n) + 1
-    np.testing.assert_array_equal(make_grid(path, "leading", n, steps_offset=1), np.minimum(expected, 999))
-
-
-@pytest.mark.parametrize("name", ["vp_linear", "vp_squaredcos_cap_v2", "edm", "flow"])
-@given(n=st.integers(2, 60))
-def test_noise_level_grids_are_those_of_the_literature(name, n):
-    """log_snr: equal steps of log sigma; karras: equal steps of sigma^(1/7) (Karras et al. 2022, eq. 5); beta:
-    quantiles of Beta(0.6, 0.6) (arXiv:2407.12173), all in the noise label of the path."""
-    path, u = PATHS[name], np.linspace(0, 1, n)
-
-    def label(times):
-        return path.sigma_label(*path.alpha_sigma(times))
-
-    high, low = label(np.array([path.noisiest, path.cleanest]))
-    root = high ** (1 / 7) + u * (low ** (1 / 7) - high ** (1 / 7))
-    exact = {
-        "log_snr": np.exp(np.log(high) + u * np.log(low / high)),
-        "karras": root**7,
-        "beta": low + (high - low) * betaincinv(0.6, 0.6, 1 - u),
-    }
-    for grid, expected in exact.items():
-        np.testing.assert_allclose(label(make_grid(path, grid, n)), expected, rtol=1e-8)
-
-
-def test_align_your_steps_is_the_published_schedule():
-    """AYS for Stable Diffusion 1.5 at 10 steps: the published timesteps within 2 units (arXiv:2404.14507)."""
-    published = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
-    assert np.abs(make_grid(PATHS["vp_scaled_linear"], "ays", 10) - published).max() <= 2
 
 
 @every_long_path
@@ -779,16 +743,17 @@ def test_a_start_outside_the_range_is_refused(start):
 
 @pytest.mark.parametrize("method", SINGLESTEP_METHODS)
 def test_singlestep_takes_one_tau_a_step(method):
-    """As many as the grid has steps, also where stages are inserted; each step draws its own noise: none at tau = 0."""
-    nodes = nodes_of(PATHS["vp_linear"], np.linspace(-2, 2, 5))
-    taus = [0.0, 1.0, 0.0, 0.5]
+    """Each step, with the stages inside it, is that of a run with its tau alone.  Steps whose stages are grid nodes
+    have as many taus as nodes, here equal within a step."""
+    size, fractions = SINGLESTEP_METHODS[method]
+    each = 1 if fractions else size
+    levels = [0.0, 1.0, 0.3, 0.5]
+    taus = [tau for tau in levels for _ in range(each)]
+    nodes = nodes_of(PATHS["vp_linear"], np.linspace(-2, 2, len(taus) + 1))
     table = build_singlestep(PATHS["vp_linear"], nodes, method=method, tau=taus)
-    log_snr = [math.log(row.alpha / row.sigma) for row in table.rows]
-    step = np.clip(np.searchsorted(nodes.log_snr, np.array(log_snr) + 1e-9, side="right") - 1, 0, 3)
-    for row, i in zip(table.rows, step, strict=True):
-        if taus[i] == 0:
-            assert row.c == 0
-    assert sum(row.c > 0 for row in table.rows) >= 2
+    for i, tau in enumerate(levels):
+        alone = build_singlestep(PATHS["vp_linear"], nodes, method=method, tau=tau)
+        assert table.rows[i * size : (i + 1) * size] == alone.rows[i * size : (i + 1) * size]
     with pytest.raises(ValueError, match="one for each"):
         build_singlestep(PATHS["vp_linear"], nodes, method=method, tau=taus[:-1])
 

@@ -520,45 +520,6 @@ def test_affine_flows_are_equivalent(clock, tau, data_std):
             torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
 
 
-# -- what stopping early and starting late cost --
-
-
-def w2_of_gaussians(mean0, var0, mean1, var1):
-    """W2^2 of Gaussians with diagonal covariances (Lu, chapter 1)."""
-    return np.sum((mean0 - mean1) ** 2) + np.sum((np.sqrt(var0) - np.sqrt(var1)) ** 2)
-
-
-@every_path
-@given(mean=st.lists(st.floats(-4, 4), min_size=3, max_size=3), std=st.floats(0, 3))
-def test_early_stopping_bound(name, mean, std):
-    """Stopping at the cleanest time costs W2^2 <= (1 - a_1)^2 E|X_0|^2 + sigma_1^2 d (Lu, chapter 6); equality for
-    points."""
-    path, mean, d = PATHS[name], np.array(mean), 3
-    alpha, sigma = (float(v) for v in path.alpha_sigma(path.cleanest))
-    distance = w2_of_gaussians(mean, np.full(d, std**2), alpha * mean, np.full(d, alpha**2 * std**2 + sigma**2))
-    bound = (1 - alpha) ** 2 * (mean @ mean + d * std**2) + sigma**2 * d
-    assert distance <= bound * (1 + 1e-12)
-    point = w2_of_gaussians(mean, np.zeros(d), alpha * mean, np.full(d, sigma**2))
-    assert point == pytest.approx((1 - alpha) ** 2 * (mean @ mean) + sigma**2 * d, rel=1e-12)
-
-
-@pytest.mark.parametrize("sigma_max", [10.0, 80.0, 500.0])
-@given(mean=st.floats(-4, 4), std=st.floats(0, 3))
-def test_ve_initialisation_bound(sigma_max, mean, std):
-    """Starting VE from N(0, T) costs KL(p_T | N(0, T)) <= E|X_0|^2 / 2T, T = sigma_max^2 (Lu, chapter 6); equality for
-    points."""
-    path = VarianceExploding(0.01, sigma_max, 0.5)
-    top = float(path.alpha_sigma(path.noisiest)[1] ** 2)
-    assert top == pytest.approx(sigma_max**2, rel=1e-12)
-
-    def divergence(variance):
-        ratio = variance / top
-        return 0.5 * (mean**2 / top + (ratio - np.log1p(ratio)))
-
-    assert divergence(std**2) <= (mean**2 + std**2) / (2 * top) + 1e-15
-    assert divergence(0.0) == pytest.approx(mean**2 / (2 * top), rel=1e-12, abs=1e-300)
-
-
 def test_flow_matching_rejects_impossible_options():
     """A shift that is not positive or a shift type that does not exist is refused."""
     with pytest.raises(ValueError, match="shift must be positive"):

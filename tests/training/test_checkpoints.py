@@ -120,7 +120,8 @@ def test_a_deletion_cut_short_leaves_no_checkpoint_and_what_it_leaves_is_cleaned
         prune(tmp_path, 1)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-4"]
     (tmp_path / ".checkpoint-6.unfinished").mkdir()
-    assert len(names(tmp_path)) == 3
+    (tmp_path / ".loss.csv.unfinished").write_text("")
+    assert len(names(tmp_path)) == 4
     clean_up(tmp_path)
     assert names(tmp_path) == ["checkpoint-4"]
 

@@ -20,7 +20,7 @@ from training_helpers import RGB, common, picture, png, tiny_config, train_here,
 
 from diffusers_sde.training import framing
 from diffusers_sde.training.data import DataError, batches, load_images
-from diffusers_sde.training.framing import Framing, Unreadable, decoding, open_image
+from diffusers_sde.training.framing import Framing, Unreadable, decoding, open_image, to_mode
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -150,6 +150,18 @@ def test_what_is_kept_is_the_middle_as_if_the_whole_was_scaled():
         left = (whole.shape[1] - width) // 2
         found = Framing(8, 1, center_crop).pixels(image)[0].astype(np.int64)
         assert np.abs(found - whole[:, left : left + width]).max() <= 1
+
+
+def test_only_what_is_kept_is_composited(monkeypatch):
+    """On white before or after the scaling is the same, within rounding."""
+    composited = []
+    composite = Image.alpha_composite
+    monkeypatch.setattr(Image, "alpha_composite", lambda a, b: composited.append(b.size) or composite(a, b))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 4), np.uint8))
+    found = Framing(8, 3).pixels(image.copy()).astype(np.int64)
+    assert composited == [(8, 8)]
+    expected = Framing(8, 3).pixels(to_mode(image, 3)).astype(np.int64)
+    assert np.abs(found - expected).max() <= 2
 
 
 # -- folders --
@@ -359,6 +371,6 @@ def test_the_snippet_of_a_card_asks_only_for_classes_that_there_are(tmp_path, mo
     arguments = common(None, tmp_path / "out", tiny_config(tmp_path / "config"), 1, dataset_name=tmp_path / "rows")
     assert train_here([a for a in arguments if a]) == 0
     card = (tmp_path / "out/README.md").read_text()
-    assert f"labels = torch.tensor({list(range(classes))})" in card and f"torch.randn({classes}, 1, 16, 16)" in card
+    assert f"pipe({names}, " in card
     config = json.loads((tmp_path / "out/unet/config.json").read_text())
     assert config["num_class_embeds"] == classes + 1 and config["_class_names"] == names

@@ -72,7 +72,7 @@ def drawn(asked: Settings, task: Task):
 STOCK = functools.partial(diffusers.DDPMScheduler, clip_sample=False)
 
 
-@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("gamma", [None, 0.1])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_denoising_is_the_regression_of_diffusers_examples(kind: str, gamma: float | None) -> None:
     """States, targets and times of ``DDPMScheduler``; min-SNR weights as published for each prediction."""
@@ -83,9 +83,10 @@ def test_denoising_is_the_regression_of_diffusers_examples(kind: str, gamma: flo
     t = torch.from_numpy(np.floor(1000 * d.u)).long()
     x = scheduler.add_noise(d.x0, d.eps, t)
     target = {"epsilon": d.eps, "sample": d.x0, "v_prediction": scheduler.get_velocity(d.x0, d.eps, t)}[kind]
-    snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod))[t]
-    least = snr.clamp(max=5.0) / {"epsilon": snr, "sample": torch.ones(()), "v_prediction": snr + 1}[kind]
-    weights = torch.ones(BATCH) if gamma is None else least
+    weights = torch.ones(BATCH)
+    if gamma is not None:
+        snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod))[t]
+        weights = snr.clamp(max=gamma) / {"epsilon": snr, "sample": 1, "v_prediction": snr + 1}[kind]
     expected = (weights * (STUDENT.say(x, t, y) - target).square().mean((1, 2, 3))).mean()
     loss = make_loss(asked, task, None, BATCH)(STUDENT, given)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
