@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline_parts import PROCESSES, ddpm, oracle, save_oracle, tiny_unet, tiny_vae
+from pipeline_parts import PROCESSES, bars_of, ddpm, oracle, save_oracle, tiny_unet, tiny_vae
 from snippets import load, run
 from stated import stated
 
@@ -159,6 +159,16 @@ def test_slerp_keeps_norms_between_the_ends(seed, weight):
     torch.testing.assert_close(slerp(a, b, 0.0), a)
     torch.testing.assert_close(slerp(a, b, 1.0), b)
     torch.testing.assert_close(slerp(a, a, weight), a)
+
+
+@pytest.mark.parametrize("method", ["exact", "ode"])
+def test_the_progress_bars_count_the_evaluations(method, tmp_path):
+    """Of both ways: the exact method's first step takes two of them, its way back one less than it has steps."""
+    model = save_oracle(tmp_path)
+    pipe = load("inversion", tmp_path)
+    bars = bars_of(pipe)
+    pipe(model.sample(1), num_inference_steps=6, method=method, output_type="latent")
+    assert [bar.n for bar in bars] == [bar.total for bar in bars] == ([7, 5] if method == "exact" else [6, 6])
 
 
 def test_interpolation_ends_at_the_two_pictures(tmp_path):

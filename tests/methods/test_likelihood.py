@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from PIL import Image
-from pipeline_parts import ddpm, oracle, save_oracle, tiny_unet, tiny_vae
+from pipeline_parts import bars_of, ddpm, oracle, save_oracle, tiny_unet, tiny_vae
 from snippets import load, run
 from stated import stated
 
@@ -141,6 +141,17 @@ def test_labels_condition(tmp_path):
     torch.testing.assert_close(found.log_likelihood, exact, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.bits_per_dim, -found.log_likelihood / (4 * math.log(2)))
     assert found.num_evaluations > 50 and found.noise.shape == x.shape
+
+
+def test_the_pipeline_passes_its_tolerance_on_and_says_how_far_it_is(tmp_path):
+    """``rtol`` is the absolute tolerance too, where none is given; the progress bar ends at 100 per cent."""
+    model = save_oracle(tmp_path)
+    pipe = load("likelihood", tmp_path)
+    bars, x = bars_of(pipe), model.sample(2, seeded())
+    options = ({}, {"atol": 1e-2}, {"atol": 1e-6})
+    spent = [pipe(x, divergence="exact", rtol=1e-2, **o).num_evaluations for o in options]
+    assert spent[0] == spent[1] < spent[2]
+    assert [(bar.n, bar.total) for bar in bars] == [(100, 100)] * 3
 
 
 def test_bits_per_dimension_with_dequantization():
