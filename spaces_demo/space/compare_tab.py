@@ -136,7 +136,7 @@ def slider(sheet: compare.Sheet, left: str, right: str) -> str:
     over, under = (_slider_picture(sheet, name) for name in (left, right))
     return (
         f'<div class="over"><img alt="{html.escape(right)}" src="{under}"><img alt="{html.escape(left)}" '
-        f'src="{over}"><hr><input type="range" min="0" max="100" step="0.5" value="50" '
+        f'src="{over}"><i></i><input type="range" min="0" max="100" step="0.5" value="50" '
         'aria-label="how much of the left picture is shown"></div>'
     )
 

@@ -73,7 +73,7 @@ def prompt_box(model: models.Model, placeholder: str) -> tuple[gr.Column, gr.Tex
     with gr.Column(visible=model.prompted, min_width=0, elem_classes="prompt") as column:
         box = gr.Textbox(label="Prompt", placeholder=placeholder, max_length=inputs.MAX_PROMPT, lines=1, max_lines=3)
         chips = gr.HTML(f'<div class="examples">{examples}</div>', js_on_load=_CHOOSE_PROMPT)
-    chips.select(_chosen_prompt, None, box, show_progress="hidden", api_visibility="private", queue=False)
+    chips.select(_chosen_prompt, None, box, show_progress="hidden", api_visibility="private", concurrency_limit=8)
     return column, box
 
 
