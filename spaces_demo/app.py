@@ -15,7 +15,7 @@ import gradio as gr
 from space import compare_tab, error_lab_tab, playground_tab, trajectory_tab
 from space.style import CSS, THEME
 from space.turns import SHARED
-from space.visitors import Guard
+from space.visitors import Guard, bound_unread
 from starlette.middleware import Middleware
 
 LIGHT = {"concurrency_limit": 4, "concurrency_id": "playground"}
@@ -42,7 +42,9 @@ def build() -> gr.Blocks:
                     tab.build(page)
         for _, name, tab, queue in TABS:
             gr.api(tab.api, api_name=name, **queue)
-    return demo.queue(max_size=64, default_concurrency_limit=4)
+    demo.queue(max_size=64, default_concurrency_limit=4)
+    bound_unread(demo)
+    return demo
 
 
 def launch_options() -> dict:

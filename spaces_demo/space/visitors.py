@@ -11,10 +11,12 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs
 
+import gradio as gr
 from gradio.context import LocalContext
 
 LARGEST_BODY = 64 * 1024  # bytes of a request; a full drawing of the playground takes a tenth of it
 GRACE = 30.0  # seconds in which a client must begin to listen for the answer to its request
+UNREAD = 300  # sessions whose unread answers are kept, the longest unused one goes first
 POSTS = (
     "queue/join",
     "cancel",
@@ -77,6 +79,11 @@ async def _answer(send: Send, status: int, text: str) -> None:
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text.encode()})
+
+
+def bound_unread(blocks: gr.Blocks) -> None:
+    """Keep answers that nobody reads for :data:`UNREAD` sessions only, where gradio keeps them for 2000."""
+    blocks._queue.pending_messages_per_session.max_size = UNREAD
 
 
 def waits() -> Callable[[], bool]:

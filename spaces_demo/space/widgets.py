@@ -52,9 +52,14 @@ def model_choices(embedded_only: bool = False) -> list[tuple[str, str]]:
 
 def greyed_models() -> str:
     """The other models and why they cannot be used here."""
-    missing = [(m.title, models.unavailable(m)) for m in models.MODELS.values()]
-    chips = "".join(f"<span>{html.escape(t)} · {html.escape(r)}</span>" for t, r in missing if r)
-    return f'<div class="grey" aria-label="models not available here">{chips}</div>' if chips else ""
+    reasons: dict[str, list[str]] = {}
+    for model in models.MODELS.values():
+        if reason := models.unavailable(model):
+            reasons.setdefault(reason, []).append(model.title)
+    lines = "".join(
+        f"<span>{html.escape(why)}: {html.escape(', '.join(which))}</span>" for why, which in reasons.items()
+    )
+    return f'<div class="grey" aria-label="models not available here">{lines}</div>' if lines else ""
 
 
 _CHOOSE_PROMPT = """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import os
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from space_helpers import expected_particles, load, request_of, running_server
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from space import visitors
 
 HEAVY = ["pf-ode", "unipc", "ddim", "deis", "euler", "dpm++2m", "dpm-solver"]
 CELLS = {"budgets": [2, 3], "samplers": ["pf-ode", "euler-a"]}
@@ -127,18 +130,54 @@ def answer_to(url: str, method: str, path: str, headers: dict[str, str]) -> tupl
 
 
 @pytest.mark.slow
-def test_a_light_request_does_not_wait_for_heavy_ones_which_end_with_their_clients(url: str, client: Client) -> None:
-    """Two comparisons that would take minutes run; their clients leave, and their evaluations stop."""
+def test_a_light_request_does_not_wait_for_two_maximal_ones(url: str, client: Client) -> None:
+    """Neither one of another kind nor one of the same kind."""
     heavy = {"model": "fashion", "budgets": [100], "samplers": HEAVY[:6], "images": 8}
     sessions = [Client(url, verbose=False) for _ in range(2)]
     jobs = [session.submit(api_name="/compare", seed=k, **heavy) for k, session in enumerate(sessions)]
     time.sleep(5)
     start = time.monotonic()
     client.predict(api_name="/playground", **request_of(1))
+    client.predict(model="fashion", images=1, budgets=[2], samplers=["unipc"], guidance=1, api_name="/compare")
     light = time.monotonic() - start
-    assert not any(job.done() for job in jobs) and light < 30
+    assert not any(job.done() for job in jobs) and light < 45
     for job in jobs:
         job.cancel()
+
+
+def test_a_visitor_waits_until_cancelled_gone_or_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    event = SimpleNamespace(_id="request", session_hash="session", alive=True)
+    queue = SimpleNamespace(active_jobs=[None, [event]])
+    assert visitors.waits()()  # no server runs
+    monkeypatch.setattr(visitors, "LocalContext", context("request", SimpleNamespace(_queue=queue)))
+    waiting = visitors.waits()
+    assert waiting()
+    monkeypatch.setattr(visitors, "GRACE", 0)
+    assert not waiting()
+    monkeypatch.setitem(visitors._listening, "session", 1)
+    assert waiting()
+    event.alive = False  # gradio's word for a client that has left
+    assert not waiting()
+    event.alive, queue.active_jobs = True, [None, None]  # cancelled
+    assert not waiting()
+
+
+def context(event: str, blocks: SimpleNamespace) -> SimpleNamespace:
+    """What gradio tells a function about the request that runs it."""
+    known = {"event_id": event, "blocks": blocks}
+    return SimpleNamespace(**{k: SimpleNamespace(get=lambda _=None, v=v: v) for k, v in known.items()})
+
+
+def test_who_reads_answers_is_known_while_they_are_read() -> None:
+    seen = []
+
+    async def app(scope: dict, receive: object, send: object) -> None:
+        seen.append(dict(visitors._listening))
+
+    for path, query in (("queue/data", b"session_hash=s"), ("call/compare/e", b""), ("queue/status", b"")):
+        scope = {"type": "http", "method": "GET", "path": f"/gradio_api/{path}", "query_string": query, "headers": []}
+        asyncio.run(visitors.Guard(app)(scope, None, None))
+    assert seen == [{"s": 1}, {"e": 1}, {}] and not visitors._listening
 
 
 @pytest.mark.slow
