@@ -24,14 +24,17 @@ def drift_and_diffusion(path: Path, t: Any) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         ``(f, g^2)``, of t's shape; where t runs against the noise (inverted flow matching) the signs are those of the
-        process in noise order.
+        process in noise order.  At alpha = 0 they are their limits ``(-inf, inf)``, at sigma = 0 ``g^2`` is 0; on the
+        last interval of a zero-SNR path, where the angle is linear in t, they are finite and grow like 1/alpha.
 
     Raises:
         ValueError: if ``g^2 < 0``: such a path is not a diffusion.
     """
     sign = 1.0 if path.noisiest >= path.cleanest else -1.0
     _, sigma = path.alpha_sigma(t)
-    f, g2 = sign * path.d_log_alpha(t), -2 * sign * sigma**2 * path.d_log_snr(t)
+    with np.errstate(invalid="ignore"):
+        g2 = np.where(sigma == 0, 0.0, -2 * sign * sigma**2 * path.d_log_snr(t))
+    f = sign * path.d_log_alpha(t)
     if np.any(g2 < 0):
         raise ValueError("g^2 < 0: the log-SNR of this path increases with t, so it is not a noising process.")
     return f, g2

@@ -54,7 +54,7 @@ class Method:
         0 for a finite data_std, where evaluations are bounded."""
         if not math.isinf(self.data_std):
             return 0.0
-        return 0.5 * (1 + tau**2) * math.expm1(end.log_snr - start.log_snr) if end.sigma > 0 else math.inf
+        return 0.5 * (1 + tau**2) * math.expm1(end.log_snr - start.log_snr)
 
     def feedback(self, weight: float, end: Point) -> float:
         """What a correction with this weight on the new evaluation makes of an error of the predicted state where the

@@ -1,6 +1,7 @@
 r"""Flow maps: one network evaluation that jumps along the probability-flow ODE from time t to time s.
 
-Knows the jump as coefficients, the levels a gamma sampler jumps to, its table, and the exact map of an exact denoiser.
+Knows the jump as coefficients, the levels a gamma sampler jumps to, its table, the exact map of an exact denoiser, and
+how straight trajectories are.
 Knows no network architecture, no training loop and no scheduler.
 
 A network output m of some ``prediction_type`` and the state ``x_t`` determine a data prediction D and a noise
@@ -169,6 +170,32 @@ def build_flow_map(path: Path, nodes: Nodes, gamma: float) -> Table:
     return Table(tuple(rows), 0.0)
 
 
+def straightness(states: torch.Tensor, nodes: Nodes) -> torch.Tensor:
+    """How far trajectories are from straight lines, ``S = Int_0^1 |dy/dr - (y_end - y_start)|^2 dr`` of each (S(Z) of
+    Liu et al. 2022, arXiv:2209.03003), 0 where one Euler step is exact.
+
+    In the coordinates ``y = x/(alpha + sigma)``, ``r = sigma/(alpha + sigma)`` of the module docstring, where every
+    path is the line from x_0 to eps; the part of r that the trajectory covers counts as the whole.  A polygon through
+    the given states has at most the S of the curve.
+
+    Args:
+        states: those of a run (n + 1, N, ...), the first one included.
+        nodes: their levels, as ``scheduler.levels`` says them.
+
+    Returns:
+        S of each trajectory (N,), float64, in squared units of x.
+
+    Raises:
+        ValueError: unless there is a state for each node.
+    """
+    if len(states) != len(nodes):
+        raise ValueError(f"{len(states)} states for {len(nodes)} levels: pass the first state and one after each step.")
+    flat, scale = states.double().flatten(2), nodes.alpha + nodes.sigma
+    parts = np.diff(nodes.sigma / scale)
+    y, part = flat / _like(scale, flat), _like(parts / parts.sum(), flat)
+    return (part * (y.diff(dim=0) / part - (y[-1] - y[0])).square()).sum((0, 2))
+
+
 def exact_flow_map(
     path: Path,
     denoise: Callable[[torch.Tensor, float, float], torch.Tensor],
@@ -211,7 +238,7 @@ def exact_flow_map(
     if start == end:
         return x.double()
     y = (x.double() / (alpha + sigma)).flatten().numpy()
-    solution = solve_ivp(slope, (start, end), y, method="DOP853", rtol=rtol, atol=atol, t_eval=[end])
+    solution = solve_ivp(slope, (start, end), y, method="DOP853", rtol=rtol, atol=atol)
     if not solution.success:
         raise RuntimeError(f"The flow map could not be integrated from t = {t:g} to {s:g}: {solution.message}")
     return torch.from_numpy(solution.y[:, -1]).reshape(x.shape) * (alpha_s + sigma_s)

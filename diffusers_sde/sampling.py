@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from diffusers_sde.conditioning import capture, moved, network_name, stack
+from diffusers_sde.errors import check_finite
 from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 
 Denoiser = Callable[[torch.Tensor, Any], torch.Tensor]
+CLASS_NAMES = "_class_names"  # key of a network's config; diffusers keeps private keys without a word
 
 
 def null_label(network: Any) -> int | None:
@@ -33,6 +35,23 @@ def null_label(network: Any) -> int | None:
         return len(network.config.weights)
     classes = getattr(network.config, "num_class_embeds", None)
     return classes - 1 if classes else None
+
+
+def class_names(network: Any) -> list[str] | None:
+    """The names of a network's classes, in the order of their labels.
+
+    Args:
+        network: with a config, where trained networks have them as :data:`CLASS_NAMES` and others as ``id2label``
+            (transformers' convention).
+
+    Returns:
+        One for each class that has a name, or None.
+    """
+    if names := getattr(network.config, CLASS_NAMES, None):
+        return list(names)
+    numbered = {int(label): str(name) for label, name in (getattr(network.config, "id2label", None) or {}).items()}
+    known = numbered and numbered.keys() == set(range(len(numbered)))
+    return [numbered[label] for label in range(len(numbered))] if known else None
 
 
 def spread_labels(n: int, classes: int) -> list[int]:
@@ -60,6 +79,7 @@ def network_denoiser(
         ValueError: for guidance without labels or without a null class, and for a class-conditional network without
             labels.
     """
+    check_finite("guidance_scale", guidance_scale)
     if class_labels is None:
         if guidance_scale != 1.0:
             raise ValueError("Guidance needs class labels: this model is sampled without any, use guidance_scale 1.")

@@ -255,16 +255,36 @@ def tau_from_eta(eta: float, nodes: Nodes) -> list[float]:
         nodes: of the grid.
 
     Returns:
-        One tau a step.
+        One tau a step: the limits, eta at h = 0 and 0 at h = inf, where for eta < 1 the noise of a step from alpha = 0
+        needs :func:`eta_from_zero_snr` too.
     """
-    h = np.diff(nodes.log_snr)
     taus = []
-    for step in h:
-        if eta == 1 or not np.isfinite(step) or step <= 0:
+    for step in np.diff(nodes.log_snr):
+        if eta == 1 or step <= 0:
             taus.append(float(eta))
         else:
             taus.append(math.sqrt(max(-math.log1p(eta**2 * math.expm1(-2 * step)), 0.0) / (2 * step)))
     return taus
+
+
+def eta_from_zero_snr(table: Table, eta: float, end: Point, data_std: float) -> Table:
+    """DDIM's eta in a first step from alpha = 0, where tau tends to 0 and ``exp(-2 tau^2 h)`` to ``1 - eta^2``: the
+    factor on the state is ``sqrt(1 - eta^2)`` times that of the ODE and the noise ``eta rho_t``, of all that is there.
+
+    Args:
+        table: of :func:`tau_from_eta`, its first row at alpha = 0.
+        eta: 0 to 1.
+        end: of the first step.
+        data_std: the scale in ``rho_t``.
+
+    Returns:
+        The table with this first row; unchanged where its step ends at clean data.
+    """
+    if end.sigma == 0:
+        return table
+    first = table.rows[0]
+    first = replace(first, a=first.a * math.sqrt(1 - eta**2), c=eta * math.hypot(data_std * end.alpha, end.sigma))
+    return replace(table, rows=(first, *table.rows[1:]))
 
 
 def _groups(points: Sequence[Point], order: int) -> list[tuple[int, int]]:

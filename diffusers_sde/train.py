@@ -10,4 +10,6 @@ if __name__ == "__main__":
     start_missing()
     from diffusers_sde.training.command import run
 
-    sys.exit(run(settings, sys.argv[1:]))
+    words = sys.argv[1:]
+    sys.argv[1:] = map(settings.redacted, words)  # a tracker may send home how it was started
+    sys.exit(run(settings, words))

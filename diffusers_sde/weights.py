@@ -28,7 +28,8 @@ from diffusers_sde.paths import Path
 
 CLOCKS = ("log_snr", "sigma", "angle", "time")
 _GAUSS = np.polynomial.legendre.leggauss(24)
-_PANEL = 2.0  # longest stretch of log-SNR (or angle) for one Gauss rule
+_PANEL = 2.0  # longest stretch of log-SNR for one Gauss rule
+_NEGLIGIBLE = 40.0  # e^-40 is below rounding: where an infinite step may be cut
 
 
 @dataclass(frozen=True)
@@ -115,35 +116,29 @@ def quadrature(start: Point, end: Point, data_std: float, tau: float) -> tuple[n
     """
     A = 1 + tau**2
     low, high = start.log_snr, end.log_snr
-    finite = math.isfinite(low) and math.isfinite(high)
     if data_std == 0:
         if high == math.inf:  # the whole weight sits at the end: only constants are ever integrated here
             return np.array([low if math.isfinite(low) else 0.0]), np.array([end.alpha])
-        lam, w = _gauss(max(low, high - 50.0 / A), high)  # e^-50 is below rounding
+        lam, w = _gauss(max(low, high - _NEGLIGIBLE / A), high)
         return lam, end.alpha * A * w * np.exp(-A * (high - lam))
+    # the kernel rises like e^(A lambda) up to the log-SNR of the data scale and falls like e^-lambda from there on
+    places = [lam for lam in (low, high, -math.log(data_std)) if lam not in (-math.inf, math.inf)]
+    span = min(places) - _NEGLIGIBLE / A, max(places) + _NEGLIGIBLE
+    lam, w = _gauss(*(min(max(end_of_step, span[0]), span[1]) for end_of_step in (low, high)))
     if math.isinf(data_std):
-        if finite:
-            lam, w = _gauss(low, high)
-            return lam, end.alpha * A * w * np.exp(-lam)
-        s, w = _gauss(end.sigma / end.alpha, start.sigma / start.alpha)
-        return -np.log(s), end.alpha * A * w
+        return lam, end.alpha * A * w * np.exp(-lam)
     rho_t = math.hypot(data_std * end.alpha, end.sigma)
-    cos_t = data_std * end.alpha / rho_t
-    if finite:
-        lam, w = _gauss(low, high)
-        # tan(theta) = e^-lambda / c, so d theta = -sin cos d lambda
-        cos = 1 / np.sqrt(1 + np.exp(-2 * lam) / data_std**2)
-        w = w * cos * np.sqrt(1 - cos**2)
-    else:
-        angles = (math.atan2(p.sigma, data_std * p.alpha) for p in (end, start))
-        theta, w = _gauss(*angles)
-        cos, lam = np.cos(theta), -np.log(data_std * np.tan(theta))
-    return lam, rho_t / data_std * A * w * (cos / cos_t) ** (tau**2)
+    # tan(theta) = e^-lambda / c, so d theta = -sin cos d lambda
+    tan = np.exp(-lam) / data_std
+    cos = 1 / np.sqrt(1 + tan**2)
+    w = rho_t / data_std * A * w * cos**2 * tan
+    return lam, w * (cos * rho_t / (data_std * end.alpha)) ** (tau**2) if tau else w
 
 
 def _gauss(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """A composite rule on panels of equal length, from ``low`` to ``high`` in either direction."""
     x, w = _GAUSS
-    panels = max(1, math.ceil((high - low) / _PANEL))
+    panels = max(1, math.ceil(abs(high - low) / _PANEL))
     edges = np.linspace(low, high, panels + 1)
     half = (high - low) / panels / 2
     return ((edges[:-1] + half)[:, None] + half * x).ravel(), np.tile(half * w, panels)

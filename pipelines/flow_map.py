@@ -37,6 +37,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import FlowMapScheduler
+from diffusers_sde.errors import check_whole
 from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out_grid, pictures
 from diffusers_sde.sampling import flow_map_denoiser
 
@@ -68,7 +69,7 @@ class FlowMapPipeline(DiffusionPipeline):
         """Generate one picture per label; gamma and the kind of map are the scheduler's.
 
         Args:
-            class_labels: a label, several, or None for no class.
+            class_labels: a label or its name, several, or None for no class.
             num_inference_steps: network evaluations.
             batch_size: number of pictures; None: as many as there are labels.
             timesteps: what to evaluate the network at, from noise to data, instead of a number of steps.
@@ -89,6 +90,8 @@ class FlowMapPipeline(DiffusionPipeline):
                 "pipe.scheduler.config, flow_map='consistency') or flow_map='mean_flow', as the model was trained."
             )
         check_output_type(output_type)
+        if batch_size is not None:
+            check_whole("batch_size", batch_size)
         labels = label_tensor(self.unet, class_labels, batch_size)
         batch = (batch_size or 1) if labels is None else len(labels)
         scheduler = self.scheduler

@@ -11,7 +11,8 @@ With predictions ``m_y`` (label y) and ``m_0`` (no label), the guided one is
     D -> D + s sigma^2/alpha grad log p_t(y | x_t)           classifier guidance (arXiv:2105.05233), scale s
 
 Langevin corrector steps (predictor-corrector sampling, arXiv:2011.13456) and Restart (arXiv:2306.14878) spend further
-evaluations on removing errors (:mod:`diffusers_sde.methods.langevin`).
+evaluations on removing errors; correctors without a solver are annealed Langevin dynamics (NCSN, arXiv:1907.05600;
+:mod:`diffusers_sde.methods.langevin`).
 
 Scale 1 of classifier-free guidance is conditional sampling; scale 0 with a classifier at scale 1 samples the same law.
 Larger scales do not sample ``p(x) p(y | x)^w``; ``pipelines/steering.py`` with the reward ``log p(y | x)`` does.
@@ -50,6 +51,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from diffusers_sde import TableScheduler
+from diffusers_sde.errors import check_finite, check_whole, is_real
 from diffusers_sde.methods.guidance import (
     Classifier,
     adaptive_projection,
@@ -61,7 +63,7 @@ from diffusers_sde.methods.guidance import (
     rescaled,
 )
 from diffusers_sde.methods.images import at_least_float32
-from diffusers_sde.methods.langevin import planned_visits, sample_with_correctors
+from diffusers_sde.methods.langevin import annealed_langevin, planned_visits, sample_with_correctors
 from diffusers_sde.methods.pipeline_io import (
     check_output_type,
     initial_noise,
@@ -71,7 +73,7 @@ from diffusers_sde.methods.pipeline_io import (
     pictures,
 )
 from diffusers_sde.prediction import from_model
-from diffusers_sde.sampling import null_label
+from diffusers_sde.sampling import class_names, null_label
 from diffusers_sde.tables import points_of
 
 
@@ -107,6 +109,7 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         classifier_scale: float = 1.0,
         corrector_steps: int = 0,
         corrector_snr: float = 0.1,
+        annealed: bool = False,
         restart: tuple[float, float, int] | None = None,
         generator: Any = None,
         latents: torch.Tensor | None = None,
@@ -116,7 +119,7 @@ class GuidedGenerationPipeline(DiffusionPipeline):
         """Generate one picture per label.
 
         Args:
-            class_labels: a label, several, or None for no class.
+            class_labels: a label or its name, several, or None for no class.
             num_images: number of pictures; None: as many as there are labels.
             num_inference_steps: network evaluations (twice as many where guidance needs two predictions).
             timesteps: what the network is given, from noise to data, instead of a number of steps.
@@ -133,6 +136,8 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             classifier_scale: of the classifier's guidance.
             corrector_steps: Langevin steps after each step.
             corrector_snr: their size, ``2 (corrector_snr sigma)^2``.
+            annealed: no solver, corrector_steps at each level only: annealed Langevin dynamics, which needs many levels
+                or many steps at each.
             restart: (low, high, repeats), an interval of noise levels sigma/alpha to go through again.
             generator: of all noise; one, or one for each picture.
             latents: unit noise (N, C, H, W).
@@ -146,12 +151,24 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             ValueError: for guidance that the network cannot give, a scheduler of another kind and wrong inputs.
         """
         check_output_type(output_type)
+        check_finite("guidance_scale", guidance_scale)
+        check_finite("classifier_scale", classifier_scale)
+        check_finite("apg_momentum", apg_momentum)
+        if apg_parallel is not None:
+            check_finite("apg_parallel", apg_parallel)
+        if not (is_real(apg_norm_threshold) and apg_norm_threshold > 0):
+            raise ValueError(f"apg_norm_threshold must be positive, not {apg_norm_threshold!r}.")
+        if num_images is not None:
+            check_whole("num_images", num_images)
         self._check(class_labels, guidance_scale, cfg_plus_plus, guidance_interval, guidance_rescale, weak_unet)
         if classifier is not None and class_labels is None:
             raise ValueError("Classifier guidance needs class_labels: pass the classes that the pictures should have.")
+        if annealed and restart is not None:
+            raise ValueError("Annealed Langevin has no steps to restart: leave out restart, or annealed.")
         has_classes, scheduler = null_label(self.unet) is not None, self.scheduler
         labels = label_tensor(self.unet, class_labels if has_classes else None, num_images)
-        classes = None if class_labels is None else labels_of(class_labels, num_images).to(self.unet.device)
+        names = class_names(self.unet)
+        classes = None if class_labels is None else labels_of(class_labels, num_images, names).to(self.unet.device)
         batch = (num_images or 1) if classes is None else len(classes)
         x = initial_noise(self.unet, scheduler, batch, generator, latents)
         lay_out_grid(scheduler, num_inference_steps, x.device, timesteps, sigmas)
@@ -194,16 +211,21 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             return m
 
         with self.progress_bar(total=len(planned_visits(scheduler, restart))) as bar:
-            x = sample_with_correctors(
-                predict,
-                scheduler,
-                x,
-                corrector_steps=corrector_steps,
-                corrector_snr=corrector_snr,
-                restart=restart,
-                generator=generator,
-                callback=bar.update,
-            )
+            shared = {"generator": generator, "callback": bar.update}
+            if annealed:
+                x = annealed_langevin(
+                    predict, scheduler, x, steps_per_level=corrector_steps, snr=corrector_snr, **shared
+                )
+            else:
+                x = sample_with_correctors(
+                    predict,
+                    scheduler,
+                    x,
+                    corrector_steps=corrector_steps,
+                    corrector_snr=corrector_snr,
+                    restart=restart,
+                    **shared,
+                )
         images = pictures(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -245,7 +267,12 @@ class GuidedGenerationPipeline(DiffusionPipeline):
             raise ValueError(f"The guidance_scale of CFG++ lies in (0, 1], not {scale}: 0.6 is a usual one.")
         if plus_plus and interval is not None:
             raise ValueError("CFG++ chooses its scale at every level: leave out guidance_interval.")
-        if interval is not None and not 0 <= interval[0] < interval[1]:
-            raise ValueError(f"guidance_interval must be (low, high) noise levels sigma/alpha, not {interval}.")
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"guidance_rescale must lie in [0, 1], not {rescale}.")
+        if interval is not None and not (
+            isinstance(interval, list | tuple)
+            and len(interval) == 2
+            and all(map(is_real, interval))
+            and 0 <= interval[0] < interval[1]
+        ):
+            raise ValueError(f"guidance_interval must be (low, high) noise levels sigma/alpha, not {interval!r}.")
+        if not (is_real(rescale) and 0 <= rescale <= 1):
+            raise ValueError(f"guidance_rescale must lie in [0, 1], not {rescale!r}.")

@@ -53,6 +53,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 
 from diffusers_sde.configs import path_from_config
+from diffusers_sde.errors import check_finite, check_whole
 from diffusers_sde.methods.fields import Field, network_field, wide_dtype
 from diffusers_sde.methods.images import from_state, to_state
 from diffusers_sde.methods.inversion import Trajectory, inversion_points, multistep, reversible, slerp
@@ -111,7 +112,7 @@ class InversionPipeline(DiffusionPipeline):
 
         Args:
             image: PIL images, an array (N, H, W, C) in 0..1, or a tensor (N, C, H, W) in the model's units.
-            class_labels: the classes of the images, one or one for each; None: no class.
+            class_labels: the classes of the images (labels or names), one or one for each; None: no class.
             target_labels: the classes to generate; None: as in the inversion, which gives the image back.
             guidance_scale: classifier-free guidance of the inversion; 1 (none) suits editing.
             target_guidance_scale: that of the generation; None: as in the inversion.
@@ -130,6 +131,8 @@ class InversionPipeline(DiffusionPipeline):
             ValueError: for wrong inputs, before any evaluation.
         """
         check_output_type(output_type)
+        if target_guidance_scale is not None:
+            check_finite("target_guidance_scale", target_guidance_scale)
         state = self._state(image)
         points = self._points(num_inference_steps, strength, method, mu)
         source = self._field(class_labels, len(state), guidance_scale)
@@ -178,8 +181,7 @@ class InversionPipeline(DiffusionPipeline):
             ValueError: for wrong inputs, before any evaluation.
         """
         check_output_type(output_type)
-        if num_images < 2:
-            raise ValueError(f"num_images must be at least 2 (both ends), not {num_images}.")
+        check_whole("num_images", num_images, 2)  # both ends
         state = torch.cat([self._state(first), self._state(last)])
         if len(state) != 2:
             raise ValueError(f"Interpolation takes one image at each end, not {len(state)} in all.")

@@ -37,6 +37,7 @@ names = {1: "trouser", 8: "bag", 9: "boot"}
 results = [
     pipe(originals, label, rtol=1e-3, num_probes=2, generator=torch.Generator().manual_seed(0)) for label in names
 ]
+print(results[0])
 bits = torch.stack([result.bits_per_dim for result in results])  # (label, picture)
 errors = torch.stack([result.error for result in results]) / (1024 * torch.log(torch.tensor(2.0)))
 
@@ -54,6 +55,7 @@ plt.close(figure)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +79,9 @@ class LikelihoodOutput(BaseOutput):
     Args:
         log_likelihood: (N,), nats, of the (dequantised) state.
         bits_per_dim: (N,).
-        error: (N,), nats, the sum of the next three.
+        error: (N,), nats, the sum of the next three; NaN, unknown, for one probe.
         solver_error: (N,).
-        trace_error: (N,), one standard error over the probes; NaN for one probe, and then not part of the sum.
+        trace_error: (N,), one standard error over the probes, the largest of the three; NaN for one probe.
         prior_error: (N,).
         noise: the state at the noisy end (N, C, H, W).
         num_evaluations: of the network.
@@ -93,6 +95,18 @@ class LikelihoodOutput(BaseOutput):
     prior_error: torch.Tensor
     noise: torch.Tensor
     num_evaluations: int
+
+    def __repr__(self) -> str:
+        """A line for each picture, without the noise."""
+        dimension = self.noise[0].numel() * math.log(2)
+        lines = []
+        for nats, bits, error in zip(self.log_likelihood, self.bits_per_dim, self.error, strict=True):
+            known = not bool(error.isnan())
+            in_nats, in_bits = (f"+- {float(e):.2g}" if known else "+- unknown" for e in (error, error / dimension))
+            lines.append(f"{float(nats):.1f} {in_nats} nats, {float(bits):.4f} {in_bits} bits per dimension")
+        if bool(self.error.isnan().any()):
+            lines.append("The error is unknown, for one probe has no spread: pass num_probes of at least 2.")
+        return "\n".join([*lines, f"{self.num_evaluations} evaluations"])
 
 
 class LikelihoodPipeline(DiffusionPipeline):
@@ -131,7 +145,7 @@ class LikelihoodPipeline(DiffusionPipeline):
 
         Args:
             image: PIL images, an array (N, H, W, C) in 0..1, or a tensor (N, C, H, W) in the model's units.
-            class_labels: the classes to condition on, one or one for each picture; None: no class.
+            class_labels: the classes to condition on (labels or names), one or one for each picture; None: no class.
             divergence: hutchinson, or exact (one backward pass for each dimension: small states only).
             num_probes: of the Hutchinson estimate.
             distribution: of the probes, rademacher or gaussian.

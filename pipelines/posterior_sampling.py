@@ -5,10 +5,12 @@ Any diffusion or flow model is a prior; ``E[x_0 | x_t]`` is replaced by
     E[x_0 | x_t, y] = D + (sigma^2/alpha) (dD/dx)' A' (A C A' + noise_std^2 I)^-1 (y - A D)
 
 in every step of any scheduler, with the covariance C of ``x_0`` given ``x_t`` from the network's Jacobian
-(``method="mmps"``, exact for Gaussian data), isotropic (``"pigdm"``), or without one (``"dps"``);
-:mod:`diffusers_sde.methods.posterior` has sources and operators (inpainting, super_resolution, gaussian_blur,
-linear_map); any linear torch function is an operator.  All three are approximations: the weights of well separated
-explanations are not exact (twisted sequential Monte Carlo, ``pipelines/steering.py``, converges to them).
+(``method="mmps"``, exact for Gaussian data), isotropic (``"pigdm"``), or without one (``"dps"``).  ``"projection"``
+replaces what the operator sees by the noised observation instead (Score-SDE's imputation, ILVR): no backward pass, and
+the least faithful.  :mod:`diffusers_sde.methods.posterior` has sources and operators (inpainting, super_resolution,
+gaussian_blur, linear_map); any linear torch function is an operator.  All of them are approximations: the weights of
+well separated explanations are not exact (twisted sequential Monte Carlo, ``pipelines/steering.py``, converges to
+them).
 
 Usage, in a clone of the repository:
 
@@ -62,12 +64,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_sde import FlowMapScheduler, ReverseSDEScheduler, TableScheduler
+from diffusers_sde.errors import check_whole
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.images import from_latents, from_state
 from diffusers_sde.methods.pipeline_io import check_output_type, initial_noise, label_tensor, lay_out_grid, sample_shape
-from diffusers_sde.methods.posterior import Measurement, check_method, check_observation, conditional_mean
+from diffusers_sde.methods.posterior import Measurement, check_method, check_observation, conditional_mean, project
 from diffusers_sde.prediction import to_model
 from diffusers_sde.tables import points_of
 
@@ -117,10 +121,10 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
             observation: y, (N, ...), in the units of the model's pixels (-1..1).
             operator: linear function from pixels (N, C, H, W) to y's shape, in torch.
             noise_std: standard deviation of the noise in y; positive.
-            class_labels: what the pictures show, one or one for each observation; None: no class.
-            method: mmps, pigdm or dps.
-            num_inference_steps: network evaluations; each needs 1 (pigdm, dps) or up to solver_iterations + 1 (mmps)
-                backward passes.
+            class_labels: what the pictures show (labels or names), one or one for each observation; None: no class.
+            method: mmps, pigdm, dps or projection (of pixels only; it takes the observation to be exact).
+            num_inference_steps: network evaluations; each needs 1 (pigdm, dps), up to solver_iterations + 1 (mmps) or
+                no (projection) backward passes.
             timesteps: what the network is given, from noise to data, instead of a number of steps.
             sigmas: noise levels of the states, likewise; with ``timesteps`` too, as many of one as of the other.
             num_images: samples of each observation.
@@ -144,11 +148,12 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         """
         check_output_type(output_type)
         check_method(method, data_std, solver_iterations, max_noise, dps_scale)
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, not {num_images}.")
+        check_whole("num_images", num_images)
+        if method == "projection" and self.vae is not None:
+            raise ValueError("Projection replaces pixels, not latents: use method='mmps', 'pigdm' or 'dps'.")
         device, count = self.unet.device, len(observation)
         y = observation.to(device, torch.float32)
-        check_observation(operator, y[:1], noise_std, torch.zeros(1, *self._pixel_shape(), device=device))
+        check_observation(operator, y, noise_std, torch.zeros(1, *self._pixel_shape(), device=device))
         labels = label_tensor(self.unet, class_labels, count)
         labels = None if labels is None else labels.repeat_interleave(num_images)
         field = network_field(self.unet, self.scheduler.config, labels, guidance_scale)
@@ -159,10 +164,9 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
         to_pixels = None if self.vae is None else lambda z: from_latents(self.vae, z)
         measurement = Measurement(operator, y.repeat_interleave(num_images, dim=0), noise_std, to_pixels)
         x = initial_noise(self.unet, scheduler, count * num_images, generator, latents).float()
-        levels = scheduler.levels
-        for t, time, point in zip(
-            self.progress_bar(scheduler.timesteps), levels.time.tolist(), points_of(levels), strict=False
-        ):
+        times, points = scheduler.levels.time.tolist(), points_of(scheduler.levels)
+        for row, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            point = points[row]
             mean, gradient = conditional_mean(
                 field,
                 x,
@@ -172,12 +176,15 @@ class PosteriorSamplingPipeline(DiffusionPipeline):
                 data_std=data_std,
                 iterations=solver_iterations,
                 max_noise=max_noise,
-                time=time,
+                time=times[row],
             )
             k_x, k_d = to_model(field.path, field.prediction_type, point.alpha, point.sigma)
             x = scheduler.step(k_x * x + k_d * mean, t, x, generator=generator, return_dict=False)[0]
             if method == "dps":
                 x = x - dps_scale * gradient
+            if method == "projection":
+                z = randn_tensor(x.shape, generator=generator, device=device, dtype=x.dtype)
+                x = project(x, points[row + 1], measurement, z, solver_iterations)
         with torch.no_grad():
             images = from_state(x, self.vae, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -45,7 +45,7 @@ image = make_image_grid(rows, 3, 4).resize((512, 384))
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
 from diffusers_sde import TableScheduler
+from diffusers_sde.errors import check_finite, check_whole, is_real
 from diffusers_sde.methods.control import (
     Particles,
     best_of,
@@ -126,7 +127,7 @@ class SteeringPipeline(DiffusionPipeline):
 
         Args:
             reward: ``reward(images)`` from (M, C, H, W) in -1..1 to (M,), also of blurred predictions.
-            class_labels: a label, several, or None for no class.
+            class_labels: a label or its name, several, or None for no class.
             num_images: number of pictures; None: as many as there are labels.
             num_particles: of each population.
             beta: strength of the tilt; finite.
@@ -149,6 +150,12 @@ class SteeringPipeline(DiffusionPipeline):
             ValueError: for a scheduler without a Gaussian transition, and for wrong rewards and inputs.
         """
         self._check(method, num_particles, beta, output_type, generator)
+        for name, number in (("num_images", num_images), ("max_batch_size", max_batch_size)):
+            if number is not None:
+                check_whole(name, number)
+        check_finite("resample_threshold", resample_threshold)
+        if schedule is not None and not (isinstance(schedule, Iterable) and all(map(is_real, schedule))):
+            raise ValueError(f"schedule must hold numbers, one a step, not {schedule!r}.")
         labels = label_tensor(self.unet, class_labels, num_images)
         populations = (num_images or 1) if labels is None else len(labels)
         total = populations * num_particles
@@ -195,10 +202,8 @@ class SteeringPipeline(DiffusionPipeline):
             )
         if method not in ("smc", "best_of_n"):
             raise ValueError(f"method {method!r} is unknown: use smc or best_of_n.")
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, not {num_particles}.")
-        if not abs(beta) < float("inf"):
-            raise ValueError(f"beta must be a finite number, not {beta}.")
+        check_whole("num_particles", num_particles)
+        check_finite("beta", beta)
         if isinstance(generator, list | tuple):
             raise ValueError("Particles share their noise source: pass one generator, not a list.")
         check_output_type(output_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -66,6 +67,7 @@ TINY_TEXT_TRANSFORMER = {
     "condition_dim": 4,
     "pos_embed_max_size": 8,
 }
+RGB = {"resolution": 8, "channels": 3}  # of load_images
 CAPTIONS = (["a red bar", "bar, upright"], "lying bar")  # of the classes a and b; several are drawn from
 
 
@@ -141,7 +143,15 @@ def train_here(arguments: list[str]) -> int:
 
 def launch(arguments: list[str], processes: int = 1, **environment: str) -> subprocess.Popen[str]:
     """The script through ``accelerate launch``, in its own process group."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--num_processes",
+        str(processes),
+        "--cpu",
+    ]
     command += ["--main_process_port", "0", "-m", "diffusers_sde.train", *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
@@ -153,3 +163,22 @@ def losses(output: Path) -> dict[int, float]:
     """The loss of each step."""
     with open(output / "loss.csv", newline="") as file:
         return {int(row[0]): float(row[1]) for row in list(csv.reader(file))[1:]}
+
+
+def picture(number: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Image.Image:
+    """An image that is known by its constant value."""
+    return Image.new("RGB", size, (number, 255 - number, 7)).convert(mode)
+
+
+def png(image: Image.Image) -> bytes:
+    image.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+def write(folder: Path, files: dict[str, Image.Image | bytes]) -> Path:
+    """A folder with these files."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else png(content))
+    return folder

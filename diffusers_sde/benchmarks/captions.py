@@ -1,7 +1,7 @@
 """``diffusers-sde bench --sections captions``: how often a text-to-image model draws what it is asked for.
 
-Knows the embedded text-to-image models and how to find the training picture that a sample is nearest to.  Prints a table;
-asserts nothing.
+Knows the embedded text-to-image models and how to find the training picture that a sample is nearest to.  Prints a
+table; asserts nothing.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    choices = (*SECTIONS, "training", "errors")
+    choices = (*SECTIONS, "training", "errors", "lora")
     parser.add_argument(
         "--sections",
         nargs="+",
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--training_images",
         default=None,
         help="Folder of a model's training images: of Fashion-MNIST for the calibration section, of the emoji for "
-        "that of captions (left out without them).",
+        "those of captions and lora (left out without them).",
     )
     for name, text in {"training": "a training step", "errors": "the error budget of a sampler"}.items():
         only = {"dest": "sections", "action": "store_const", "const": [name]}
@@ -60,6 +60,7 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         deterministic,
         errors,
         labels,
+        lora,
         robustness,
         steps,
         stochastic,
@@ -85,6 +86,8 @@ def _measure(section: str, args: argparse.Namespace) -> None:
     elif section == "calibration":
         images = args.num_images if args.shipped else max(args.num_images, 20)
         calibration.measure(args.seed, images, args.guidance_scale, args.training_images, shipped=args.shipped)
+    elif section == "lora":
+        lora.measure(args.seed, args.training_images)
     elif section == "errors":
         errors.measure(args.seed)
     elif section == "training":

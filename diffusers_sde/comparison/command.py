@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", nargs="+", default=None, help="Prompts of a text-to-image pipeline, dealt out. Default: examples."
     )
+    parser.add_argument(
+        "--differences", action="store_true", help="Below each image, where it differs from the reference."
+    )
     parser.add_argument("--output_dir", default="compare", help="Gets grid.png, error.png, results.csv.")
     parser.add_argument(
         "--reference_steps",
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         comparison = run_comparison(args)
         from diffusers_sde.comparison.report import format_table, write
 
-        write(comparison, Path(args.output_dir))
+        write(comparison, Path(args.output_dir), args.differences)
     except UsageError as error:
         print(f"diffusers-sde compare: {error}", file=sys.stderr)
         return 2

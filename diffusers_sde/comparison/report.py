@@ -6,10 +6,11 @@ Knows :class:`~diffusers_sde.comparison.engine.Comparison` and matplotlib.  Know
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,22 @@ def montage(images: torch.Tensor, gap: int) -> np.ndarray:
     return torch.cat(list(x), dim=-1)[..., : -gap or None].movedim(0, -1).numpy()
 
 
-def draw_grid(comparison: Comparison, path: Path, shown: int = 4) -> None:
-    """Rows: the reference and each sampler; columns: evaluations; up to ``shown`` images and the error in each cell."""
+FULL_DIFFERENCE = 0.6  # of pixels in [-1, 1]: as dark as a difference gets
+
+
+def difference_montage(images: torch.Tensor, reference: torch.Tensor, gap: int) -> np.ndarray:
+    """Where images differ from their reference, mean over channels: white for not at all, dark red from
+    :data:`FULL_DIFFERENCE` on; side by side as in :func:`montage`."""
+    from matplotlib import colormaps
+
+    size = ((images - reference).abs().mean(1) / FULL_DIFFERENCE).nan_to_num(1.0).clamp(0, 1)
+    coloured = torch.from_numpy(colormaps["Reds"](size.numpy())[..., :3]).movedim(-1, 1).float()
+    return montage(torch.where(size[:, None] > 0, coloured, torch.ones(())) * 2 - 1, gap)
+
+
+def draw_grid(comparison: Comparison, path: Path, shown: int = 4, differences: bool = False) -> None:
+    """Rows: the reference and each sampler; columns: evaluations; up to ``shown`` images and the error in each cell,
+    with ``differences`` also where each image differs from the reference."""
     from matplotlib.figure import Figure
 
     names, budgets, reference = comparison.samplers, comparison.budgets, comparison.reference
@@ -92,13 +107,14 @@ def draw_grid(comparison: Comparison, path: Path, shown: int = 4) -> None:
     gap = max(width // 16, 1)
     cell_width = 2.7 * len(keep) / 4
     cell_height = cell_width * height / (len(keep) * (width + gap) - gap)
+    heights = [1, *(2 if differences and not SAMPLERS[name].stochastic else 1 for name in names)]
     figure = Figure(
-        figsize=(1.45 + (cell_width + 0.2) * len(budgets), (cell_height + 0.24) * (len(names) + 1) + 0.3),
+        figsize=(1.45 + (cell_width + 0.2) * len(budgets), cell_height * sum(heights) + 0.24 * len(heights) + 0.3),
         facecolor="white",
         layout="constrained",
     )
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
-    axes = figure.subplots(len(names) + 1, len(budgets), squeeze=False)
+    axes = figure.subplots(len(names) + 1, len(budgets), squeeze=False, height_ratios=heights)
     for i, name in enumerate([None, *names]):
         for ax, n in zip(axes[i], budgets, strict=True):
             ax.set(xticks=[], yticks=[])
@@ -109,7 +125,10 @@ def draw_grid(comparison: Comparison, path: Path, shown: int = 4) -> None:
                 ax.text(0.5, 0.5, reason, transform=ax.transAxes, ha="center", va="center", color="#888888", fontsize=9)
                 continue
             images = reference if result is None else result.images
-            ax.imshow(montage(images[keep], gap), interpolation="nearest" if width <= 64 else "antialiased")
+            pixels = montage(images[keep], gap)
+            if differences and result is not None and result.mean is not None:
+                pixels = np.concatenate([pixels, difference_montage(images[keep], reference[keep], gap)])
+            ax.imshow(pixels, interpolation="nearest" if width <= 64 else "antialiased")
             if result is None:
                 ax.set_title(f"{n} evaluations", fontsize=12, fontweight="bold", pad=7)
                 continue
@@ -180,11 +199,16 @@ def spread(positions: Mapping[str, float], gap: float) -> dict[str, float]:
     return dict(zip(names, y.tolist(), strict=True))
 
 
-def write(comparison: Comparison, output: Path) -> None:
-    """Write ``results.csv``, ``grid.png`` and ``error.png``, all of them or none."""
+def write(comparison: Comparison, output: Path, differences: bool = False) -> None:
+    """Write ``results.csv``, ``grid.png`` (with ``differences``, see :func:`draw_grid`) and ``error.png``, all of them
+    or none."""
     existing = next(p for p in output.absolute().parents if p.exists())
     with tempfile.TemporaryDirectory(dir=existing, prefix=f".{output.name}-") as folder:
-        made = {"results.csv": write_csv, "grid.png": draw_grid, "error.png": draw_errors}
+        made: dict[str, Callable[[Comparison, Path], None]] = {
+            "results.csv": write_csv,
+            "grid.png": functools.partial(draw_grid, differences=differences),
+            "error.png": draw_errors,
+        }
         for name, make in made.items():
             make(comparison, Path(folder) / name)
         output.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def to_state(
         (N, C, H, W) on the network's device.
 
     Raises:
-        ValueError: where the shape is not the network's.
+        ValueError: where the shape is not the network's, and for images that are not finite.
     """
     pixels = to_pixels(images, network.config.in_channels if vae is None else vae.config.in_channels)
     pixels = pixels.to(network.device)
@@ -62,6 +62,8 @@ def to_state(
         raise ValueError(
             f"The {what} have shape {tuple(state.shape[1:])}, this model works on {expected}: resize them."
         )
+    if not bool(state.isfinite().all()):
+        raise ValueError("The images are not finite: replace their NaN and infinite values.")
     return state.to(dtype)
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from diffusers_sde.defaults import measured_defaults
+from diffusers_sde.errors import check_finite, check_whole, is_real
 from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
 from diffusers_sde.methods.fields import Field
 from diffusers_sde.paths import Path
@@ -68,10 +69,11 @@ def inversion_points(path: Path, steps: int, strength: float = 1.0, mu: float | 
     Raises:
         ValueError: for fewer than 2 steps or a strength outside (0, 1].
     """
-    if steps < 2:
-        raise ValueError(f"num_inference_steps must be at least 2, not {steps}.")
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must lie in (0, 1], not {strength}: 1 goes all the way to noise.")
+    check_whole("num_inference_steps", steps, 2)
+    if mu is not None:
+        check_finite("mu", mu)
+    if not (is_real(strength) and 0 < strength <= 1):
+        raise ValueError(f"strength must lie in (0, 1], not {strength!r}: 1 goes all the way to noise.")
     nodes = nodes_from_times(path, make_grid(path, "balanced", steps, rho=1.1, mu=mu), final="sigma_min")
     points = sorted(points_of(nodes), key=lambda point: point.log_snr, reverse=True)
     return tuple(points[: max(math.ceil(strength * steps - 1e-9), 2) + 1])
@@ -101,8 +103,8 @@ def reversible(
     Raises:
         ValueError: for ``data_std <= 0`` and for points that do not begin where the run stands.
     """
-    if not data_std > 0:
-        raise ValueError(f"data_std must be positive for the reversible method, not {data_std}.")
+    if not (is_real(data_std) and data_std > 0):
+        raise ValueError(f"data_std must be positive for the reversible method, not {data_std!r}.")
     if start.points[-1] != points[0]:
         raise ValueError("The points must start where the trajectory stands.")
     angles = [math.atan2(p.sigma, data_std * p.alpha) for p in points]
@@ -149,15 +151,15 @@ def multistep(
     data_std = default.data_std
     columns = zip(*((float(field.path.time(p.log_snr)), p.alpha, p.sigma) for p in points), strict=True)
     nodes = Nodes(*map(np.array, columns))
-    options: dict[str, Any] = {
-        "order": order,
-        "corrector": order > 1,
-        "data_std": data_std,
-        "clock": default.clock,
-        "final": "exact",
-    }
-    with np.errstate(divide="ignore"):  # a table may end at alpha = 0
-        table = build_multistep(field.path, nodes, **options)
+    table = build_multistep(
+        field.path,
+        nodes,
+        order=order,
+        corrector=order > 1,
+        data_std=data_std,
+        clock=default.clock,
+        final="exact",
+    )
     x = start.state
     history: list[torch.Tensor] = []
     for i, row in enumerate(table.rows):

@@ -1,8 +1,8 @@
-r"""Langevin dynamics: ULA and MALA for densities, Langevin correctors and Restart for reverse processes.
+r"""Langevin dynamics: ULA and MALA for densities, annealed Langevin, correctors and Restart for reverse processes.
 
 Knows ``dx = grad log p dt + sqrt(2) dw``, which leaves p as it is, its discretisations, and how to run a scheduler that
-says its noise levels with corrector steps between its steps or with stretches of the grid repeated.  Knows no network
-and no pipeline.
+says its noise levels with corrector steps between its steps, with these alone or with stretches of the grid repeated.
+Knows no network and no pipeline.
 
 * ULA, ``x <- x + h grad log p(x) + sqrt(2 h) z``, is biased; on N(0, v) its stationary variance is
   ``v / (1 - h/(2v))`` (Lu, arXiv:2607.01693, chapter 2).  MALA accepts or rejects the same proposal and has no bias
@@ -10,6 +10,8 @@ and no pipeline.
 * Predictor-corrector (Song et al. 2021, arXiv:2011.13456, algorithms 2 to 5): after each step to a noise level, ULA
   steps for the law there, of size ``h = 2 (snr sigma)^2``; the relative bias in variance is at most
   ``snr^2/(1 - snr^2)``.
+* Annealed Langevin (NCSN; Song & Ermon 2019, arXiv:1907.05600, algorithm 1): the correctors alone, at every level in
+  turn, each started from what the level before left.
 * Restart (Xu et al. 2023, arXiv:2306.14878, algorithm 1): from the low end of an interval of noise levels go back to
   its high end by adding noise, and come down again.  On N(0, c^2) data an error in variance shrinks each time by
   ``(c^2 + s_low^2)/(c^2 + s_high^2)``, s = sigma/alpha.
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_sde.errors import is_real, is_whole
 from diffusers_sde.prediction import NOISE, from_model
 from diffusers_sde.tables import points_of
 from diffusers_sde.weights import Point
@@ -129,9 +132,9 @@ def restart_visits(
     Raises:
         ValueError: where the interval holds fewer than two of the levels, or repeats is negative.
     """
+    if not (is_whole(repeats) and repeats >= 0):
+        raise ValueError(f"Restart repeats an interval 0 or more times, not {repeats!r}.")
     inside = [i for i, s in enumerate(noise_levels) if interval[0] <= s <= interval[1]]
-    if repeats < 0:
-        raise ValueError(f"Restart repeats an interval 0 or more times, not {repeats}.")
     if len(inside) < 2:
         raise ValueError(
             f"The restart interval {interval} holds {len(inside)} of the noise levels: widen it or take more steps."
@@ -156,6 +159,8 @@ def planned_visits(scheduler: Any, restart: tuple[float, float, int] | None) -> 
     """
     if restart is None:
         return [Visit(i) for i in range(len(scheduler.timesteps))]
+    if not isinstance(restart, Sequence) or len(restart) != 3 or not all(map(is_real, restart)):
+        raise ValueError(f"restart must be (low, high, repeats), not {restart!r}.")
     low, high, repeats = restart
     return restart_visits(np.exp(-scheduler.levels.log_snr[:-1]), (low, high), repeats)
 
@@ -223,32 +228,97 @@ def sample_with_correctors(
     Raises:
         ValueError: as :func:`restart_visits`, and for correctors that do not converge.
     """
-    if corrector_steps < 0 or (corrector_steps and not 0 < corrector_snr < 1):
-        raise ValueError(f"Correctors need 0 or more steps and 0 < snr < 1, not {corrector_steps} and {corrector_snr}.")
-    path, kind = scheduler.path, scheduler.config.prediction_type
+    right = is_whole(corrector_steps) and corrector_steps >= 0 and is_real(corrector_snr)
+    if not right or (corrector_steps and not 0 < corrector_snr < 1):
+        raise ValueError(
+            f"Correctors need 0 or more steps and 0 < snr < 1, not {corrector_steps!r} and {corrector_snr!r}."
+        )
     points, rows = points_of(scheduler.levels), len(scheduler.timesteps)
     dtype = x.dtype
-
-    def normals() -> torch.Tensor:
-        return randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
-
     for row, back_from in planned_visits(scheduler, restart):
         if back_from is not None:
-            x = renoise(x, points[back_from], points[row], normals())
+            z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
+            x = renoise(x, points[back_from], points[row], z)
             scheduler.rewind(row)
         t = scheduler.timesteps[row]
         x = scheduler.step(predict(x, row), t, x, generator=generator, return_dict=False)[0]
         if corrector_steps and row + 1 < rows:
-            point = points[row + 1]
-            k_x, k_m = from_model(path, kind, point.alpha, point.sigma, NOISE)
-            for _ in range(corrector_steps):
-                eps = k_x * x + k_m * predict(x, row + 1)
-                x = corrector_step(x, eps, point.sigma, corrector_snr, normals()).to(dtype)
+            x = _corrected(predict, scheduler, x, row + 1, corrector_steps, corrector_snr, generator)
         if callback is not None:
             callback()
     return x
 
 
+def annealed_langevin(
+    predict: Callable[[torch.Tensor, int], torch.Tensor],
+    scheduler: Any,
+    x: torch.Tensor,
+    *,
+    steps_per_level: int,
+    snr: float = 0.2,
+    generator: Any = None,
+    callback: Callable[[], Any] | None = None,
+) -> torch.Tensor:
+    """Annealed Langevin dynamics (NCSN; Song & Ermon 2019, arXiv:1907.05600, algorithm 1): ULA steps at each noise
+    level of a grid, no solver between them, and at the end the data prediction in place of the last noise
+    (Jolicoeur-Martineau et al. 2020, arXiv:2009.05475, section 3.1).
+
+    From one level to the next ``x/alpha`` stays as it is, so that every path is sampled as its variance exploding image
+    (at alpha = 0, where there is none, the noise is scaled to the next level).  The published step, ``alpha_i/2 = eps
+    sigma_i^2/(2 sigma_L^2)``, is that of ``snr = sqrt(eps)/(2 sigma_L)``.
+
+    Args:
+        predict: ``predict(x, row)``, the model output (N, ...) for the state x at that row of the grid.
+        scheduler: one with ``levels`` and ``path``, as those of this package, whose timesteps are set.  Levels whose
+            sigma/alpha fall by a constant factor (``grid="log_snr"``) are the published ones.
+        x: the state to start from (N, ...), at the first level.
+        steps_per_level: ULA steps at each level; with rows levels the run has ``rows * steps_per_level + 1``
+            evaluations.
+        snr: their size, ``h = 2 (snr sigma)^2``; in (0, 1), where they converge.
+        generator: of all noise.
+        callback: called after each level.
+
+    Returns:
+        The data prediction (N, ...) at the last level, in x's dtype.
+
+    Raises:
+        ValueError: for no steps, and for steps that do not converge.
+    """
+    if not (is_whole(steps_per_level) and steps_per_level >= 1 and is_real(snr) and 0 < snr < 1):
+        raise ValueError(
+            f"Annealed Langevin needs 1 or more steps and 0 < snr < 1, not {steps_per_level!r} and {snr!r}."
+        )
+    points, dtype = points_of(scheduler.levels)[:-1], x.dtype
+    for row, point in enumerate(points):
+        if row:
+            before = points[row - 1]
+            x = x * (point.alpha / before.alpha if before.alpha else point.sigma / before.sigma)
+        x = _corrected(predict, scheduler, x, row, steps_per_level, snr, generator)
+        if callback is not None:
+            callback()
+    k_x, k_m = from_model(scheduler.path, scheduler.config.prediction_type, points[-1].alpha, points[-1].sigma)
+    return (k_x * x + k_m * predict(x, len(points) - 1)).to(dtype)
+
+
+def _corrected(
+    predict: Callable[[torch.Tensor, int], torch.Tensor],
+    scheduler: Any,
+    x: torch.Tensor,
+    row: int,
+    steps: int,
+    snr: float,
+    generator: Any,
+) -> torch.Tensor:
+    """``steps`` corrector steps at a row of the grid, in x's dtype."""
+    alpha, sigma, dtype = float(scheduler.levels.alpha[row]), float(scheduler.levels.sigma[row]), x.dtype
+    k_x, k_m = from_model(scheduler.path, scheduler.config.prediction_type, alpha, sigma, NOISE)
+    for _ in range(steps):
+        eps = k_x * x + k_m * predict(x, row)
+        z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
+        x = corrector_step(x, eps, sigma, snr, z).to(dtype)
+    return x
+
+
 def _check_step(step: float) -> None:
-    if not 0 < step < math.inf:
-        raise ValueError(f"The step of Langevin dynamics must be positive, not {step}.")
+    if not (is_real(step) and 0 < step < math.inf):
+        raise ValueError(f"The step of Langevin dynamics must be positive, not {step!r}.")

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from scipy.integrate import RK45
 
+from diffusers_sde.errors import check_whole, is_real
 from diffusers_sde.methods.fields import Field
 from diffusers_sde.weights import Point
 
@@ -55,8 +56,8 @@ class LogLikelihood:
 
     @property
     def error(self) -> torch.Tensor:
-        """The three together, with one standard error of the trace where that is known."""
-        return self.solver_error + self.trace_error.nan_to_num(0.0) + self.prior_error
+        """The three together, with one standard error of the trace; nan, unknown, where that is: it is the largest."""
+        return self.solver_error + self.trace_error + self.prior_error
 
 
 def log_likelihood(
@@ -279,8 +280,8 @@ def _ends(field: Field, noise_std: float | None) -> tuple[Point, Point]:
     noisy = Point(*(float(v) for v in path.alpha_sigma(path.noisiest)))
     clean = float(path.log_snr(path.cleanest))
     if noise_std is not None:
-        if not 0 < noise_std < math.exp(-noisy.log_snr):
-            raise ValueError(f"noise_std must be a positive noise level below the largest one, not {noise_std}.")
+        if not (is_real(noise_std) and 0 < noise_std < math.exp(-noisy.log_snr)):
+            raise ValueError(f"noise_std must be a positive noise level below the largest one, not {noise_std!r}.")
         clean = -math.log(noise_std)
     return Point(*(float(v) for v in path.alpha_sigma_of(clean))), noisy
 
@@ -300,9 +301,8 @@ def _check(
         raise ValueError(f"distribution must be 'rademacher' or 'gaussian', not {distribution!r}.")
     if prior not in PRIORS:
         raise ValueError(f"prior must be 'matched' or 'standard', not {prior!r}.")
-    if num_probes < 1:
-        raise ValueError(f"num_probes must be at least 1, not {num_probes}.")
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol and atol must be positive, not {rtol} and {atol}.")
-    if not 0 < data_std < math.inf:
-        raise ValueError(f"data_std must be positive and finite, not {data_std}.")
+    check_whole("num_probes", num_probes)
+    if not all(is_real(tolerance) and tolerance > 0 for tolerance in (rtol, atol)):
+        raise ValueError(f"rtol and atol must be positive, not {rtol!r} and {atol!r}.")
+    if not (is_real(data_std) and 0 < data_std < math.inf):
+        raise ValueError(f"data_std must be positive and finite, not {data_std!r}.")

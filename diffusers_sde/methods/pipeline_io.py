@@ -13,7 +13,8 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_sde.sampling import null_label
+from diffusers_sde.errors import check_finite, is_whole
+from diffusers_sde.sampling import class_names, null_label
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -23,7 +24,7 @@ def label_tensor(network: Any, class_labels: Any, batch: int | None = None) -> t
 
     Args:
         network: a ``UNet2DModel``-like network or a mixture.
-        class_labels: an int, a list or a tensor; None: no class.
+        class_labels: an int or a name, a list of them or a tensor; None: no class.
         batch: number of samples; None: as many as there are labels.  One label is repeated for all of them.
 
     Returns:
@@ -37,32 +38,48 @@ def label_tensor(network: Any, class_labels: Any, batch: int | None = None) -> t
         return None if null is None else torch.full((batch or 1,), null, device=network.device)
     if null is None:
         raise ValueError("This network has no classes: leave out class_labels.")
-    labels = labels_of(class_labels, batch)
+    labels = labels_of(class_labels, batch, class_names(network))
     if bool((labels > null).any()):
         raise ValueError(f"class_labels must be whole numbers from 0 to {null - 1}, or {null} for no class.")
     return labels.to(network.device)
 
 
-def labels_of(class_labels: Any, batch: int | None = None) -> torch.Tensor:
+def labels_of(class_labels: Any, batch: int | None = None, names: Sequence[str] | None = None) -> torch.Tensor:
     """Labels as a tensor.
 
     Args:
-        class_labels: an int, an iterable or a tensor.
+        class_labels: an int or a name, an iterable of them or a tensor.
         batch: number of samples; None: as many as there are labels.  One label is repeated for all of them.
+        names: of the classes, if they have some; their case does not matter.
 
     Returns:
         (N,) int64 on the CPU.
 
     Raises:
-        ValueError: for what is no list of labels, or not as long as the batch.
+        ValueError: for what is no list of labels, a name that no class has, or not as long as the batch.
     """
-    several = isinstance(class_labels, Iterable) and not isinstance(class_labels, torch.Tensor)
-    labels = torch.as_tensor(list(class_labels) if several else class_labels).reshape(-1).cpu()
-    if labels.is_floating_point() or not len(labels) or bool((labels < 0).any()):
+    if isinstance(class_labels, torch.Tensor | np.ndarray):
+        class_labels = class_labels.reshape(-1).tolist()
+    several = isinstance(class_labels, Iterable) and not isinstance(class_labels, str)
+    numbers = [_label(label, names) for label in (class_labels if several else [class_labels])]
+    if not numbers or not all(is_whole(number) and 0 <= number < 2**63 for number in numbers):
         raise ValueError("class_labels must be one or more whole numbers, 0 or larger.")
+    labels = torch.tensor([int(number) for number in numbers])
     if batch is not None and len(labels) not in (1, batch):
         raise ValueError(f"{len(labels)} class_labels for {batch} images: pass one, or one for each image.")
-    return labels.long().expand(batch or len(labels))
+    return labels.expand(batch or len(labels))
+
+
+def _label(label: Any, names: Sequence[str] | None) -> Any:
+    """The number of a class that is named; whatever else as it is."""
+    if not isinstance(label, str):
+        return label
+    if names is None:
+        raise ValueError(f"The classes of this model have no names: class_labels must be whole numbers, not {label!r}.")
+    alike = [i for i, name in enumerate(names) if name.casefold() == label.casefold()]
+    if not alike:
+        raise ValueError(f"There is no class {label!r}: class_labels are numbers, or names among {', '.join(names)}.")
+    return next((i for i in alike if names[i] == label), alike[0])
 
 
 def sample_shape(network: Any) -> tuple[int, ...]:
@@ -94,13 +111,15 @@ def initial_noise(
         (N, C, H, W).
 
     Raises:
-        ValueError: for latents of another shape.
+        ValueError: for latents of another shape, and for some that are not finite.
     """
     shape = (batch, *sample_shape(network))
     if latents is None:
         latents = randn_tensor(shape, generator=generator, device=network.device, dtype=network.dtype)
     elif tuple(latents.shape) != shape:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, this model makes {shape}.")
+    elif not bool(latents.isfinite().all()):
+        raise ValueError("latents are not finite: pass unit normals.")
     return latents.to(network.device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
@@ -125,6 +144,8 @@ def lay_out_grid(
     Raises:
         ValueError: as the scheduler's ``set_timesteps``.
     """
+    if mu is not None:
+        check_finite("mu", mu)
     number = num_inference_steps if timesteps is None and sigmas is None else None
     scheduler.set_timesteps(number, device=device, timesteps=timesteps, sigmas=sigmas, mu=mu)
 

@@ -11,7 +11,12 @@ exact where ``p(x_0 | x_t)`` is Gaussian with covariance C.  What is taken for C
   gradients on products with the Jacobian; exact for Gaussian data;
 * ``pigdm``: ``C = r^2 I``, ``r^2 = c^2 sigma^2/(c^2 alpha^2 + sigma^2)`` (Song et al. 2023, PiGDM, section 3.2);
 * ``dps``: no covariance: after each step ``x <- x - scale grad ||y - A D||`` (Chung et al. 2023, arXiv:2209.14687,
-  algorithm 1).
+  algorithm 1);
+* ``projection``: no likelihood: after each step the part of the state that A sees is replaced by that of a noised
+  observation, ``x <- x + A^+ (alpha y + sigma A z - A x)``, which takes y to be exact.  With a mask for A it is the
+  imputation of Song et al. 2021 (arXiv:2011.13456, appendix I.2; for any A arXiv:2111.08005), with
+  :func:`super_resolution` it is ILVR (Choi et al. 2021, arXiv:2108.02938, algorithm 1), whose low-pass filter is
+  ``A^+ A``.  The posterior only where what A sees and the rest are independent: fast, less faithful than the others.
 
 At alpha = 0, where ``dD/dx`` is 0 and x says nothing, C is the covariance of the data: its limit is taken from the
 network just below (``LIMIT_LOG_SNR``).  The operator is any linear function of pixels, its adjoint is found by
@@ -28,10 +33,11 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffusers_sde.errors import check_whole, is_real
 from diffusers_sde.methods.fields import Field
 from diffusers_sde.weights import Point
 
-METHODS = ("mmps", "pigdm", "dps")
+METHODS = ("mmps", "pigdm", "dps", "projection")
 LIMIT_LOG_SNR = -7.0  # alpha is 1e-3 of sigma: small for the limit, large for the rounding of float32 networks
 Operator = Callable[[torch.Tensor], torch.Tensor]
 
@@ -77,8 +83,7 @@ def super_resolution(factor: int) -> Operator:
     Raises:
         ValueError: for a factor below 2.
     """
-    if factor < 2:
-        raise ValueError(f"factor must be at least 2, not {factor}.")
+    check_whole("factor", factor, 2)
 
     def pooled(x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] % factor or x.shape[-2] % factor:
@@ -100,8 +105,8 @@ def gaussian_blur(std: float) -> Operator:
     Raises:
         ValueError: for a std that is not positive.
     """
-    if not std > 0:
-        raise ValueError(f"std must be positive, not {std}.")
+    if not (is_real(std) and 0 < std < math.inf):
+        raise ValueError(f"std must be positive and finite, not {std!r}.")
     radius = max(math.ceil(3 * std), 1)
     weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / std) ** 2)
     weights /= weights.sum()
@@ -160,23 +165,24 @@ def check_observation(operator: Operator, y: torch.Tensor, noise_std: float, pix
 
     Args:
         operator: tried on random pixels.
-        y: the observation (N, ...).
+        y: the observations (N, ...), all of them.
         noise_std: of its noise.
-        pixels: (N, C, H, W), for their shape, dtype and device.
+        pixels: (N, C, H, W), of any N, for their shape, dtype and device.
 
     Raises:
         ValueError: unless the operator is linear, differentiable and makes tensors of y's shape, y is finite and
             noise_std positive.
     """
-    if not noise_std > 0:
-        raise ValueError(f"noise_std must be positive, not {noise_std}: use a small one where there is no noise.")
+    if not (is_real(noise_std) and noise_std > 0):
+        raise ValueError(f"noise_std must be positive, not {noise_std!r}: use a small one where there is no noise.")
     generator = torch.Generator().manual_seed(0)  # the caller's own stream of random numbers is not touched
     one, two = torch.randn(2, *pixels.shape, generator=generator).to(pixels)
     with torch.enable_grad():
         outputs = [operator(v.requires_grad_()) for v in (one, two, one - 2 * two)]
-    if not isinstance(outputs[0], torch.Tensor) or outputs[0].shape != y.shape:
+    expected_shape = torch.Size((len(pixels), *y.shape[1:]))
+    if not isinstance(outputs[0], torch.Tensor) or outputs[0].shape != expected_shape:
         shape = getattr(outputs[0], "shape", type(outputs[0]).__name__)
-        raise ValueError(f"The operator makes {shape} of these pixels, the observation is {y.shape}: they must agree.")
+        raise ValueError(f"The operator makes {shape} of these pixels, y is {expected_shape}: they must agree.")
     if not outputs[0].requires_grad:
         raise ValueError("The operator is not differentiable: write it in torch functions, without detach or numpy.")
     first, second, both = (output.detach() for output in outputs)
@@ -233,16 +239,19 @@ def conditional_mean(
         x: the state (N, C, H, W).
         point: its noise level.
         measurement: y and how it came about.
-        method: mmps, pigdm or dps.
+        method: mmps, pigdm or dps, or projection, which leaves the data prediction as it is (see :func:`project`).
         data_std: c, the scale of the data.
         iterations: steps of conjugate gradients; each costs one backward pass (pigdm: none through the network).
         max_noise: noise level sigma/alpha above which the network's Jacobian is not used; inf for an exact oracle.
         time: what the network is given for ``point``, as in :meth:`diffusers_sde.methods.fields.Field.output`.
 
     Returns:
-        ``(E[x_0 | x_t, y], 0)`` by mmps and pigdm, ``(E[x_0 | x_t], grad_x ||y - A D||)`` by dps, of x's shape and
-        dtype.
+        ``(E[x_0 | x_t, y], 0)`` by mmps and pigdm, ``(E[x_0 | x_t], grad_x ||y - A D||)`` by dps, ``(E[x_0 | x_t], 0)``
+        by projection, of x's shape and dtype.
     """
+    if method == "projection":
+        with torch.no_grad():
+            return field(x, point, time=time), torch.zeros_like(x)
     isotropic = point.sigma > max_noise * point.alpha if point.alpha else not math.isinf(max_noise) or method == "dps"
     c2 = data_std**2
     r2 = c2 * point.sigma**2 / (c2 * point.alpha**2 + point.sigma**2)
@@ -285,6 +294,32 @@ def conditional_mean(
         weights = conjugate_gradients(system, residual, iterations, floor=measurement.noise_std**2)
         guided = mean.detach() + smooth(transposed(weights))
     return guided.detach(), torch.zeros_like(x)
+
+
+def project(
+    x: torch.Tensor, point: Point, measurement: Measurement, z: torch.Tensor, iterations: int = 5
+) -> torch.Tensor:
+    """The state nearest to x that agrees with the observation at its noise level, ``x + A^+ (alpha y + sigma A z -
+    A x)``, ``A^+ = A' (A A')^-1`` (Song et al. 2021, arXiv:2011.13456, appendix I.2; Choi et al. 2021,
+    arXiv:2108.02938, eq. 8).
+
+    Args:
+        x: the state (N, C, H, W).
+        point: its noise level.
+        measurement: y and how it came about, of pixels; its noise is not used.
+        z: unit normals (N, C, H, W).
+        iterations: steps of conjugate gradients; one is exact for masks and block means.
+
+    Returns:
+        The projected state (N, C, H, W).
+    """
+    operator = measurement.operator
+
+    def system(v: torch.Tensor) -> torch.Tensor:  # A A' v
+        return operator(adjoint(operator, v, x))
+
+    missing = point.alpha * measurement.y + operator(point.sigma * z - x)
+    return x + adjoint(operator, conjugate_gradients(system, missing, iterations), x)
 
 
 def conjugate_gradients(
@@ -351,8 +386,7 @@ def check_method(method: str, data_std: float, iterations: int, max_noise: float
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
-    if iterations < 1:
-        raise ValueError(f"solver_iterations must be at least 1, not {iterations}.")
+    check_whole("solver_iterations", iterations)
     for name, value in (("data_std", data_std), ("max_noise", max_noise), ("dps_scale", dps_scale)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, not {value}.")
+        if not (is_real(value) and value > 0):
+            raise ValueError(f"{name} must be positive, not {value!r}.")

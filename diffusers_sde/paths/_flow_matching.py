@@ -89,7 +89,8 @@ class FlowMatching(Path):
             return (1 if self.inverted else -1) / (sigma * (1 - sigma)) / self.scale
 
     def d_log_alpha(self, t: Any) -> Array:
-        return (1 if self.inverted else -1) / (1 - self._sigma(t)) / self.scale
+        with np.errstate(divide="ignore"):
+            return (1 if self.inverted else -1) / (1 - self._sigma(t)) / self.scale
 
     def sigma_label(self, alpha: Any, sigma: Any) -> Array:
         return np.asarray(alpha if self.inverted else sigma, np.float64)
@@ -118,7 +119,7 @@ class FlowMatching(Path):
     def times_of_noise(self, levels: Any) -> Array:
         return self._times_of_sigma(levels / (1 + levels) if self.ramps_in_ratio else levels)
 
-    def training_times(self, fractions: Array) -> tuple[Array, float | Array]:
+    def training_times(self, fractions: Array) -> tuple[Array, Array]:
         """Through the static shift, as in Esser et al. 2024; a dynamic one is a fact of a run, not of the training."""
         if self.use_dynamic_shifting:
             return super().training_times(fractions)

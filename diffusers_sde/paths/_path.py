@@ -70,11 +70,11 @@ class Path:
         raise NotImplementedError
 
     def d_log_snr(self, t: Any) -> Array:
-        """``d log_snr / dt``."""
+        """``d log_snr / dt``: from above where t is a kink, infinite where ``log_snr`` is."""
         raise NotImplementedError
 
     def d_log_alpha(self, t: Any) -> Array:
-        """``d log alpha / dt``, the drift coefficient f of the forward SDE."""
+        """``d log alpha / dt``, the drift coefficient f of the forward SDE; infinite at alpha = 0."""
         raise NotImplementedError
 
     # -- what diffusers calls "sigma" for this family, and back --
@@ -154,14 +154,15 @@ class Path:
 
     # -- training --
 
-    def training_times(self, fractions: Array) -> tuple[Array, float | Array]:
-        """Times at which to train, and the density of fractions in time.
+    def training_times(self, fractions: Array) -> tuple[Array, Array]:
+        """Times at which to train, and the density of fractions in half log-SNR.
 
         Args:
             fractions: (N,) in (0, 1), from the cleanest to the noisiest time.
 
         Returns:
-            ``(t, |d fraction / dt|)``, each (N,) or a number.
+            ``(t, |d fraction / d log_snr|)``, each (N,).
         """
         span = self.noisiest - self.cleanest
-        return self.cleanest + span * fractions, 1 / abs(span)
+        t = self.cleanest + span * fractions
+        return t, 1 / np.abs(span * self.d_log_snr(t))

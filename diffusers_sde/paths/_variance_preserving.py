@@ -43,18 +43,22 @@ class VariancePreserving(Path):
         low = np.clip(index, 0, len(self.alphas_cumprod) - 2)
         return low, np.isfinite(self._log_snr[low]) & np.isfinite(self._log_snr[low + 1])
 
+    def _sine_and_cosine(self, t: Array, low: Array) -> tuple[Array, Array]:
+        """Of the angle where it is linear in t; the cosine as a sine, which is exactly 0 at alpha = 0."""
+        u = t - low
+        angle = np.clip(self._angle[low] * (1 - u) + self._angle[low + 1] * u, 0, np.pi / 2)
+        return np.sin(angle), np.sin(np.pi / 2 - angle)
+
     def log_snr(self, t: Any) -> Array:
         t = np.asarray(t, np.float64)
         low, finite = self._cell(np.floor(t).astype(int))
         u = t - low
         if self._finite:
             return self._log_snr[low] * (1 - u) + self._log_snr[low + 1] * u
-        angle = self._angle[low] * (1 - u) + self._angle[low + 1] * u
+        sine, cosine = self._sine_and_cosine(t, low)
         with np.errstate(invalid="ignore", divide="ignore"):
             linear = self._log_snr[low] + u * (self._log_snr[low + 1] - self._log_snr[low])
-            # cos(pi/2) is 6e-17 in floating point; at zero SNR the exact limit is wanted
-            curved = np.where(angle >= np.pi / 2, -np.inf, -np.log(np.tan(np.clip(angle, 0, np.pi / 2))))
-        return np.where(finite, linear, curved)
+            return np.where(finite, linear, np.log(cosine) - np.log(sine))
 
     def time(self, log_snr: Any) -> Array:
         lam = np.asarray(log_snr, np.float64)
@@ -84,19 +88,30 @@ class VariancePreserving(Path):
         return torch.where(finite, alpha, angle.cos()), torch.where(finite, sigma, angle.sin())
 
     def d_log_snr(self, t: Any) -> Array:
-        low, _ = self._cell(np.floor(np.asarray(t, np.float64)).astype(int))
-        return self._log_snr[low + 1] - self._log_snr[low]
+        t = np.asarray(t, np.float64)
+        low, finite = self._cell(np.floor(t).astype(int))
+        sine, cosine = self._sine_and_cosine(t, low)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            linear = self._log_snr[low + 1] - self._log_snr[low]
+            return np.where(finite, linear, (self._angle[low] - self._angle[low + 1]) / (sine * cosine))
 
     def d_log_alpha(self, t: Any) -> Array:
-        # alpha^2 = sigmoid(2 lambda), so d log alpha = sigma^2 d lambda
-        return self.alpha_sigma(t)[1] ** 2 * self.d_log_snr(t)
+        t = np.asarray(t, np.float64)
+        low, finite = self._cell(np.floor(t).astype(int))
+        sine, cosine = self._sine_and_cosine(t, low)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # alpha^2 = sigmoid(2 lambda), so d log alpha = sigma^2 d lambda
+            linear = self.alpha_sigma(t)[1] ** 2 * (self._log_snr[low + 1] - self._log_snr[low])
+            return np.where(finite, linear, (self._angle[low] - self._angle[low + 1]) * sine / cosine)
 
     def noise_range(self) -> tuple[float, float]:
         ends = self._log_snr[[0, -1 if np.isfinite(self._log_snr[-1]) else -2]]  # the last is zero terminal SNR
         low, high = np.exp(-ends)
         return float(low), float(high)
 
-    def training_times(self, fractions: Array) -> tuple[Array, float | Array]:
-        """Integers, every one as often as the others."""
-        t = np.floor(fractions * (self.noisiest + 1))
-        return np.minimum(t, self.noisiest), 1 / self.noisiest
+    def training_times(self, fractions: Array) -> tuple[Array, Array]:
+        """Integers, every one as often as the others, each for the log-SNRs of the times that are rounded to it."""
+        steps = len(self.alphas_cumprod)
+        t = np.minimum(np.floor(fractions * steps), self.noisiest)
+        low, high = (self.log_snr(np.clip(t + half, 0, self.noisiest)) for half in (0.5, -0.5))
+        return t, 1 / (steps * (high - low))

@@ -10,7 +10,7 @@ from diffusers_sde.defaults import check_multistep, multistep_table
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
-from diffusers_sde.tables import Table, check_tau, points_of, tau_from_eta
+from diffusers_sde.tables import Table, check_tau, eta_from_zero_snr, points_of, tau_from_eta
 from diffusers_sde.weights import Point, linear_coefficients
 
 
@@ -75,8 +75,11 @@ class ReverseSDEScheduler(TableScheduler):
     def _table(self, path: Path, nodes: Nodes, tau: list[float]) -> Table:
         c = self.config
         table = multistep_table(c, path, nodes, tau=tau, final=self._final, stochastic=True)
-        if c.variance_type == "fixed_large" and c.solver_order == 1 and not c.corrector and table.data_std == 0:
-            return _upper_variance(table, nodes, tau)
+        upper = c.variance_type == "fixed_large" and c.solver_order == 1 and not c.corrector and table.data_std == 0
+        if upper:
+            table = _upper_variance(table, nodes, tau)
+        if c.eta is not None and nodes.alpha[0] == 0:
+            table = eta_from_zero_snr(table, c.eta, points_of(nodes)[1], 1.0 if upper else table.data_std)
         return table
 
 

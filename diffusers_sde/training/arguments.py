@@ -17,6 +17,7 @@ from diffusers_sde.errors import UsageError
 from diffusers_sde.training.settings import Settings, build_parser
 
 FLOW_MAPS = ("consistency", "mean_flow")
+TAUGHT = (*FLOW_MAPS, "rectification")  # the objectives that a teacher serves
 
 
 def read_settings(argv: Sequence[str] | None = None) -> Settings:
@@ -72,10 +73,15 @@ def find_problem(settings: Settings) -> str | None:
     if settings.path != "from_model" and settings.pretrained_model_name_or_path:
         return "a pretrained network keeps its process: leave out --path (or train a new network)."
     distilled = settings.teacher_model_name_or_path is not None
-    if distilled and settings.objective not in FLOW_MAPS:
-        return "--teacher_model_name_or_path is for --objective consistency and mean_flow: leave out one of them."
+    if distilled and settings.objective not in TAUGHT:
+        return (
+            "--teacher_model_name_or_path is for --objective consistency, mean_flow and rectification: leave out one "
+            "of them."
+        )
+    if settings.objective == "rectification" and not distilled:
+        return "--objective rectification straightens the ODE of a teacher: pass --teacher_model_name_or_path."
     if settings.guidance_scale != 1.0 and not distilled:
-        return "--guidance_scale builds the guidance of a teacher into a flow map: pass --teacher_model_name_or_path."
+        return "--guidance_scale builds the guidance of a teacher into its student: pass --teacher_model_name_or_path."
     if settings.objective == "classifier" and (settings.rank is not None or settings.model_config):
         return "--objective classifier trains a small network of its own: leave out --rank and --model_config."
     return (
@@ -145,12 +151,13 @@ def find_wrong_number(settings: Settings) -> str | None:
         "num_validation_images",
         "num_held_out_images",
         "dataloader_num_workers",
-        "lr_warmup_steps",
         "sharpness_weight",
         "kl_weight",
     ):
         if getattr(settings, name) < 0:
             return f"--{name} cannot be negative."
+    if settings.lr_warmup_steps is not None and settings.lr_warmup_steps < 0:
+        return "--lr_warmup_steps cannot be negative."
     return None
 
 
@@ -162,7 +169,8 @@ def find_wrong_output(settings: Settings) -> str | None:
     output = Path(settings.output_dir)
     if output.exists() and not output.is_dir():
         return f"--output_dir {output} is a file: pass a folder."
-    holds = (output / "model_index.json").exists() or any(output.glob("checkpoint-*"))
+    results = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")
+    holds = any((output / name).exists() for name in results) or any(output.glob("checkpoint-*"))
     if holds and not settings.resume_from_checkpoint and not settings.dry_run:
         return (
             f"--output_dir {output} holds an earlier training: pass --resume_from_checkpoint latest to go on, "

@@ -6,6 +6,8 @@ Knows files, matplotlib and the card's text.  Knows no tensors.
 from __future__ import annotations
 
 import csv
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ CURVE = ("step", "loss", "learning_rate")
 def start_curve(file: Path, resumed_step: int) -> None:
     """Begin ``loss.csv``, or cut it to the steps that a resumed training does not make again."""
     rows = [row for row in read_curve(file) if row[0] <= resumed_step] if file.exists() else []
-    with open(file, "w", newline="") as stream:
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    with open(unfinished, "w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(CURVE)
         writer.writerows(rows)
+    unfinished.replace(file)
 
 
 def extend_curve(file: Path, step: int, loss: float, rate: float) -> None:
@@ -84,21 +88,21 @@ Command:
 _SNIPPETS = {
     "classifier": """from diffusers_sde import NoisyClassifierModel
 
-classifier = NoisyClassifierModel.from_pretrained("{name}")
+classifier = NoisyClassifierModel.from_pretrained({name})
 logits = classifier(noisy_images, timesteps)  # log p(class | x_t) up to a constant, (N, classes)""",
     "autoencoder": """from diffusers import AutoencoderKL
 
-vae = AutoencoderKL.from_pretrained("{name}")
+vae = AutoencoderKL.from_pretrained({name})
 latents = vae.encode(images).latent_dist.mean * vae.config.scaling_factor  # of images (N, {channels}, H, W) in [-1, 1]
 images = vae.decode(latents / vae.config.scaling_factor).sample""",
     "flow_map": """import torch
 import diffusers_sde
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}")
+pipe = DiffusionPipeline.from_pretrained({name})
 scheduler = pipe.scheduler  # FlowMapScheduler
 scheduler.set_timesteps(2)
-x = torch.randn(3, {channels}, {size}, {size})
+x = torch.randn({count}, {channels}, {size}, {size})
 with torch.no_grad():
     for t in scheduler.timesteps:
         x = scheduler.step(pipe.unet(x, t{labels}{target}).sample, t, x).prev_sample  # in [-1, 1]""",
@@ -107,7 +111,7 @@ import diffusers_sde
 from diffusers import DDPMPipeline
 from diffusers_sde.sampling import network_denoiser, sample
 
-pipe = DDPMPipeline.from_pretrained("{name}")
+pipe = DDPMPipeline.from_pretrained({name})
 scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 scheduler.set_timesteps(10)
 noise = torch.randn(4, {channels}, {size}, {size})
@@ -117,23 +121,23 @@ import diffusers_sde
 from diffusers import DDPMPipeline
 from diffusers_sde.sampling import network_denoiser, sample
 
-pipe = DDPMPipeline.from_pretrained("{name}")
+pipe = DDPMPipeline.from_pretrained({name})
 scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 scheduler.set_timesteps(10)
-labels = torch.tensor([0, 1, 2])
-noise = torch.randn(3, {channels}, {size}, {size})
+labels = torch.tensor({shown})
+noise = torch.randn({count}, {channels}, {size}, {size})
 images = sample(network_denoiser(pipe.unet, labels, guidance_scale=2.0), scheduler, noise)  # in [-1, 1]""",
     "pipeline": """import diffusers_sde
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}")
+pipe = DiffusionPipeline.from_pretrained({name})
 pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 images = pipe({condition}, num_inference_steps=10).images""",
     "lora": """import diffusers_sde
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base_model}")
-pipe.load_lora_weights("{name}")
+pipe = DiffusionPipeline.from_pretrained({base_model})
+pipe.load_lora_weights({name})
 pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
 images = pipe({condition}, num_inference_steps=10).images""",
 }
@@ -149,17 +153,20 @@ def write_card(
     kind: str,
     values: dict[str, Any],
     base_model: str | None = None,
+    hide: Callable[[str], str] = lambda text: text,
 ) -> None:
     """``README.md`` of a model: what it is, how it was trained, its curves, how to sample it.
 
     ``kind`` names the sampling snippet (unconditional, class, flow_map, classifier, autoencoder, pipeline, lora),
-    ``values`` fill it in.  Without ``samples.png`` or ``loss.png`` in ``folder`` the card shows none.
+    ``values`` fill it in, strings quoted.  Without ``samples.png`` or ``loss.png`` in ``folder`` the card shows none.
+    ``base_model`` is named to the Hub where it is a model of the Hub.  ``hide`` takes secrets out of the text.
     """
 
     def shown(title: str, file: str) -> str:
         return f"![{title}]({file})\n\n" if (folder / file).exists() else ""
 
-    base = f"base_model: {base_model}\n" if base_model else ""
+    of_hub = base_model is not None and base_model.count("/") == 1 and not Path(base_model).exists()
+    base = f"base_model: {json.dumps(base_model)}\n" if of_hub else ""
     tags = ", lora" if kind == "lora" else ""
     text = _CARD.format(
         tags=tags,
@@ -170,6 +177,6 @@ def write_card(
         samples=shown("Samples", "samples.png"),
         loss=shown("Loss", "loss.png"),
         command=command,
-        snippet=_SNIPPETS[kind].format(base_model=base_model, **values),
+        snippet=_SNIPPETS[kind].format(base_model=json.dumps(base_model), **values),
     )
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(hide(text), encoding="utf-8")

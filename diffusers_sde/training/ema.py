@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ def gamma_of_width(sigma_rel: float) -> float:
 
 class PowerEMA:
     """The average of ``parameters``, float32, on their devices: ``average <- b average + (1 - b) weights`` with
-    ``b = (1 - 1/t)^(gamma + 1)`` at step t (eq. 127).  A checkpoint object of Accelerate."""
+    ``b = (1 - 1/t)^(gamma + 1)`` at step t (eq. 127)."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], sigma_rel: float = 0.1):
         self.gamma = gamma_of_width(sigma_rel)
@@ -59,12 +58,10 @@ class PowerEMA:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "average": self.average}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["average"]) != len(self.average):
-            raise ValueError("This checkpoint averages other parameters: resume with the arguments it was made with.")
-        self.step = state["step"]
-        for mine, saved in zip(self.average, state["average"], strict=True):
+    def load(self, average: list[torch.Tensor], step: int) -> None:
+        """Go on from an average after so many steps.  Raises ``ValueError`` for one of other parameters."""
+        if [a.shape for a in average] != [a.shape for a in self.average]:
+            raise ValueError("the average is one of other parameters")
+        self.step = step
+        for mine, saved in zip(self.average, average, strict=True):
             mine.copy_(saved)

@@ -21,19 +21,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffusers_sde.training.captions import Caption, caption_of
+from diffusers_sde.training.framing import DataError, Framing, Unreadable, decoding, open_image
 from diffusers_sde.training.randomness import seed_of
-from diffusers_sde.training.samples import (
-    UNREADABLE,
-    DataError,
-    Framing,
-    Images,
-    Item,
-    TrainingData,
-    annotation,
-    epoch_order,
-    read_images,
-    sample_seed,
-)
+from diffusers_sde.training.samples import Images, Item, TrainingData, annotation, epoch_order, read_images, sample_seed
+from diffusers_sde.training.scan import Damage
 
 SHUFFLE_BUFFER = 1000  # images of a stream that are shuffled at a time
 NO_LABEL = "{name} has rows without a label: remove them or pass another --label_column."
@@ -64,6 +56,10 @@ class Rows:
     def __getitem__(self, index: int) -> Image.Image:
         return open_encoded(self.dataset[index][self.column])
 
+    def name(self, index: int) -> str:
+        """The number of the row."""
+        return f"row {index}"
+
     def fingerprint(self) -> str:
         """That of ``datasets``: a hash of the files and of what was done to them."""
         return str(self.dataset._fingerprint)
@@ -76,7 +72,7 @@ def open_encoded(value: Any) -> Image.Image:
     if (data := value["bytes"]) is None:
         with fsspec.open(value["path"], "rb") as file:
             data = file.read()
-    return Image.open(io.BytesIO(data))
+    return open_image(io.BytesIO(data))
 
 
 def open_dataset(source: str, config_name: str | None, split: str, streaming: bool) -> Any:
@@ -84,7 +80,7 @@ def open_dataset(source: str, config_name: str | None, split: str, streaming: bo
     try:
         return datasets.load_dataset(source, config_name, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
             f"{source} is no folder of images and no data set ({reason}): check the name, or the connection."
         ) from error
@@ -131,16 +127,24 @@ def number_labels(dataset: Any, columns: Columns) -> tuple[list[str] | None, np.
     return [str(n) for n in names], labels
 
 
-def read_rows(dataset: Any, framing: Framing, columns: Columns, cache_bytes: int) -> Images:
+def image_rows(dataset: Any, columns: Columns) -> Any:
+    """The columns that are used, and no others, which might not be readable; images undecoded."""
+    used = [name for name in (columns.image, columns.caption, columns.label) if name is not None]
+    return dataset.select_columns(used).cast_column(columns.image, datasets.Image(decode=False))
+
+
+def read_rows(dataset: Any, framing: Framing, columns: Columns, *, own_channels: bool, cache_bytes: int) -> Images:
     """The rows of a ``datasets.Dataset``; labels without a ``ClassLabel`` are numbered in sorted order."""
     names, labels = number_labels(dataset, columns)
     return read_images(
-        Rows(dataset.cast_column(columns.image, datasets.Image(decode=False)), columns.image),
+        Rows(image_rows(dataset, columns), columns.image),
         framing,
+        own_channels=own_channels,
         name=columns.name,
         class_names=names,
         labels=labels,
-        captions=[c or "" for c in dataset[columns.caption]] if columns.caption else None,
+        captions=columns.caption
+        and [caption_of(c, f"{columns.name}, row {i}") for i, c in enumerate(dataset[columns.caption])],
         cache_bytes=cache_bytes,
     )
 
@@ -171,8 +175,9 @@ class ImageStream(TrainingData):
     max_workers = 1  # datasets would give each of several workers only some of the files
 
     def __init__(self, dataset: Any, framing: Framing, columns: Columns) -> None:
-        self.dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
+        self.dataset = image_rows(dataset, columns)
         self.framing, self.columns = framing, columns
+        self.damage: Damage = Damage()
         self.class_names, self.captions = columns.class_names, columns.caption is not None
 
     def __len__(self) -> int:
@@ -209,10 +214,11 @@ class ImageStream(TrainingData):
                     return
                 continue
             try:
-                with open_encoded(row[self.columns.image]) as image:
+                with decoding(), open_encoded(row[self.columns.image]) as image:
                     pixels = torch.from_numpy(self.framing.pixels(image))
-            except UNREADABLE as error:
-                self.skipped, run = self.skipped + 1, run + 1
+            except Unreadable as error:
+                run += 1
+                self.damage.add((row[self.columns.image] or {}).get("path") or f"position {position}", error)
                 warnings.warn(f"An image of {self.columns.name} is damaged and skipped: {error}", stacklevel=2)
                 if run == MAX_UNREADABLE_RUN:
                     raise DataError(
@@ -220,16 +226,18 @@ class ImageStream(TrainingData):
                     ) from error
                 continue
             run = 0
-            label, caption = self.annotations(row)
+            label, caption = self.annotations(row, position)
             while waiting:
                 own = sample_seed(seed, waiting.popleft())
                 yield {"pixel_values": self.framing.tensor(pixels, own), **annotation(label, caption, own)}
 
-    def annotations(self, row: dict[str, Any]) -> tuple[int | None, Any]:
+    def annotations(self, row: dict[str, Any], position: int) -> tuple[int | None, Caption | None]:
         """Label and caption of a row, None where the data set has none."""
         columns, label = self.columns, None
         if columns.label and columns.class_names:
             label = row[columns.label]
             if label is None or label < 0:
                 raise DataError(NO_LABEL.format(name=columns.name))
-        return label, (row[columns.caption] or "") if columns.caption else None
+        if columns.caption is None:
+            return label, None
+        return label, caption_of(row[columns.caption], f"{columns.name}, position {position}")

@@ -20,7 +20,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from diffusers_sde.training.samples import DataError, Images, Item, TrainingData
+from diffusers_sde.training.framing import DataError
+from diffusers_sde.training.samples import Images, Item, TrainingData
 
 SHARD = 1024  # images in a file
 
@@ -45,7 +46,7 @@ class LatentImages(TrainingData):
 
     def __init__(self, images: Images, folder: Path, *, scaling_factor: float, shift_factor: float) -> None:
         self.images, self.folder, self.framing = images, folder, images.framing
-        self.class_names, self.captions, self.skipped = images.class_names, images.captions, images.skipped
+        self.class_names, self.captions, self.damage = images.class_names, images.captions, images.damage
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
         self._open: dict[int, Any] = {}
 

@@ -7,6 +7,7 @@ of N processes; they find each other through gloo and Accelerate takes over from
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,11 +35,28 @@ def requested_processes(environment: Mapping[str, str], launcher: Sequence[str])
 
 
 def start_missing() -> None:
-    """Replace this process by a launcher of all processes, if only one of them was started."""
+    """Become the launcher of all processes and end with their exit status, if only one of them was started."""
     import psutil
 
     processes = requested_processes(os.environ, psutil.Process(os.getppid()).cmdline())
     if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(processes)]
-        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "diffusers_sde.train"]
-        os.execv(sys.executable, [*command, *sys.argv[1:]])
+        sys.exit(launch(processes, sys.argv[1:]))
+
+
+def launch(processes: int, words: Sequence[str]) -> int:
+    """Start the script in so many processes; the exit status of the first that failed, which has said why."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    command = ["--nnodes", "1", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", "-m", "diffusers_sde.train", *words]
+    try:
+        run.run(run.parse_args(command))
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        return status if status > 0 else 128 - status
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0

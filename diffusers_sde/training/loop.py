@@ -5,6 +5,7 @@ Knows a :class:`Session`, its stream of batches and a loss.  Knows neither model
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 from collections.abc import Iterator
@@ -14,18 +15,14 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_sde.training import card
-from diffusers_sde.training.checkpoints import checkpoints
 from diffusers_sde.training.losses import Loss
 from diffusers_sde.training.randomness import seed_of
 from diffusers_sde.training.results import validate
 from diffusers_sde.training.session import Session
+from diffusers_sde.training.soundness import check, diverged
 
 _DROPOUT = 4  # the stream of the network's own random numbers
 STOPPED = 128 + signal.SIGTERM  # exit status after a checkpoint on SIGTERM
-
-
-class NotFinite(Exception):
-    """The loss is not a number; the message names the last good checkpoint."""
 
 
 class StopRequest:
@@ -49,7 +46,11 @@ class StopRequest:
 
 
 def run_steps(session: Session, stream: Iterator[dict[str, Any]], loss_of: Loss) -> int:
-    """Optimizer steps until the end of the training or of the sitting, or a request to stop; returns the status."""
+    """Optimizer steps until the end of the training or of the sitting, or a request to stop; returns the status.
+
+    Raises:
+        Diverged: before a checkpoint or the result is written from weights that are not good.
+    """
     settings, accelerator, progress = session.settings, session.accelerator, session.progress
     main = accelerator.is_main_process
     curve = session.output / "loss.csv"
@@ -60,14 +61,19 @@ def run_steps(session: Session, stream: Iterator[dict[str, Any]], loss_of: Loss)
     last = session.length.steps
     if settings.stop_after_steps is not None:
         last = min(last, progress.step + settings.stop_after_steps)
-    losses: list[float] = []
-    saved = progress.step
+    if progress.step >= last:
+        return 0
+    first = next(stream)
+    stream = itertools.chain([first], stream)
+    losses: list[float] = []  # since the last line of the tracker
+    unchecked: list[float] = []  # since the last check
     bar = tqdm(initial=progress.step, total=session.length.steps, unit="step", disable=not main or None)
     with StopRequest() as stop, bar:
         while progress.step < last:
             rate = session.lr_scheduler.get_last_lr()[0]
             loss, stopping = optimizer_step(session, stream, loss_of, stop)
             losses.append(loss)
+            unchecked.append(loss)
             bar.update()
             keep = progress.step % settings.checkpointing_steps == 0 or stopping or progress.step == last
             if keep or progress.step % settings.logging_steps == 0:
@@ -78,13 +84,16 @@ def run_steps(session: Session, stream: Iterator[dict[str, Any]], loss_of: Loss)
                     card.extend_curve(curve, progress.step, mean, rate)
                 losses.clear()
             if keep:
+                check(session, loss_of, first, unchecked)
+                unchecked.clear()
                 session.save_checkpoint()
-                saved = progress.step
             if settings.validation_steps and progress.step % settings.validation_steps == 0 and progress.step < last:
                 validate(session, f"step-{progress.step:06d}")
             if stopping:
                 if main:
-                    print(f"Stopped after step {saved}; go on with --resume_from_checkpoint latest.", flush=True)
+                    print(
+                        f"Stopped after step {progress.step}; go on with --resume_from_checkpoint latest.", flush=True
+                    )
                 return STOPPED
     return 0
 
@@ -94,7 +103,8 @@ def optimizer_step(
 ) -> tuple[float, bool]:
     """One optimizer step; its mean loss over batches and processes, and whether any process was asked to stop.
 
-    Raises :class:`NotFinite` before the weights are touched if the loss is not finite anywhere.
+    Raises:
+        Diverged: before the weights are touched, if a loss or the gradient is not finite.
     """
     settings, accelerator, progress = session.settings, session.accelerator, session.progress
     total, stopping = 0.0, False
@@ -109,16 +119,13 @@ def optimizer_step(
             own = torch.stack([loss.detach().float(), torch.full_like(loss.detach(), float(stop.requested)).float()])
             mean, requests = accelerator.reduce(own, reduction="mean").tolist()
             if not math.isfinite(mean):
-                good = checkpoints(session.output)
-                where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-                raise NotFinite(
-                    f"The loss is {mean} at step {progress.step + 1}; {where}. Resume from it with a smaller "
-                    "--learning_rate, another --loss_weighting or without --mixed_precision fp16."
-                )
+                raise diverged(session, f"The loss is {mean} at step {progress.step + 1}")
             total, stopping = total + mean / session.length.accumulate, stopping or requests > 0
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(session.network.parameters(), settings.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(session.network.parameters(), settings.max_grad_norm)
+                if accelerator.scaler is None and norm is not None and not math.isfinite(norm):  # a scaler skips these
+                    raise diverged(session, f"The gradient is {norm:g} at step {progress.step + 1}")
             session.optimizer.step()
             session.optimizer.zero_grad(set_to_none=True)
     session.lr_scheduler.step()

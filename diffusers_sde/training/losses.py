@@ -1,5 +1,5 @@
-"""The loss of a batch for each ``--objective``: denoising, flow maps (consistency, mean flow), noisy classification,
-autoencoders.
+"""The loss of a batch for each ``--objective``: denoising, rectification, flow maps (consistency, mean flow), noisy
+classification, autoencoders.
 
 Knows how a batch becomes noised states, targets and weights (:mod:`.objectives`, :mod:`diffusers_sde.flow_maps`), each
 sample from its own generator (:mod:`.randomness`), and how the network is called.  Knows nothing of optimizers,
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 
 from diffusers_sde.flow_maps import average_prediction, jump
 from diffusers_sde.paths import Path
+from diffusers_sde.schedulers import ProbabilityFlowScheduler
 from diffusers_sde.training import autoencoders
 from diffusers_sde.training.networks import Task, call_network
 from diffusers_sde.training.objectives import draw_times, loss_weights, prediction_targets, regression_loss
@@ -94,17 +95,20 @@ def make_loss(settings: Settings, task: Task, teacher: Task | None, global_batch
         return _classifier_loss(settings, task, global_batch)
     if settings.objective == "autoencoder":
         return functools.partial(autoencoders.loss_of_batch, settings, task)
-    if settings.objective == "denoising":
-        return _denoising_loss(settings, task, global_batch)
+    if settings.objective in ("denoising", "rectification"):
+        return _denoising_loss(settings, task, teacher, global_batch)
     return _flow_map_loss(settings, task, teacher, global_batch)
 
 
-def _denoising_loss(settings: Settings, task: Task, global_batch: int) -> Loss:
-    """``E w(t) |m_theta(x_t, t, c) - (A x_0 + B eps)|^2``, the axes of :mod:`.objectives`."""
+def _denoising_loss(settings: Settings, task: Task, teacher: Task | None, global_batch: int) -> Loss:
+    """``E w(t) |m_theta(x_t, t, c) - (A x_0 + B eps)|^2``, the axes of :mod:`.objectives`; with a teacher on its
+    :func:`rectified` pairs."""
     path, kind = task.path, task.prediction_type
 
     def loss(network: Any, batch: dict[str, Any]) -> torch.Tensor:
         d = draw(settings, task, batch, global_batch)
+        if teacher is not None:
+            d = rectified(settings, teacher, d)
         times, density = draw_times(path, settings.time_sampling, d.u, mean=settings.time_mean, std=settings.time_std)
         a, b = (at_times(v, d.x0) for v in prediction_targets(path, kind, *path.alpha_sigma(times)))
         x, sigma = noised(d, path, times)
@@ -113,6 +117,42 @@ def _denoising_loss(settings: Settings, task: Task, global_batch: int) -> Loss:
         return _weighted(settings, path, kind, times, density, prediction, a * d.x0 + b * d.eps)
 
     return loss
+
+
+@torch.no_grad()
+def rectified(settings: Settings, teacher: Task, d: Drawn) -> Drawn:
+    """The same noise and conditions, with x_0 where the teacher's ODE carries the noise to, in ``distillation_steps``
+    and with its guidance: the pairs of rectification (reflow; Liu et al. 2022, arXiv:2209.03003, algorithm 1; Lai et
+    al., arXiv:2510.21890, chapter 5), between which trajectories are straighter
+    (:func:`diffusers_sde.flow_maps.straightness`)."""
+    # the ODE is one whatever its grid: the training's times are not shifted with the resolution either
+    scheduler = ProbabilityFlowScheduler.from_config(teacher.scheduler.config, use_dynamic_shifting=False)
+    scheduler.set_timesteps(settings.distillation_steps, device=d.eps.device)
+    path, x = scheduler.path, d.eps * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        m = _teacher_output(settings, teacher, path, x, np.full(len(x), float(t)), d)
+        x = scheduler.step(m, t, x, return_dict=False)[0]
+    return replace(d, x0=x)
+
+
+def _ask(
+    task: Task, network: Any, path: Path, x: torch.Tensor, t: np.ndarray, condition: dict[str, Any]
+) -> torch.Tensor:
+    """The prediction at states x of times t (N,), float32."""
+    sigma = at_times(path.alpha_sigma(t)[1], x)
+    return call_network(task, network, x, at_times(t, x).flatten(), sigma, condition).float()
+
+
+def _teacher_output(
+    settings: Settings, teacher: Task, path: Path, x: torch.Tensor, t: np.ndarray, d: Drawn
+) -> torch.Tensor:
+    """What the teacher says at states x of times t (N,), with its guidance."""
+    m = _ask(teacher, teacher.network, path, x, t, teacher.condition(d.labels, d.captions))
+    if settings.guidance_scale == 1.0:
+        return m
+    none = [None] * len(x)
+    null = _ask(teacher, teacher.network, path, x, t, teacher.condition(none if d.labels else None, none))
+    return torch.lerp(null, m, settings.guidance_scale)
 
 
 def _flow_map_loss(settings: Settings, task: Task, teacher: Task | None, global_batch: int) -> Loss:
@@ -126,17 +166,9 @@ def _flow_map_loss(settings: Settings, task: Task, teacher: Task | None, global_
     path, kind, told = task.path, task.prediction_type, settings.objective == "mean_flow"
     clean, noisy, h = path.cleanest, path.noisiest, 1 / settings.distillation_steps
 
-    def ask(who: Task, network: Any, x: torch.Tensor, t: np.ndarray, condition: dict[str, Any]) -> torch.Tensor:
-        sigma = at_times(path.alpha_sigma(t)[1], x)
-        return call_network(who, network, x, at_times(t, x).flatten(), sigma, condition).float()
-
     def taught(x: torch.Tensor, t: np.ndarray, u: np.ndarray, d: Drawn) -> torch.Tensor:
         assert teacher is not None
-        m = ask(teacher, teacher.network, x, t, teacher.condition(d.labels, d.captions))
-        if settings.guidance_scale != 1.0:
-            none = [None] * len(x)
-            null = ask(teacher, teacher.network, x, t, teacher.condition(none if d.labels else None, none))
-            m = torch.lerp(null, m, settings.guidance_scale)
+        m = _teacher_output(settings, teacher, path, x, t, d)
         return jump(path, teacher.prediction_type, x, m, t, u)
 
     def loss(network: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -151,9 +183,9 @@ def _flow_map_loss(settings: Settings, task: Task, teacher: Task | None, global_
             condition["target_timestep"] = at_times(s, x).flatten()
         with torch.no_grad():
             x_u = noised(d, path, u)[0] if teacher is None else taught(x, t, u, d)
-            x_s = jump(path, kind, x_u, ask(task, network, x_u, u, condition), u, s)
+            x_s = jump(path, kind, x_u, _ask(task, network, path, x_u, u, condition), u, s)
             target = average_prediction(path, kind, x, x_s, t, s)
-        return _weighted(settings, path, kind, t, density, ask(task, network, x, t, condition), target)
+        return _weighted(settings, path, kind, t, density, _ask(task, network, path, x, t, condition), target)
 
     return loss
 

@@ -14,7 +14,7 @@ from typing import get_args
 
 import numpy as np
 import torch
-from scipy.special import expit, ndtri
+from scipy.special import expit, ndtr, ndtri
 
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import DATA, convert, model_coefficients
@@ -56,18 +56,22 @@ def draw_times(
     ``uniform`` and ``stratified`` (the caller's u are then stratified): uniform in the path's time, which is the
     integer timesteps of a variance preserving process; ``logit_normal``: ``logit w ~ N(mean, std^2)`` on the unit
     interval of times (Esser et al. 2024, arXiv:2403.03206, eq. 19), ``mode``: ``w = 1 - u - s (cos^2(pi u/2) - 1 + u)``
-    (eq. 20); ``lognormal``: ``log(sigma/alpha) ~ N(mean, std^2)``, cut to the training range (Karras et al. 2022,
-    arXiv:2206.00364, table 1).  Flow matching times pass through the model's static shift.
+    (eq. 20); ``lognormal``: ``log(sigma/alpha) ~ N(mean, std^2)`` given that it lies in the training range (Karras et
+    al. 2022, arXiv:2206.00364, table 1).  Flow matching times pass through the model's static shift.
 
-    Returns ``(t, p)``: ``p = p_t(t) / |d log_snr/dt|``.
+    Returns ``(t, p)``: the mean of ``g(log_snr(t))/p`` is the integral of g over the training range, by the trapezoidal
+    rule on the integer timesteps of a variance preserving process.
+
+    Raises ``ValueError`` for a ``mean`` and ``std`` of lognormal times that leave nothing in the training range.
     """
     if sampling == "lognormal":
-        low, high = sorted((path.cleanest, path.noisiest))
-        z = ndtri(u)
         least, most = (float(path.log_snr(end)) for end in (path.noisiest, path.cleanest))
-        log_snr = np.clip(-(mean + std * z), least, most)
-        t, p = path.time(log_snr), np.exp(-0.5 * z**2) / (std * math.sqrt(2 * math.pi))
-        return (t if path.alphas_cumprod is None else np.clip(np.round(t), low, high)), p
+        z, mass = _truncated_normal(u, (-most - mean) / std, (-least - mean) / std)
+        if mass == 0:
+            raise ValueError(f"No noise level of this path is near exp({mean:g}): use another --time_mean.")
+        t = path.time(np.clip(-(mean + std * z), least, most))
+        p = np.exp(-0.5 * z**2) / (mass * std * math.sqrt(2 * math.pi))
+        return (t if path.alphas_cumprod is None else np.round(t)), p
     if sampling in ("uniform", "stratified"):
         w, density = u, np.ones_like(u)
     elif sampling == "logit_normal":
@@ -79,10 +83,17 @@ def draw_times(
         density = 1 / np.abs(1 + mode_scale * (1 - np.pi / 2 * np.sin(np.pi * u)))
     else:
         raise ValueError(f"time_sampling {sampling!r} is unknown: use one of {', '.join(TIME_SAMPLINGS)}.")
-    t, per_time = path.training_times(w)
-    with np.errstate(divide="ignore"):
-        slope = np.abs(path.d_log_snr(t))
-    return t, density * per_time / slope
+    t, per_log_snr = path.training_times(w)
+    return t, density * per_log_snr
+
+
+def _truncated_normal(u: Array, low: float, high: float) -> tuple[Array, float]:
+    """Quantiles u of a standard normal given that it lies in (low, high), and the probability of that."""
+    if low + high > 0:  # probabilities are precise in the lower tail only
+        z, mass = _truncated_normal(1 - u, -high, -low)
+        return -z, mass
+    below, mass = ndtr(low), float(ndtr(high) - ndtr(low))
+    return ndtri(below + mass * u), mass
 
 
 def prediction_targets(path: Path, prediction_type: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
@@ -99,7 +110,6 @@ def loss_weights(
     sigma: Array,
     *,
     snr_gamma: float = 5.0,
-    sigma_data: float = 0.5,
     log_snr_density: Array | None = None,
 ) -> Array:
     """Weights (N,) of the squared error of the *prediction*, each from its published weight of the error of x_0.
@@ -110,7 +120,8 @@ def loss_weights(
         none          1/k^2, that is 1 on the prediction itself
         min_snr       min(SNR, gamma)               Hang et al. 2023, arXiv:2303.09556; on v min(SNR, gamma)/(SNR + 1)
         soft_min_snr  SNR gamma/(SNR + gamma)       Crowson et al. 2024, arXiv:2401.11605
-        edm           SNR + 1/sigma_data^2          Karras et al. 2022, arXiv:2206.00364, table 1
+        edm           SNR + 1/data_scale^2          Karras et al. 2022, arXiv:2206.00364, table 1, with the path's data
+                      scale for sigma_data: 1 on the output of an EDM network and on v under variance preserving
         sigma_sqrt    q^-4, that is q^-2 on the flow velocity               Esser et al. 2024, arXiv:2403.03206
         cosmap        2/(pi (1 - 2q + 2q^2)) on the flow velocity           the same, eq. 21
         likelihood    SNR/p(log_snr): the evidence bound whatever the time sampling (Kingma et al. 2021,
@@ -127,7 +138,7 @@ def loss_weights(
     elif weighting == "soft_min_snr":
         on_x0 = snr * snr_gamma / (snr + snr_gamma)
     elif weighting == "edm":
-        on_x0 = snr + sigma_data**-2.0
+        on_x0 = snr + path.data_scale**-2.0
     elif weighting == "sigma_sqrt":
         on_x0 = q**-4.0
     elif weighting == "cosmap":

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from diffusers_sde.errors import UsageError
 from diffusers_sde.loading import load_pipeline
+from diffusers_sde.sampling import CLASS_NAMES
 from diffusers_sde.training import autoencoders, networks, text, text_pipelines
-from diffusers_sde.training.data import Images, TrainingData, find_images, load_images
+from diffusers_sde.training.data import Images, TrainingData, load_images
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.objectives import check_objective
 from diffusers_sde.training.parts import add_lora
 from diffusers_sde.training.randomness import seed_of
 from diffusers_sde.training.settings import Settings
+
+MAX_SHOWN_CLASSES = 100
 
 
 def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
@@ -39,7 +40,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
     images = load_images(
         settings.data_source,
         resolution=resolution,
-        channels=image_channels(pipe, vae, settings.model_config) or own_channels(settings.train_data_dir),
+        channels=image_channels(pipe, vae, settings.model_config),
         center_crop=settings.center_crop,
         random_flip=settings.random_flip,
         caption_column=settings.caption_column,
@@ -82,7 +83,11 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         if not getattr(task.network, "_supports_gradient_checkpointing", False):
             raise UsageError(f"{type(task.network).__name__} has no gradient checkpointing: leave it out.")
         task.network.enable_gradient_checkpointing()
-    return task, images, 0 if networks.takes_prompts(task.pipe) else classes
+    if networks.takes_prompts(task.pipe):
+        return task, images, 0
+    if classes:
+        task.network.register_to_config(**{CLASS_NAMES: images.class_names})
+    return task, images, classes
 
 
 def new_network(settings: Settings, images: TrainingData, vae: Any, classes: int) -> Any:
@@ -169,24 +174,16 @@ def image_channels(pipe: Any, vae: Any, model_config: str | None) -> int | None:
     return None
 
 
-def own_channels(folder: str | None) -> int:
-    """1 where the first image of a folder is grey, else 3."""
-    if folder is not None and Path(folder).is_dir():
-        for name in find_images(Path(folder))[:1]:
-            with Image.open(Path(folder) / name) as image:
-                return 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
-    return 3
-
-
 @dataclass(frozen=True)
 class Length:
     """How long the training is: ``steps`` optimizer steps of ``global_batch`` images (all processes together, without
-    accumulation), ``accumulate`` of them each."""
+    accumulation), ``accumulate`` of them each; the learning rate grows over the first ``warm_up`` steps."""
 
     steps: int
     global_batch: int
     accumulate: int
     images: int | None
+    warm_up: int
 
     @property
     def epochs(self) -> float | None:
@@ -201,7 +198,8 @@ def training_length(settings: Settings, images: TrainingData, processes: int) ->
     if steps is None:
         assert count is not None  # a stream has max_train_steps
         steps = math.ceil(settings.num_train_epochs * count / (global_batch * accumulate))
-    return Length(steps, global_batch, accumulate, count)
+    warm_up = min(500, steps // 10) if settings.lr_warmup_steps is None else settings.lr_warmup_steps
+    return Length(steps, global_batch, accumulate, count, warm_up)
 
 
 def describe(settings: Settings, task: Task, images: TrainingData, classes: int, length: Length, processes: int) -> str:
@@ -220,10 +218,30 @@ def describe(settings: Settings, task: Task, images: TrainingData, classes: int,
         "objective": settings.axes,
         "data": f"{length.images if length.images is not None else 'a stream of'} images, {classes or 'no'} classes, "
         f"{'with' if images.captions else 'no'} captions, {getattr(images, 'skipped', 0)} unreadable ones skipped",
+        **({"classes": count_classes(images)} if images.class_names else {}),
         "length": f"{length.steps} optimizer steps of {length.global_batch} x {length.accumulate} images{epochs}",
         "processes": f"{processes}",
         "memory": f"about {floats * 4 / 2**20:.0f} MB for weights, average, gradients and moments, per process",
-        "learning rate": f"{settings.learning_rate:g}, {settings.lr_scheduler}, {settings.lr_warmup_steps} to warm up",
+        "learning rate": describe_rate(settings, length),
         "output": f"{settings.output_dir}, a checkpoint every {settings.checkpointing_steps} steps",
     }
     return "\n".join(f"{key + ':':15}{value}" for key, value in lines.items())
+
+
+def count_classes(images: TrainingData) -> str:
+    """The classes that the data has, each with its number of images where that is known; the first hundred."""
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in images.class_names or ()]
+    counts = images.class_counts()
+    shown = names if counts is None else [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
+    return ", ".join(shown[:MAX_SHOWN_CLASSES]) + (", ..." if len(shown) > MAX_SHOWN_CLASSES else "")
+
+
+def describe_rate(settings: Settings, length: Length) -> str:
+    """The learning rate, and whether the training is too short to reach it."""
+    rate = f"{settings.learning_rate:g}, {settings.lr_scheduler}"
+    if settings.lr_scheduler == "constant":
+        return rate
+    late = length.warm_up >= length.steps
+    return f"{rate}, {length.warm_up} steps to warm up" + (
+        ", more than there are, so that it is never reached: pass fewer as --lr_warmup_steps" if late else ""
+    )

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_sde.training.samples import DataError, to_mode
+from diffusers_sde.training.framing import DataError, Unreadable, decoding, open_image, to_mode
 
 FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
@@ -161,10 +161,10 @@ def emoji_pictures(source: str | Path | None, resolution: int) -> Iterator[Pictu
         images = {}
         for file in sorted(e["image"] for e in entries):
             try:
-                image = Image.open(io.BytesIO(read(f"{EMOJI_IMAGES}/{file}")))
-            except OSError as error:
+                with decoding(), open_image(io.BytesIO(read(f"{EMOJI_IMAGES}/{file}"))) as image:
+                    images[file] = to_mode(image, 3).resize((resolution, resolution), Image.Resampling.LANCZOS)
+            except Unreadable as error:
                 raise DataError(f"{source} has no readable {EMOJI_IMAGES}/{file}: fetch {EMOJI_PACKAGE}.") from error
-            images[file] = to_mode(image, 3).resize((resolution, resolution), Image.Resampling.LANCZOS)
         for e in entries:
             folder = f"{categories.index(e['category'])}_{slug(e['category'])}"
             yield Picture(folder, e["image"], e["name"].lower(), images[e["image"]], emoji_captions(e))

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The subcommand: write the folder and say what is in it; returns the exit status."""
     from diffusers_sde.training import prepare
-    from diffusers_sde.training.samples import DataError
+    from diffusers_sde.training.framing import DataError
 
     try:
         prepare.check_output(args.output_dir)

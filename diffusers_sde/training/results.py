@@ -6,19 +6,26 @@ Knows a :class:`Session` and the files of its output folder.  Knows nothing of l
 from __future__ import annotations
 
 import importlib
+import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import validate_repo_id
 
+from diffusers_sde.errors import UsageError
 from diffusers_sde.training import autoencoders, card
 from diffusers_sde.training.arguments import FLOW_MAPS
-from diffusers_sde.training.checkpoints import publish_into
+from diffusers_sde.training.checkpoints import NotWritten, publish_into
 from diffusers_sde.training.parts import save_weights
 from diffusers_sde.training.session import Session
+from diffusers_sde.training.settings import LAUNCH, Settings
 from diffusers_sde.training.validation import sample_sheet
+
+SHOWN_CLASSES = 3  # that a card's snippet asks for at most
 
 
 def validate(session: Session, name: str) -> Any:
@@ -48,7 +55,11 @@ def finish(session: Session, command: str) -> None:
         if not accelerator.is_main_process:
             return
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.save_precision]
-
+        if not all(value.to(dtype).isfinite().all() for value in state.values() if value.is_floating_point()):
+            raise UsageError(
+                f"The weights are too large for --save_precision {settings.save_precision}: the training itself is "
+                f"complete, pass fp32 or bf16 and {session.last_good()}."
+            )
         measured = autoencoders.measure(task, session.measured) if task.name == autoencoders.NAME else {}
 
         def write(folder: Path) -> None:
@@ -60,7 +71,12 @@ def finish(session: Session, command: str) -> None:
                 sheet.save(folder / "samples.png", optimize=True)
             card.write_card(folder, **card_content(session, command, rows, measured))
 
-        publish_into(session.output, write)
+        try:
+            publish_into(session.output, write)
+        except NotWritten as error:
+            raise NotWritten(
+                f"{error}: the training itself is complete, make room and {session.last_good()}."
+            ) from error
     print(f"Saved to {session.output} ({time.perf_counter() - start:.0f} s).", flush=True)
     if settings.push_to_hub:
         upload(session)
@@ -76,7 +92,7 @@ def card_content(
         kind = "lora"
     elif task.vae is not None:
         kind = "pipeline"
-    elif settings.objective == "denoising":
+    elif settings.objective in ("denoising", "rectification"):
         kind = "class" if conditional else "unconditional"
     else:
         kind = "flow_map" if settings.objective in FLOW_MAPS else settings.objective
@@ -97,36 +113,67 @@ def card_content(
         **measured,
         "Loss": f"{sum(late) / max(len(late), 1):.4f} (mean of the last tenth; the curve is in `loss.csv`)",
     }
-    name = settings.hub_model_id or session.output.resolve().name
-    condition = 'prompt="..."' if not session.classes else "class_labels=[0, 1, 2]"
+    name = repository_name(settings)
+    shown = list(range(min(SHOWN_CLASSES, session.classes)))
+    condition = f"class_labels={shown}" if shown else 'prompt="..."'
     return {
         "title": name,
         "what": f"Trained with `diffusers_sde.train` on {settings.data_source}"
         + (f" ({session.classes} classes)." if session.classes else "."),
         "facts": facts,
-        "command": f"accelerate launch -m diffusers_sde.train {command}",
+        "command": f"{LAUNCH} {command}",
         "kind": kind,
         "values": {
-            "name": name,
+            "name": json.dumps(name, ensure_ascii=False),
             "channels": task.channels,
             "size": task.network.config.sample_size,
             "condition": condition,
-            "labels": ", torch.tensor([0, 1, 2])" if conditional else "",
+            "shown": shown,
+            "count": len(shown) or SHOWN_CLASSES,
+            "labels": f", torch.tensor({shown})" if conditional else "",
             "target": ", target_timestep=scheduler.target_timestep(t)" if settings.objective == "mean_flow" else "",
         },
         "base_model": settings.pretrained_model_name_or_path,
+        "hide": settings.redacted,
     }
 
 
+class UploadFailed(Exception):
+    """The result is saved but not uploaded; the message says where it is and how to upload it."""
+
+
+def repository_name(settings: Settings) -> str:
+    """What the result is called on the Hub."""
+    return settings.hub_model_id or Path(settings.output_dir).resolve().name
+
+
+def check_repository(settings: Settings) -> None:
+    """Raise ``UsageError`` for a name that the Hub would not take."""
+    try:
+        validate_repo_id(repository_name(settings))
+    except ValueError as error:
+        raise UsageError(
+            f"The result cannot be uploaded under this name, pass another --hub_model_id: {error}"
+        ) from error
+
+
 def upload(session: Session) -> None:
-    """Create the repository and upload everything but checkpoints, logs and caches."""
+    """Create the repository and upload everything but checkpoints, logs and caches.
+
+    Raises:
+        UploadFailed: for whatever kept it from being done.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=session.settings.hub_token)
-    name = session.settings.hub_model_id or session.output.resolve().name
-    repository = api.create_repo(name, exist_ok=True).repo_id
-    api.upload_folder(
-        repo_id=repository,
-        folder_path=session.output,
-        ignore_patterns=["checkpoint-*/**", ".*/**", f"{session.settings.logging_dir}/**", "latents/**"],
-    )
+    name = repository_name(session.settings)
+    own = ["checkpoint-*/**", ".*", ".*/**", f"{session.settings.logging_dir}/**", "latents/**"]
+    try:
+        api = HfApi(token=session.settings.hub_token)
+        repository = api.create_repo(name, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repository, folder_path=session.output, ignore_patterns=own)
+    except Exception as error:  # whatever it is (connection, token, quota): hours of training are behind us
+        later = ["hf", "upload", name, str(session.output), ".", *(w for p in own for w in ("--exclude", p))]
+        raise UploadFailed(
+            f"The model is saved in {session.output} but could not be uploaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}): later, `{shlex.join(later)}` does it."
+        ) from error

@@ -1,9 +1,8 @@
 """What a training sees: images as tensors, in an order that is a function of the seed.
 
-Knows how an image of any size and mode is framed, and the stateless order: the sample at position ``p`` of the endless
-sequence, its crop and its flip depend on (seed, p) alone, so that a run resumed at any batch goes on as if it had never
-stopped, and any number of processes sees what one process with the same global batch sees.  Knows nothing of folders,
-data sets, networks, noise or losses.
+Knows the stateless order: the sample at position ``p`` of the endless sequence, its crop and its flip depend on
+(seed, p) alone, so that a run resumed at any batch goes on as if it had never stopped, and any number of processes sees
+what one process with the same global batch sees.  Knows nothing of folders, data sets, networks, noise or losses.
 """
 
 from __future__ import annotations
@@ -14,78 +13,18 @@ import itertools
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
+from diffusers_sde.training.framing import DataError, Framing, Unreadable, decoding
 from diffusers_sde.training.randomness import seed_of
+from diffusers_sde.training.scan import Damage, Pictures, Scan, common_channels, scan_pictures
 
 MAX_CACHED_BYTES = 2**30
-# What PIL raises for files that are no images, cut off, or refused for their size.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 SAMPLE_STREAM = 2  # the stream of random numbers of a position that makes its sample; noise and time have others
 Item = dict[str, Any]
-
-
-class DataError(ValueError):
-    """Training data that cannot be used; the message is one sentence with the remedy."""
-
-
-# -- from images to tensors --
-
-
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """``image`` in grey (1 channel) or RGB (3), transparency composited on white, 16 bits scaled to 8."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    mode = "RGB" if channels == 3 else "L"
-    return image if image.mode == mode else image.convert(mode)
-
-
-@dataclasses.dataclass(frozen=True)
-class Framing:
-    """How an image of any size and mode becomes ``(channels, resolution, resolution)``."""
-
-    resolution: int
-    channels: int
-    center_crop: bool = True
-    random_flip: bool = False
-
-    def __post_init__(self) -> None:
-        if self.resolution < 1:
-            raise DataError(f"--resolution must be at least 1, not {self.resolution}.")
-        if self.channels not in (1, 3):
-            raise DataError(f"Images have 1 or 3 channels, not {self.channels}: choose a model with as many.")
-
-    def pixels(self, image: Image.Image) -> np.ndarray:
-        """uint8 ``(C, h, w)`` whose shorter side is the resolution (Lanczos), both if cropped centrally."""
-        side = self.resolution
-        ImageOps.exif_transpose(image, in_place=True)
-        image = to_mode(image, self.channels)
-        if min(image.size) != side:
-            scale = side / min(image.size)
-            width, height = (max(side, round(n * scale)) for n in image.size)
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        if self.center_crop and max(image.size) != side:
-            left, top = ((n - side) // 2 for n in image.size)
-            image = image.crop((left, top, left + side, top + side))
-        pixels = np.array(image)
-        return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
-
-    def tensor(self, pixels: torch.Tensor, seed: int) -> torch.Tensor:
-        """float32 ``(C, resolution, resolution)`` in [-1, 1]: crop and flip drawn from ``seed``."""
-        draw, side = random.Random(seed), self.resolution
-        top, left = (draw.randint(0, n - side) for n in pixels.shape[1:])
-        pixels = pixels[:, top : top + side, left : left + side]
-        if self.random_flip and draw.random() < 0.5:
-            pixels = pixels.flip(-1)
-        return pixels.to(torch.float32).div_(127.5).sub_(1)
 
 
 def annotation(label: int | None, caption: str | Sequence[str] | None, seed: int) -> Item:
@@ -115,15 +54,25 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 class TrainingData(torch.utils.data.Dataset):
     """What can be trained on: numbered items, each a function of its number and a seed.
 
-    ``class_names`` is None without labels; ``captions`` says whether items have a caption; ``skipped`` counts the
-    images that cannot be read; ``max_workers`` bounds the processes that may read at once (None: any number).
+    ``class_names`` is None without labels; ``captions`` says whether items have a caption; ``damage`` knows the images
+    that cannot be read (None: there can be none); ``max_workers`` bounds the processes that may read at once (None: any
+    number).
     """
 
     framing: Framing
     class_names: list[str] | None = None
     captions: bool = False
-    skipped: int = 0
+    damage: Damage | None = None
     max_workers: int | None = None
+
+    @property
+    def skipped(self) -> int:
+        """How many images could not be read."""
+        return self.damage.count if self.damage else 0
+
+    def class_counts(self) -> list[int] | None:
+        """How many images each class has; None where that is not known."""
+        return None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -142,61 +91,6 @@ class TrainingData(torch.utils.data.Dataset):
             yield self.item(int(epoch_order(len(self), seed, epoch)[within]), sample_seed(seed, position))
 
 
-class Pictures(Protocol):
-    """Numbered images, opened when asked for; pickles; ``fingerprint`` changes with its content."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Image.Image: ...
-
-    def fingerprint(self) -> str: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """What reading every image once has found: ``kept``, the numbers of the readable ones (N,), and, if they all fit
-    into memory, their uint8 pixels one behind the other with ``shapes`` (N, 3) and ``offsets`` (N + 1,)."""
-
-    kept: np.ndarray
-    pixels: torch.Tensor | None = None
-    shapes: np.ndarray | None = None
-    offsets: np.ndarray | None = None
-
-    def decoded(self, index: int) -> torch.Tensor | None:
-        """uint8 ``(C, h, w)`` of the readable image of this number; None where pixels are not kept."""
-        if self.pixels is None or self.shapes is None or self.offsets is None:
-            return None
-        return self.pixels[self.offsets[index] : self.offsets[index + 1]].view(*self.shapes[index].tolist())
-
-
-def scan_pictures(pictures: Pictures, framing: Framing, name: str, cache_bytes: int) -> Scan:
-    """Read every image: decoded as long as ``cache_bytes`` may hold them all, then only checked for a good header."""
-    kept: list[int] = []
-    chunks: list[np.ndarray] = []
-    size = 0
-    for i in tqdm(range(len(pictures)), desc=f"Reading {name}", unit=" images", disable=None, leave=False):
-        try:
-            with pictures[i] as image:
-                if size < cache_bytes:
-                    chunks.append(framing.pixels(image))
-                    size += chunks[-1].size
-                else:
-                    chunks.clear()
-                    image.verify()
-        except UNREADABLE:
-            continue
-        kept.append(i)
-    if not chunks:
-        return Scan(np.array(kept, np.int64))
-    # One flat buffer costs nothing to hand to workers, whatever the sizes of the images.
-    return Scan(
-        np.array(kept, np.int64),
-        torch.from_numpy(np.concatenate([c.reshape(-1) for c in chunks])),
-        np.array([c.shape for c in chunks]),
-        np.cumsum([0, *(c.size for c in chunks)]),
-    )
-
-
 class Images(TrainingData):
     """The readable images of a source with their labels and captions, made by :func:`read_images`.
 
@@ -206,6 +100,7 @@ class Images(TrainingData):
     Args:
         pictures: the images.
         scan: which of them can be read, and their pixels if they are kept in memory.
+        damage: the others.
         name: what messages call them.
         labels: ``(N,)`` numbers into ``class_names``.
         captions: N captions, each a string or several to choose from.
@@ -216,6 +111,7 @@ class Images(TrainingData):
         pictures: Pictures,
         framing: Framing,
         scan: Scan,
+        damage: Damage,
         *,
         name: str,
         class_names: list[str] | None = None,
@@ -224,7 +120,8 @@ class Images(TrainingData):
     ) -> None:
         self.pictures, self.framing, self.scan, self.name = pictures, framing, scan, name
         self.class_names, self.captions = class_names, captions is not None
-        self.skipped = len(pictures) - len(scan.kept)
+        self.damage: Damage = damage
+        self._damaged: set[int] = set()  # found to be so later than in the scan
         self._labels = None if labels is None else labels[scan.kept]
         self._captions = None if captions is None else [captions[i] for i in scan.kept]
 
@@ -235,11 +132,17 @@ class Images(TrainingData):
         """Every caption of every image."""
         return [c for caption in self._captions or () for c in ([caption] if isinstance(caption, str) else caption)]
 
+    def class_counts(self) -> list[int] | None:
+        """How many readable images each class has."""
+        if self._labels is None or self.class_names is None:
+            return None
+        return np.bincount(self._labels, minlength=len(self.class_names)).tolist()
+
     def decode(self, index: int) -> torch.Tensor:
         """uint8 ``(C, h, w)`` of the image of this number, from memory or from its source."""
         if (pixels := self.scan.decoded(index)) is not None:
             return pixels
-        with self.pictures[int(self.scan.kept[index])] as image:
+        with decoding(), self.pictures[int(self.scan.kept[index])] as image:
             return torch.from_numpy(self.framing.pixels(image))
 
     def readable(self, index: int) -> tuple[int, torch.Tensor]:
@@ -248,8 +151,13 @@ class Images(TrainingData):
         for number in itertools.chain(range(index, len(self)), range(index)):
             try:
                 return number, self.decode(number)
-            except UNREADABLE as error:
-                warnings.warn(f"An image of {self.name} is damaged, the next takes its place: {error}", stacklevel=3)
+            except Unreadable as error:
+                if number not in self._damaged:
+                    self._damaged.add(number)
+                    self.damage.add(self.pictures.name(int(self.scan.kept[number])), error)
+                    warnings.warn(
+                        f"An image of {self.name} is damaged, the next takes its place: {error}", stacklevel=3
+                    )
         raise DataError(f"No image of {self.name} can be read any more: put the data back.")
 
     def annotation(self, index: int, seed: int) -> Item:
@@ -271,22 +179,34 @@ class Images(TrainingData):
 
 
 def read_images(
-    pictures: Pictures, framing: Framing, *, name: str, cache_bytes: int = MAX_CACHED_BYTES, **annotations: Any
+    pictures: Pictures,
+    framing: Framing,
+    *,
+    name: str,
+    own_channels: bool = False,
+    cache_bytes: int = MAX_CACHED_BYTES,
+    **annotations: Any,
 ) -> Images:
     """The images of a source that can be read; decoded ones stay in memory if ``cache_bytes`` hold them all.
 
     Args:
+        own_channels: whether the images have the channels that they come with instead of the framing's.
         annotations: labels, class names and captions of :class:`Images`.
 
     Raises:
         DataError: if none can be read; warns of those that cannot.
     """
-    images = Images(pictures, framing, scan_pictures(pictures, framing, name, cache_bytes), name=name, **annotations)
-    if not len(images):
-        raise DataError(f"None of the {images.skipped} images of {name} can be read: pass other data.")
-    if images.skipped:
-        warnings.warn(f"{images.skipped} unreadable images of {name} are skipped.", stacklevel=3)
-    return images
+    if own_channels:
+        framing = dataclasses.replace(framing, channels=common_channels(pictures))
+    damage = Damage()
+    scan = scan_pictures(pictures, framing, name, cache_bytes, damage)
+    if not len(scan.kept):
+        raise DataError(
+            f"None of the {damage.count} images of {name} can be read: pass other data ({damage.lines[0]})."
+        )
+    if damage.count:
+        warnings.warn(f"{damage.count} unreadable images of {name} are skipped.", stacklevel=3)
+    return Images(pictures, framing, scan, damage, name=name, **annotations)
 
 
 class Selection(TrainingData):
@@ -295,7 +215,7 @@ class Selection(TrainingData):
     def __init__(self, source: TrainingData, numbers: np.ndarray) -> None:
         self.source, self.numbers = source, numbers
         self.framing, self.class_names, self.captions = source.framing, source.class_names, source.captions
-        self.skipped, self.max_workers = source.skipped, source.max_workers
+        self.damage, self.max_workers = source.damage, source.max_workers
 
     def __len__(self) -> int:
         return len(self.numbers)

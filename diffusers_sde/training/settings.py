@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from diffusers_sde.argument_parser import Formatter, Parser
+from diffusers_sde.training.secrets import redact
 
-Objective = Literal["denoising", "consistency", "mean_flow", "classifier", "autoencoder"]
+Objective = Literal["denoising", "rectification", "consistency", "mean_flow", "classifier", "autoencoder"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 ForwardPath = Literal["from_model", "vp", "scaled_linear", "cosine", "ve", "edm", "flow"]
 LossWeighting = Literal["none", "min_snr", "soft_min_snr", "edm", "sigma_sqrt", "cosmap", "likelihood"]
@@ -27,6 +28,11 @@ ErrorMeasure = Literal["l2", "huber"]
 MixedPrecision = Literal["no", "fp16", "bf16"]
 SavePrecision = Literal["fp32", "fp16", "bf16"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "none"]
+LearningRateSchedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+]
+
+LAUNCH = "accelerate launch --quiet -m diffusers_sde.train"  # quiet: no traceback of the launcher behind an error
 
 MODEL = "model"
 DATA = "data"
@@ -36,7 +42,7 @@ OUTPUT = "output"
 VALIDATION = "validation, sampled with this package's schedulers"
 
 
-def option(group: str, default: Any, help: str | None = None, *, positive: bool = False) -> Any:
+def option(group: str, default: Any, help: str | None = None, *, positive: bool = False, secret: bool = False) -> Any:
     """A field of :class:`Settings`.
 
     Args:
@@ -44,8 +50,10 @@ def option(group: str, default: Any, help: str | None = None, *, positive: bool 
         default: of the command line; None where the value is left out or follows from other settings.
         help: what the setting means, and what None means.
         positive: whether a value must be greater than 0.
+        secret: whether nobody may be shown the value.
     """
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, "positive": positive})
+    metadata = {"group": group, "help": help, "positive": positive, "secret": secret}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +83,20 @@ class Settings:
         MODEL, None, "Rank of LoRA adapters (through peft); the network itself stays as it is.", positive=True
     )
     teacher_model_name_or_path: str | None = option(
-        MODEL, None, "Pipeline to distil a flow map from; without it: consistency training."
+        MODEL,
+        None,
+        "Pipeline to distil a flow map from (without it: consistency training), or whose ODE to rectify.",
     )
 
     train_data_dir: str | None = option(
-        DATA, None, "Image folder: class sub-folders are labels, a metadata.jsonl has captions ('text')."
+        DATA,
+        None,
+        "Image folder: class sub-folders are labels; metadata.jsonl or .csv ('text') or text files have captions.",
     )
     dataset_name: str | None = option(DATA, None, "Hub id (or folder) of a data set, instead of --train_data_dir.")
     streaming: bool = option(DATA, False, "Stream the Hub data set; needs --max_train_steps.")
     image_column: str = option(DATA, "image", "Column of a Hub data set.")
-    caption_column: str = option(DATA, "text", "Column of a Hub data set or key of metadata.jsonl.")
+    caption_column: str = option(DATA, "text", "Column of a Hub data set or of metadata.jsonl or .csv.")
     label_column: str = option(DATA, "label", "Column of a Hub data set.")
     resolution: int | None = option(
         DATA, None, "Side of the training images. Default: the model's, else 64.", positive=True
@@ -116,8 +128,13 @@ class Settings:
     loss: ErrorMeasure = option(OBJECTIVE, "l2", "Error measure.")
     huber_c: float = option(OBJECTIVE, 0.1, "Where Huber's loss turns linear.", positive=True)
     label_dropout: float = option(OBJECTIVE, 0.1, "Share of labels or captions dropped, for guidance.")
-    distillation_steps: int = option(OBJECTIVE, 40, "Flow maps: the two times matched are 1/N apart.", positive=True)
-    guidance_scale: float = option(OBJECTIVE, 1.0, "Flow maps: guidance of the teacher.")
+    distillation_steps: int = option(
+        OBJECTIVE,
+        40,
+        "Flow maps: the two times matched are 1/N apart; rectification: steps of the teacher.",
+        positive=True,
+    )
+    guidance_scale: float = option(OBJECTIVE, 1.0, "Flow maps and rectification: guidance of the teacher.")
 
     sharpness_weight: float = option(OBJECTIVE, 1.0, "Autoencoders: weight of the error of edges and lines.")
     kl_weight: float = option(OBJECTIVE, 1e-4, "Autoencoders: weight of the latents' divergence from N(0, I).")
@@ -131,8 +148,12 @@ class Settings:
     )
     gradient_accumulation_steps: int = option(OPTIMIZATION, 1, "Batches per optimizer step.", positive=True)
     learning_rate: float = option(OPTIMIZATION, 1e-4, positive=True)
-    lr_scheduler: str = option(OPTIMIZATION, "cosine", "A schedule of diffusers.optimization, by optimizer steps.")
-    lr_warmup_steps: int = option(OPTIMIZATION, 500, "Optimizer steps of warm-up.")
+    lr_scheduler: LearningRateSchedule = option(
+        OPTIMIZATION, "cosine", "A schedule of diffusers.optimization, by optimizer steps."
+    )
+    lr_warmup_steps: int | None = option(
+        OPTIMIZATION, None, "Optimizer steps of warm-up. Default: 500, at most a tenth of the training."
+    )
     adam_beta1: float = option(OPTIMIZATION, 0.9)
     adam_beta2: float = option(OPTIMIZATION, 0.99)
     adam_weight_decay: float = option(OPTIMIZATION, 0.01)
@@ -161,7 +182,7 @@ class Settings:
     report_to: Tracker = option(OUTPUT, "tensorboard", "Tracker of loss, learning rate and samples.")
     push_to_hub: bool = option(OUTPUT, False, "Upload the result.")
     hub_model_id: str | None = option(OUTPUT, None, "Repository to upload to. Default: the name of --output_dir.")
-    hub_token: str | None = option(OUTPUT, None, "Default: the one of hf auth login.")
+    hub_token: str | None = option(OUTPUT, None, "Default: the one of hf auth login.", secret=True)
     dry_run: bool = option(OUTPUT, False, "Print the resolved plan and stop.")
 
     validation_steps: int | None = option(
@@ -185,15 +206,20 @@ class Settings:
         return f"{self.objective}, weighting {self.loss_weighting}, times {self.time_sampling}, loss {self.loss}"
 
     def public(self) -> dict[str, Any]:
-        """The settings that trackers may show: single numbers and words, without the token of the Hub."""
-        values = dataclasses.asdict(self)
-        return {n: v for n, v in values.items() if isinstance(v, int | float | str) and n != "hub_token"}
+        """The settings that trackers may show: single numbers and words, without secrets."""
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["secret"]}
+        words = {name: self.redacted(value) if isinstance(value, str) else value for name, value in shown.items()}
+        return {name: value for name, value in words.items() if isinstance(value, int | float | str)}
+
+    def redacted(self, text: str) -> str:
+        """``text`` without secrets, those of the settings and any others."""
+        return redact(text, *(getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["secret"]))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: an argument for each field of :class:`Settings`, of its type, default and choices."""
     parser = Parser(
-        prog="accelerate launch -m diffusers_sde.train",
+        prog=LAUNCH,
         description="Train, fine-tune, LoRA-tune or distil a diffusion or flow model.",
         formatter_class=Formatter,
     )

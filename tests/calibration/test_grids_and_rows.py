@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from calibration_helpers import SHAPE, VP, scheduler_of, taught
 from hypothesis import given
@@ -11,13 +12,21 @@ from safetensors.torch import load_file
 
 from diffusers_sde import GaussianMixtureModel
 from diffusers_sde.calibration.dynamic_program import best_grids, step_costs
-from diffusers_sde.calibration.fit import fit_tables, ridge_correction, subgrid, table_error
+from diffusers_sde.calibration.fit import (
+    corrected,
+    fit_tables,
+    inner_products,
+    ridge_correction,
+    subgrid,
+    table_error,
+)
 from diffusers_sde.calibration.rollout import Evaluator
 from diffusers_sde.calibration.sources import DenoiserSource
 from diffusers_sde.calibration.store import Store
 from diffusers_sde.calibration.teacher import Teacher
 from diffusers_sde.defaults import standard_table
 from diffusers_sde.sampling import network_denoiser
+from diffusers_sde.tables import Row
 
 
 def random_vectors(m, seed, rows=200):
@@ -61,6 +70,43 @@ def test_dynamic_program_finds_the_best_of_all_grids(m, seed):
         every = [(0, *rest) for rest in itertools.combinations(range(1, m), n - 1)]
         assert len(grid) == n and grid[0] == 0
         assert np.isclose(cost(grid), min(map(cost, every)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [[1], [3], [6], [2, 5], [4, 1, 6]])
+def test_every_number_that_is_asked_for_has_its_grid(counts):
+    """And only those; each is that of all numbers at once."""
+    costs = step_costs(np.cov(random_vectors(6, 1)))
+    whole = best_grids(*costs, range(1, 7))
+    assert best_grids(*costs, counts) == {n: whole[n] for n in counts}
+
+
+@pytest.mark.parametrize("counts", [[], [0, 3], [3, 7], [7]])
+def test_grids_that_the_nodes_cannot_give_are_refused(counts):
+    with pytest.raises(ValueError, match="from 1 to 6 of the teacher's nodes"):
+        best_grids(*step_costs(np.cov(random_vectors(6, 1))), counts)
+
+
+def test_nearly_parallel_evaluations_explain_no_more_than_there_is():
+    """Evaluations 1e-6 apart in angle: the cost of a step stays between 0 and the square of its target."""
+    axes, angle = np.eye(4), 1e-6
+    parallel = np.cos(angle) * axes[0] + np.sin(angle) * axes[1]
+    states, evaluations = np.array([axes[3], axes[2], axes[1]]), np.array([axes[0], parallel])
+    v = np.concatenate([states, evaluations])
+    cost = step_costs(v @ v.T)[1][0, 1, 2]
+    assert 0 <= cost <= 1
+
+
+def test_inner_products_add_up_samples_and_average_elements():
+    x, y = torch.arange(12.0).reshape(2, 2, 3), torch.ones(2, 2, 3)
+    assert inner_products([x], [x, y]).tolist() == [[506 / 6, 66 / 6]]
+
+
+def test_a_correction_adds_to_the_weights_that_it_knows():
+    """delta on the state, then on the evaluations, newest first, whichever of the row and delta is longer."""
+    row = Row(5.0, 0.6, 0.8, 0.5, (1.0, 2.0, 3.0), 0.25)
+    assert corrected(row, np.array([0.5, 0.25])) == Row(5.0, 0.6, 0.8, 1.0, (1.25, 2.0, 3.0), 0.25)
+    longer = corrected(row, np.array([0.0, 1.0, 0.0, 0.0, 4.0]))
+    assert (longer.a, longer.b) == (0.5, (2.0, 2.0, 3.0, 4.0))
 
 
 def test_ridge_correction_limits():

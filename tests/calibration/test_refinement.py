@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from diffusers_sde.calibration.fit import fit_tables, last_residuals, table_error
 from diffusers_sde.calibration.job import refined_grids
 from diffusers_sde.calibration.refine import TRIALS, directions, refine, refinement_cost, start_refinement
+from diffusers_sde.calibration.rollout import Evaluator
 from diffusers_sde.calibration.store import Store
 
 
@@ -22,6 +23,25 @@ def test_directions_are_orthonormal(k, seed):
     d = directions(gram)
     assert np.allclose(d @ gram @ d.T, np.eye(len(d)), atol=1e-9) and len(d) == k
     assert len(directions(np.ones((3, 3)))) == 1  # parallel vectors have one direction
+
+
+def test_derivatives_by_evaluation_times_stay_in_the_training_range():
+    """The first row at the noisiest time is moved towards clean data, the last one at the cleanest away from it."""
+    seen = []
+
+    class Seen(Evaluator):
+        def evaluate(self, batch, row, x):
+            seen.append(row.time)
+            return super().evaluate(batch, row, x)
+
+    samples = taught(batches=1)
+    ((table, _),) = fit_tables(samples, [[0, 8, 20]])
+    path = samples.evaluator.path
+    first, middle, last = table.rows
+    table = replace(table, rows=(replace(first, time=path.noisiest), middle, replace(last, time=path.cleanest)))
+    start_refinement(replace(samples, evaluator=Seen(path, "epsilon", 1.0)), Store(), table)
+    assert path.cleanest <= min(seen) < 3 and 996 < max(seen) <= path.noisiest
+    assert len(set(seen)) == 6
 
 
 def test_refinement_never_raises_the_training_error_and_keeps_times_in_order():
@@ -53,20 +73,41 @@ def test_refinement_costs_what_the_plan_says(integer):
     assert len(calls) + 4 * dropped >= refinement_cost(4, times=not integer) + 4 >= len(calls)
 
 
-def test_jacobian_is_that_of_the_rollout():
-    """The Gauss-Newton gradient = a finite difference of the weighted squared error along the same step."""
+@pytest.fixture(scope="module")
+def started():
+    """A refinement of a fitted table of four rows, not stepped yet, and its samples."""
     samples = taught(batches=1)
     ((table, _),) = fit_tables(samples, [[0, 5, 10, 16]])
-    refinement = start_refinement(samples, Store(), table)
-    _, gradient = refinement.normal_equations()
-    r = refinement.residuals[0].double()
-    weights = 1 / r.square().mean(1).sqrt().clamp(min=0.2 * refinement.error) / r.shape[1]
-    for k in (0, 3, len(gradient) - 1):
-        h = np.zeros(len(gradient))
-        h[k] = 2e-3
-        there, back = (last_residuals(samples, refinement.moved(sign * h)[0])[0].double() for sign in (1, -1))
-        change = (there - back) / (2 * h[k])
-        assert np.isclose((weights[:, None] * r * change).sum(), gradient[k], rtol=0.1, atol=2e-3)
+    return start_refinement(samples, Store(), table), samples
+
+
+def test_every_column_of_the_jacobian_is_a_derivative_of_the_rollout(started):
+    """Column k = the central finite difference of the last states along parameter k, for all weights and times."""
+    refinement, samples = started
+    jacobian = refinement.jacobian(0)
+    assert len(jacobian) == sum(map(len, refinement.directions)) + 4 >= 17  # weights, and a time for each row
+    for k, column in enumerate(jacobian):
+        h = np.zeros(len(jacobian))
+        h[k] = 1e-3
+        (there, up), (back, down) = refinement.moved(h), refinement.moved(-h)  # no time moves past the noisiest one
+        change = last_residuals(samples, there)[0].double() - last_residuals(samples, back)[0]
+        change /= up[k] - down[k]
+        assert float((column - change).norm()) < 0.05 * float(change.norm()) + 1e-3, k
+
+
+def test_a_step_is_that_of_gauss_newton_on_the_mean_error(started):
+    """``J'WJ`` and ``J'Wr`` with weight ``1/(error of the sample)`` over the number of elements, none above five times
+    the mean's."""
+    refinement, _ = started
+    normal, gradient = refinement.normal_equations()
+    j, r = refinement.jacobian(0), refinement.residuals[0].double()
+    expected, slope = torch.zeros(normal.shape, dtype=torch.float64), torch.zeros(len(gradient), dtype=torch.float64)
+    for k in range(len(r)):
+        error = max(float(r[k].square().mean().sqrt()), 0.2 * refinement.error)
+        expected += j[:, k] @ j[:, k].T / error / r.shape[1]
+        slope += j[:, k] @ r[k] / error / r.shape[1]
+    torch.testing.assert_close(torch.from_numpy(normal), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(torch.from_numpy(gradient), slope, rtol=1e-6, atol=1e-9)
 
 
 def test_what_a_step_showed_is_in_the_jacobian():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pipeline_parts import tiny_unet
 from snippets import load
 from snippets import run as run_snippet
+from stated import stated
 
 from diffusers_sde import DPMSolverScheduler, FlowMapScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.assets import FASHION_MODEL
@@ -84,7 +85,9 @@ def test_converges_to_the_tilted_law_at_the_monte_carlo_rate(gradient):
         errors.append(float((means - exact_mean()).square().sum(1).mean().sqrt()))
     rates = np.log(np.divide(errors[:-1], errors[1:])) / math.log(4)
     assert 0.35 < rates.mean() < 0.65, errors
-    assert errors[-1] < 0.07  # the mean moves by 1.9
+    assert errors == pytest.approx([0.17, 0.10, 0.05], rel=0.12)
+    assert float((exact_mean() - exact_mean(0.0)).norm()) == pytest.approx(1.9, abs=0.05)
+    stated("error of the tilted mean .17, .10, .05 with 16, 64, 256 particles (it moves by 1.9)")
 
 
 def test_pooled_estimate_agrees_within_its_error_bar():

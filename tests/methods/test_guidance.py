@@ -9,9 +9,11 @@ import pytest
 import torch
 from contract_helpers import randn, relative, seeded
 from diffusers import DDPMPipeline
-from helpers import COSINE, LINEAR, MIXTURE, mixture
+from helpers import COSINE, LINEAR, MIXTURE, PATHS, mixture, nodes_of, run_table
 from pipeline_parts import RelabelledModel, relabelled_grid, tiny_unet
+from scipy.stats import norm
 from snippets import load, run
+from stated import stated
 
 from diffusers_sde import (
     DPMSolverScheduler,
@@ -33,6 +35,7 @@ from diffusers_sde.methods.guidance import (
     rescaled,
 )
 from diffusers_sde.sampling import network_denoiser
+from diffusers_sde.tables import build_multistep
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 PROCESSES = {"linear": LINEAR, "v_prediction": {**COSINE, "prediction_type": "v_prediction"}, "flow": FLOW}
@@ -243,6 +246,34 @@ def test_noisy_classifier_is_small():
     assert sum(p.numel() for p in NoisyClassifierModel().parameters()) < 500_000
 
 
+def test_guidance_is_not_the_tilted_law():
+    """Two Gaussians on a line, w = 5: the ODE of the guided data prediction against ``p(x) p(y|x)^5`` by a sum over x
+    (Lu, arXiv:2607.01693, section 8)."""
+    model = GaussianMixtureModel([0.5, 0.5], [[-0.5], [0.5]], [0.25, 0.25])
+    edm = PATHS["edm"]
+    nodes = nodes_of(edm, np.linspace(-6, 8, 400))
+
+    def guided(x, row):
+        null, conditional = (
+            model.posterior_mean(x, row.alpha, row.sigma, label)
+            for label in (None, torch.ones(len(x), dtype=torch.long))
+        )
+        return null + 5 * (conditional - null)
+
+    start = norm.ppf((np.arange(2000) + 0.5) / 2000) * nodes.sigma[0]
+    found = run_table(build_multistep(edm, nodes, order=3), guided, torch.from_numpy(start)[:, None])
+    assert [float(found.mean()), float(found.std())] == pytest.approx([1.30, 0.28], abs=0.01)
+    x = np.linspace(-5, 5, 4001)
+    low, high = norm.pdf(x, -0.5, 0.5), norm.pdf(x, 0.5, 0.5)
+    tilted = (low + high) * (high / (low + high)) ** 5
+    mean = np.average(x, weights=tilted)
+    assert [mean, np.average((x - mean) ** 2, weights=tilted) ** 0.5] == pytest.approx([0.81, 0.37], abs=0.005)
+    stated(
+        "CFG is not the tilted law: on two Gaussians of std .5 at -.5 and .5 it has mean 1.30 and std .28 at w = 5, "
+        "`p(x) p(y given x)^5` .81 and .37"
+    )
+
+
 # -- the pipeline --
 # Each option against the published algorithm, written out on the exact data predictions of the mixture.
 
@@ -307,6 +338,27 @@ def test_the_pipeline_runs_the_published_algorithm(option, process, tmp_path):
         data, eps, average = published(option, pipe.unet, expected, t, 1, average)
         expected = float(alpha) * data + float(sigma) * eps
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("process", [LINEAR, FLOW], ids=["vp", "flow"])
+def test_an_exact_classifier_guides_as_the_network_does(process, tmp_path):
+    """From the unconditional prediction, classifier_scale s with the exact classifier is classifier-free guidance of
+    scale s: ``D_0 + s (D_y - D_0)``, as Bayes' rule has it at s = 1."""
+    pipe = oracle(tmp_path, ProbabilityFlowScheduler(**process, solver_order=1), process)
+    common = {"class_labels": [0, 1, 2], "timesteps": [950, 600, 200], "output_type": "latent"}
+    latents = randn(3, 1, 1, 3)
+    free = pipe(guidance_scale=2.5, latents=latents, **common).images
+    guided = {"guidance_scale": 0.0, "classifier": exact_classifier(pipe.unet), "classifier_scale": 2.5}
+    torch.testing.assert_close(pipe(**guided, latents=latents, **common).images, free, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_the_loop_guides_a_network_by_the_formula(scale):
+    """``m_0 + w (m_y - m_0)`` with the labels of each sample, as tools outside pipelines sample a network."""
+    model, x, labels = mixture(), randn(4, 1, 1, 3), torch.tensor([2, 0, 1, 1])
+    null, conditional = model(x, 400).sample, model(x, 400, labels).sample
+    found = network_denoiser(model, labels, scale)(x, 400)
+    torch.testing.assert_close(found, null + scale * (conditional - null))
 
 
 def test_guidance_is_computed_at_the_levels_of_the_run():

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from pipeline_parts import ddpm, oracle, save_oracle, tiny_unet, tiny_vae
 from snippets import load, run
+from stated import stated
 
 from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.fields import network_field
@@ -44,6 +45,8 @@ def test_it_falls_with_the_tolerance():
     found = [log_likelihood(field, x, divergence="exact", rtol=tol, atol=tol) for tol in (1e-3, 1e-5, 1e-7)]
     errors = [off(f, exact) for f in found]
     assert errors[2] < 1e-6 and errors[1] < 0.1 * errors[0] and errors[2] < 0.1 * errors[1]
+    assert errors[1] < 1e-5
+    stated("relative error of the log-density of a mixture 1e-5 at rtol 1e-5")
     assert found[0].evaluations < found[1].evaluations < found[2].evaluations < 400
 
 
@@ -145,9 +148,22 @@ def test_pictures_latents_foreign_schedulers_and_half_precision():
     single = {"rtol": 0.03, "num_probes": 1, "dequantize": False}
     rough, fine = (pipe(picture, generator=seeded(), **single) for pipe in (half, pixel))
     assert abs(float(rough.log_likelihood - fine.log_likelihood)) < 0.05 * abs(float(fine.log_likelihood))
-    assert rough.trace_error.isnan().all() and rough.error.isfinite().all()
+    assert rough.trace_error.isnan().all() and rough.error.isnan().all()
     with pytest.raises(ValueError, match="A latent has no bins"):
         latent(torch.zeros(1, 3, 16, 16), dequantize=True)
+
+
+def test_a_result_says_its_numbers_in_short_and_that_the_error_of_one_probe_is_unknown(tmp_path):
+    save_oracle(tmp_path)
+    pipe, picture = load("likelihood", tmp_path), 0.1 * torch.ones(2, 1, 1, 4)
+    found = pipe(picture, num_probes=8, generator=seeded())
+    bits, error = float(found.bits_per_dim[1]), float(found.error[1]) / (4 * math.log(2))
+    said = repr(found)
+    assert f"{bits:.4f} +- {error:.2g} bits per dimension" in said and said.count("\n") == 2 and "unknown" not in said
+    single = pipe(picture, num_probes=1, generator=seeded())
+    assert single.error.isnan().all() and single.solver_error.isfinite().all()
+    assert "+- unknown nats" in repr(single) and "pass num_probes of at least 2" in repr(single)
+    assert pipe(picture, divergence="exact").error.isfinite().all()
 
 
 @pytest.mark.parametrize(

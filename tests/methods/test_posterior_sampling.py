@@ -18,6 +18,7 @@ from pipeline_parts import (
     tiny_vae,
 )
 from snippets import load, run
+from stated import stated
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.assets import FASHION_MODEL
@@ -33,6 +34,7 @@ from diffusers_sde.methods.posterior import (
     linear_map,
     super_resolution,
 )
+from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.weights import Point
 
 NOISE = 0.1
@@ -266,7 +268,14 @@ def test_samples_are_near_the_exact_posterior(process):
     floor, prior_distance = sliced_wasserstein(exact, again), sliced_wasserstein(prior, exact)
     assert distance["mmps"] < 3 * floor + 0.02 and distance["mmps"] < 0.1 * prior_distance
     assert distance["pigdm"] < 0.15 * prior_distance
-    assert distance["dps"] > 2 * distance["mmps"]
+    assert distance["dps"] > 1.8 * distance["mmps"]
+    assert 0.055 < distance["mmps"] < distance["pigdm"] < 0.085
+    assert 0.12 < distance["dps"] < 0.215
+    assert 0.02 < floor < 0.04 and 0.65 < prior_distance < 1.05
+    stated(
+        "sliced Wasserstein to the exact posterior .06 to .08 by MMPS and PiGDM, .12 to .21 by DPS "
+        "(floor .02 to .04, prior .7 to 1.0)"
+    )
 
 
 def calibration_of(method, problems=150, samples=40, seed=0):
@@ -305,6 +314,23 @@ def test_credible_intervals_cover():
     assert abs(exact - 0.78) < 0.05  # 600 coordinates: standard error 1.7 points
     assert abs(mmps - exact) < 0.07
     assert unit == pytest.approx(1.0, abs=0.1) and deviation < 1.5
+
+
+@pytest.mark.parametrize("method", ["mmps", "pigdm"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_an_observation_that_says_nothing_leaves_the_guided_prior(scale, method):
+    """With endless noise in y the samples are those of the prior, each observation's with its label and all of them
+    with the guidance asked for."""
+    model, scheduler = oracle("vp")
+    scheduler = ProbabilityFlowScheduler.from_config(scheduler.config)
+    pipe = pipeline()(unet=model, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    x, operator = torch.randn(4, 1, 1, 4, generator=seeded(3)), linear_map(torch.eye(4)[:2])
+    options = {"num_images": 2, "num_inference_steps": 6, "latents": x, "output_type": "latent", "method": method}
+    found = pipe(torch.ones(2, 2), operator, 1e6, class_labels=[0, 2], guidance_scale=scale, **options).images
+    scheduler.set_timesteps(6)
+    prior = sample(network_denoiser(model, torch.tensor([0, 0, 2, 2]), scale), scheduler, x)
+    torch.testing.assert_close(found, prior, rtol=1e-3, atol=1e-3)
 
 
 def test_conjugate_gradients_solve_each_sample():

@@ -8,6 +8,7 @@ import torch
 from contract_helpers import randn, seeded
 
 from diffusers_sde import GaussianMixtureModel
+from diffusers_sde.analytic import GaussianMixture
 
 ONE = {"weights": [0.3, 0.6, 0.1], "means": [[-1.0], [0.5], [2.0]], "covariances": [0.05, 0.2, 0.5]}
 TWO = {
@@ -92,6 +93,15 @@ def test_score_is_the_gradient(alpha, sigma):
     x = (2 * math.hypot(alpha, sigma) * randn(32, 2, dtype=torch.float64)).requires_grad_()
     (expected,) = torch.autograd.grad(model.log_density(x, alpha, sigma).sum(), x)
     torch.testing.assert_close(model.score(x.detach(), alpha, sigma), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_score_of_the_mixture_alone_is_the_gradient_also_of_one_component():
+    """GaussianMixture, without a network around it: grad log p_t, for all components and for one."""
+    data, x = GaussianMixture(**TWO), randn(16, 2, dtype=torch.float64).requires_grad_()
+    alone = GaussianMixture([1.0], [TWO["means"][1]], [TWO["covariances"][1]])
+    for law, components in ((data, None), (alone, torch.full((16,), 1))):
+        (expected,) = torch.autograd.grad(law.log_density(x, 0.5, 0.7).sum(), x)
+        torch.testing.assert_close(data.score(x.detach(), 0.5, 0.7, components), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("label", range(3))
@@ -187,3 +197,12 @@ def test_sample_moments():
     centred = x - mean
     products = centred[:, :, None] * centred[:, None, :]
     assert ((products.mean(0) - covariance).abs() < 4 * products.std(0) / math.sqrt(n)).all()
+
+
+def test_samples_are_those_of_their_generator():
+    """The component and the place within it are drawn from the generator that is passed, and from nothing else."""
+    data = GaussianMixture(**TWO)
+    torch.manual_seed(0)
+    first = data.sample(50, seeded())
+    torch.manual_seed(1)
+    torch.testing.assert_close(data.sample(50, seeded()), first, rtol=0, atol=0)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipeline_parts import tiny_unet
 from snippets import load, run
+from stated import stated
 
 from diffusers_sde import FlowMapScheduler, FlowMapUNet2DModel, GaussianMixtureModel, ProbabilityFlowScheduler
 from diffusers_sde.flow_maps import (
@@ -23,7 +24,7 @@ from diffusers_sde.flow_maps import (
     jump,
     jump_coefficients,
 )
-from diffusers_sde.grids import nodes_from_times
+from diffusers_sde.grids import nodes_from_times, nodes_from_user
 from diffusers_sde.prediction import PREDICTION_TYPES, model_coefficients
 
 KINDS = [kind for kind in PREDICTION_TYPES if kind != "score"]
@@ -103,6 +104,12 @@ def test_average_prediction_inverts_the_jump():
     torch.testing.assert_close(x_s[1:2], jump(path, "v_prediction", x[1:2], m[1:2], 500.0, 499.0))
     with pytest.raises(ValueError, match="different from t"):
         average_prediction(path, "v_prediction", x, x, t, t)
+
+
+def test_coefficients_of_a_jump_live_where_the_state_does():
+    x = torch.zeros(2, 1, 2, 2, dtype=torch.float16, device="meta")
+    moved = jump(PATHS["flow"], "flow_prediction", x, x, np.array([900.0, 500.0]), 100.0)
+    assert (moved.device.type, moved.dtype, moved.shape) == ("meta", torch.float16, x.shape)
 
 
 # -- the exact map --
@@ -285,6 +292,22 @@ def test_gamma_splits_the_noise(gamma, name):
         assert out.noise_std == pytest.approx(expected, rel=1e-6, abs=3e-8)  # rounding under a root
 
 
+@pytest.mark.parametrize("gamma", [-0.1, 1.01, 1.5, math.nan])
+def test_a_gamma_outside_zero_to_one_is_refused(gamma):
+    nodes = nodes_from_times(PATHS["flow"], np.array([900.0, 500.0]))
+    with pytest.raises(ValueError, match="gamma must lie between 0"):
+        gamma_targets(PATHS["flow"], nodes, gamma)
+
+
+def test_gamma_zero_jumps_to_the_next_node_itself():
+    """To its time too, which a user's list may set apart from its level (timesteps and sigmas together)."""
+    nodes = nodes_from_user(PATHS["vp_linear"], [950.0, 600.0, 90.0], [6.0, 1.0, 0.3])
+    targets = gamma_targets(PATHS["vp_linear"], nodes, 0.0)
+    np.testing.assert_array_equal(targets.time, nodes.time[1:])
+    np.testing.assert_array_equal(targets.alpha, nodes.alpha[1:])
+    np.testing.assert_array_equal(targets.sigma, nodes.sigma[1:])
+
+
 def process_of(name):
     return {"vp_linear": {}, "flow": {"use_flow_sigmas": True}, "edm": {"sigma_data": 0.5}}[name] | {
         "prediction_type": "flow_prediction" if name == "flow" else "v_prediction"
@@ -370,6 +393,7 @@ def test_exact_network_in_one_two_and_four_steps(name):
         exact = exact_flow_map(scheduler.path, model.posterior_mean, start, first, scheduler.path.cleanest)
         torch.testing.assert_close(x, exact, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
+    stated("with the exact flow map 1, 2 and 4 steps agree with the ODE to 1e-4")
 
 
 def test_ending_at_zero_removes_the_last_noise():

@@ -1,4 +1,5 @@
-"""Invariants of grids and tables: what must hold for every path, every grid and every number of steps."""
+"""Invariants of grids and tables: what must hold for every path, every grid and every number of steps; the formula of
+each grid stands in test_named_grids.py."""
 
 import functools
 import itertools
@@ -6,8 +7,10 @@ import math
 import re
 import warnings
 
+import mpmath
 import numpy as np
 import pytest
+from diffusers import LCMScheduler
 from helpers import (
     LINEAR,
     PATHS,
@@ -23,14 +26,20 @@ from helpers import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from scipy.special import betaincinv
 
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.extrapolation import MAX_STEP_RATIO
-from diffusers_sde.grids import GRIDS, make_grid, nodes_from_times, nodes_from_user
-from diffusers_sde.paths import VarianceExploding
+from diffusers_sde.grids import GRIDS, distilled, distinct_integers, make_grid, nodes_from_times, nodes_from_user
+from diffusers_sde.paths import FlowMatching, VarianceExploding
 from diffusers_sde.tables import SINGLESTEP_METHODS, build_multistep, build_singlestep, tau_from_eta
-from diffusers_sde.weights import CLOCKS, Point, evaluation_coefficients, lagrange_weights, linear_coefficients
+from diffusers_sde.weights import (
+    CLOCKS,
+    Point,
+    evaluation_coefficients,
+    lagrange_weights,
+    linear_coefficients,
+    quadrature,
+)
 
 INF = math.inf
 LONG = [name for name in PATHS if name != "vp_trained_betas"]  # paths with more training times than steps
@@ -80,42 +89,6 @@ def test_grid_starts_at_the_highest_noise(name, grid):
         assert set(first) == {PATHS[name].noisiest}
 
 
-@given(n=st.integers(2, 60))
-def test_trailing_and_leading_are_those_of_the_literature(n):
-    """t_i = T (n-i)/n - 1 and t_i = (n-1-i) floor(T/n) + offset (Lin et al. 2023, table 2)."""
-    path, i = PATHS["vp_linear"], np.arange(n)
-    np.testing.assert_allclose(make_grid(path, "trailing", n), 1000 * (n - i) / n - 1, atol=1e-9)
-    expected = (n - 1 - i) * (1000 // n) + 1
-    np.testing.assert_array_equal(make_grid(path, "leading", n, steps_offset=1), np.minimum(expected, 999))
-
-
-@pytest.mark.parametrize("name", ["vp_linear", "vp_squaredcos_cap_v2", "edm", "flow"])
-@given(n=st.integers(2, 60))
-def test_noise_level_grids_are_those_of_the_literature(name, n):
-    """log_snr: equal steps of log sigma; karras: equal steps of sigma^(1/7) (Karras et al. 2022, eq. 5); beta:
-    quantiles of Beta(0.6, 0.6) (arXiv:2407.12173), all in the noise label of the path."""
-    path, u = PATHS[name], np.linspace(0, 1, n)
-
-    def label(times):
-        return path.sigma_label(*path.alpha_sigma(times))
-
-    high, low = label(np.array([path.noisiest, path.cleanest]))
-    root = high ** (1 / 7) + u * (low ** (1 / 7) - high ** (1 / 7))
-    exact = {
-        "log_snr": np.exp(np.log(high) + u * np.log(low / high)),
-        "karras": root**7,
-        "beta": low + (high - low) * betaincinv(0.6, 0.6, 1 - u),
-    }
-    for grid, expected in exact.items():
-        np.testing.assert_allclose(label(make_grid(path, grid, n)), expected, rtol=1e-8)
-
-
-def test_align_your_steps_is_the_published_schedule():
-    """AYS for Stable Diffusion 1.5 at 10 steps: the published timesteps within 2 units (arXiv:2404.14507)."""
-    published = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
-    assert np.abs(make_grid(PATHS["vp_scaled_linear"], "ays", 10) - published).max() <= 2
-
-
 @every_long_path
 @given(n=st.integers(1, 30))
 def test_nodes_end_at_clean_data(name, n):
@@ -129,7 +102,67 @@ def test_nodes_end_at_clean_data(name, n):
     np.testing.assert_array_equal(last.alpha[:-1], nodes.alpha[:-1])
 
 
+@pytest.mark.parametrize("grid", ["balanced", "power", "trailing", "linspace", "leading"])
+def test_grids_of_time_go_through_the_dynamic_shift(grid):
+    """mu of a flow model moves every unshifted sigma u to e^mu / (e^mu + 1/u - 1) (Esser et al. 2024, eq. 23)."""
+    plain = make_grid(FlowMatching(), grid, 5) / 1000
+    shifted = make_grid(FlowMatching(use_dynamic_shifting=True), grid, 5, mu=0.8)
+    np.testing.assert_allclose(shifted, 1000 * math.exp(0.8) / (math.exp(0.8) + 1 / plain - 1), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "original", "strength"), [(4, 50, 1.0), (3, 50, 0.5), (50, 50, 1.0), (7, 1000, 1.0)])
+def test_distilled_times_are_those_of_lcm(n, original, strength):
+    """The noisiest of the equal steps of the training, as LCMScheduler chooses them (Luo et al. 2023, section 4.3)."""
+    stock = LCMScheduler(**LINEAR)
+    stock.set_timesteps(n, original_inference_steps=original, strength=strength)
+    np.testing.assert_array_equal(distilled(PATHS["vp_linear"], n, original, strength), stock.timesteps.numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "original", "strength"),
+    [("vp_linear", 26, 50, 0.5), ("vp_linear", 4, 1001, 1.0), ("edm", 4, 50, 1.0)],
+)
+def test_more_steps_than_were_distilled_are_refused(name, n, original, strength):
+    with pytest.raises(ValueError, match="ask for fewer steps"):
+        distilled(PATHS[name], n, original, strength)
+
+
+def test_distinct_integers_are_the_nearest_that_are_left():
+    """Rounded; a repetition takes the next integer below, or those above where there is no room below."""
+    for times, expected in (
+        ([900.4, 500.6, 3.2], [900, 501, 3]),
+        ([10.4, 10.3, 9.8, 2.0], [10, 9, 8, 2]),
+        ([2.2, 0.3, 0.1], [2, 1, 0]),
+        ([5.0, 0.4, 0.2, 0.1], [5, 2, 1, 0]),
+    ):
+        np.testing.assert_array_equal(distinct_integers(np.array(times)), expected)
+    with pytest.raises(ValueError, match="too few distinct timesteps"):
+        distinct_integers(np.array([1.2, 0.3, 0.1]))
+
+
 # -- what users pass --
+
+
+class OnAccelerator:
+    """A list that numpy cannot read before ``cpu()`` has brought it."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def cpu(self):
+        return np.array(self.values)
+
+    def __array__(self, *_, **__):
+        raise TypeError("can't convert a device tensor to numpy")
+
+
+def test_lists_may_live_on_an_accelerator_and_in_any_precision():
+    """A ramp in float32 means the levels of its float64 values, not levels computed in float32."""
+    nodes = nodes_from_user(PATHS["vp_linear"], OnAccelerator([900, 500]), None)
+    np.testing.assert_array_equal(nodes.time[:-1], [900, 500])
+    ramp = np.array([0, 0.25, 0.5, 1])
+    exact = nodes_from_user(PATHS["edm"], None, ramp)
+    np.testing.assert_array_equal(nodes_from_user(PATHS["edm"], None, ramp.astype(np.float32)).sigma, exact.sigma)
 
 
 def test_user_timesteps_are_taken_as_they_are():
@@ -314,6 +347,55 @@ def test_weights_agree_with_thirty_digits(start, h, order, tau):
     np.testing.assert_allclose(w, exact, atol=1e-12 * np.abs(exact).max())
 
 
+STEPS = {
+    "long": (-5.0, 4.0),
+    "short and clean": (6.0, 6.01),
+    "from zero SNR": (-INF, -2.0),
+    "from zero SNR, far": (-INF, 1.5),
+    "to clean data": (0.5, INF),
+    "the whole way": (-INF, INF),
+    "towards noise": (4.0, -8.0),
+    "towards noise, to zero SNR": (3.0, -INF),
+}
+
+
+@pytest.mark.parametrize("data_std", [0.25, 1.0, 50.0, 1000.0])
+@pytest.mark.parametrize(
+    ("step", "tau"), [(s, tau) for s in STEPS for tau in (0.0, 0.3, 1.0) if tau == 0 or "towards" not in s]
+)
+def test_the_rule_of_a_step_agrees_with_twenty_digits(step, data_std, tau):
+    """Int A (r_t/r_u)^A (s_u/r_u) p(u) d lambda = Int A/c (cos/cos_t)^(tau^2) p d theta with tan theta = s/c, for p =
+    1 + theta, to 1e-12: at any data scale, from and to infinite log-SNR and, for the ODE, towards noise."""
+    alpha, sigma = PATHS["vp_linear"].alpha_sigma_of(np.array(STEPS[step]))
+    start, end = (Point(float(a), float(s)) for a, s in zip(alpha, sigma, strict=True))
+    lam, w = quadrature(start, end, data_std, tau)
+    with mpmath.workdps(20):
+        first, last = (mpmath.atan2(mpmath.mpf(p.sigma), data_std * mpmath.mpf(p.alpha)) for p in (start, end))
+
+        def integrand(x):
+            return (mpmath.cos(x) / mpmath.cos(last) if tau else 1) ** mpmath.mpf(tau**2) * (1 + x)
+
+        exact = (1 + tau**2) * mpmath.quad(integrand, mpmath.linspace(last, first, 3))
+    rho_t = math.hypot(data_std * end.alpha, end.sigma)
+    assert w @ (1 + np.arctan2(np.exp(-lam), data_std)) == pytest.approx(float(exact) * rho_t / data_std, rel=1e-12)
+
+
+@pytest.mark.parametrize("data_std", [0.0, 0.5, 50.0, 1000.0])
+@pytest.mark.parametrize("h", [1e-6, 1e-3, 1.0])
+def test_the_noise_of_a_short_step_agrees_with_thirty_digits(h, data_std):
+    """c = rho_t sqrt(1 - (r_t/r_s)^(2 tau^2)), without the cancellation of its terms."""
+    for lam, tau in itertools.product((-3.0, 2.0), (0.5, 1.0)):
+        start, end = points_at(lam, lam + h)
+        with mpmath.workdps(30):
+            c2, (s, t) = (
+                mpmath.mpf(data_std) ** 2,
+                ((mpmath.mpf(p.sigma) / mpmath.mpf(p.alpha)) ** 2 for p in (start, end)),
+            )
+            exact = end.alpha * mpmath.sqrt((c2 + t) * (1 - ((c2 + t) / (c2 + s)) ** (mpmath.mpf(tau) ** 2)))
+        found = linear_coefficients(start, end, data_std, tau)[1]
+        assert found == pytest.approx(float(exact), rel=1e-12 + 4e-16 / h)  # log-SNR itself is rounded
+
+
 @given(shift=st.floats(-4, 4), tau=st.sampled_from([0.0, 0.7, 1.0]), order=st.integers(1, 4))
 def test_data_prediction_weights_do_not_depend_on_where_the_step_is(shift, tau, order):
     """c = 0: the weights over alpha_t depend on the steps of log-SNR only."""
@@ -431,6 +513,14 @@ def test_linear_parts_compose(start, h, data_std, tau):
     assert (a2 * c1) ** 2 + c2**2 == pytest.approx(c**2, rel=1e-8, abs=1e-14)
 
 
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+@pytest.mark.parametrize("data_std", [0.0, 0.5, INF])
+def test_a_step_of_no_length_keeps_the_state(data_std, tau):
+    """Factor 1 and no noise, at clean data too, where s_t/s_s is no number."""
+    for point in (*points_at(0.3), Point(1.0, 0.0)):
+        assert linear_coefficients(point, point, data_std, tau) == (1.0, 0.0)
+
+
 @given(lam=lams, data_std=st.sampled_from([0.0, 0.4, 1.0, 3.0]))
 def test_evaluation_of_gaussian_data_vanishes(lam, data_std):
     """F is the part of D that N(0, c^2) data does not explain, so it is 0 for them; at c = 1 under VP it is -v."""
@@ -501,6 +591,19 @@ def test_eta_gives_a_tau_for_every_step(n, eta):
     assert len(taus) == n
     assert all(0 <= tau <= 1 for tau in taus)
     assert all(low <= high + 1e-12 for low, high in zip(tau_from_eta(eta / 2, nodes), taus, strict=True))
+
+
+@pytest.mark.parametrize(("step", "terms"), [(0.8, 2), (2.4, 1)])
+def test_a_correction_with_one_node_is_left_out_where_it_would_feed_back(step, terms):
+    """A step redone with the new evaluation alone (corrector = 1) weighs it by all of its weight w; where ``|w| c^2
+    alpha/(rho sigma)``, the slope of F, makes that more than 1.1 times an error, the state stays."""
+    std = 2.0
+    nodes = nodes_of(PATHS["vp_linear"], [0.0, step, step + 0.5])
+    start, end = (Point(*pair) for pair in zip(nodes.alpha[:2], nodes.sigma[:2], strict=True))
+    weight = lagrange_weights(None, start, end, [end], data_std=std, clock="log_snr", tau=0.0)[0]
+    slope = std**2 * end.alpha / (math.hypot(std * end.alpha, end.sigma) * end.sigma)
+    assert (weight * slope > 1.1) == (terms == 1)
+    assert len(build_multistep(None, nodes, order=1, corrector=1, data_std=std).rows[1].b) == terms
 
 
 def test_rows_do_not_extrapolate_over_large_ratios():
@@ -640,16 +743,17 @@ def test_a_start_outside_the_range_is_refused(start):
 
 @pytest.mark.parametrize("method", SINGLESTEP_METHODS)
 def test_singlestep_takes_one_tau_a_step(method):
-    """As many as the grid has steps, also where stages are inserted; each step draws its own noise: none at tau = 0."""
-    nodes = nodes_of(PATHS["vp_linear"], np.linspace(-2, 2, 5))
-    taus = [0.0, 1.0, 0.0, 0.5]
+    """Each step, with the stages inside it, is that of a run with its tau alone.  Steps whose stages are grid nodes
+    have as many taus as nodes, here equal within a step."""
+    size, fractions = SINGLESTEP_METHODS[method]
+    each = 1 if fractions else size
+    levels = [0.0, 1.0, 0.3, 0.5]
+    taus = [tau for tau in levels for _ in range(each)]
+    nodes = nodes_of(PATHS["vp_linear"], np.linspace(-2, 2, len(taus) + 1))
     table = build_singlestep(PATHS["vp_linear"], nodes, method=method, tau=taus)
-    log_snr = [math.log(row.alpha / row.sigma) for row in table.rows]
-    step = np.clip(np.searchsorted(nodes.log_snr, np.array(log_snr) + 1e-9, side="right") - 1, 0, 3)
-    for row, i in zip(table.rows, step, strict=True):
-        if taus[i] == 0:
-            assert row.c == 0
-    assert sum(row.c > 0 for row in table.rows) >= 2
+    for i, tau in enumerate(levels):
+        alone = build_singlestep(PATHS["vp_linear"], nodes, method=method, tau=tau)
+        assert table.rows[i * size : (i + 1) * size] == alone.rows[i * size : (i + 1) * size]
     with pytest.raises(ValueError, match="one for each"):
         build_singlestep(PATHS["vp_linear"], nodes, method=method, tau=taus[:-1])
 

@@ -10,7 +10,7 @@ from helpers import PATHS
 
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import GRIDS, make_grid, nodes_from_times
-from diffusers_sde.paths import Path
+from diffusers_sde.paths import FlowMatching, Path
 from diffusers_sde.prediction import model_coefficients, prediction_coefficients
 from diffusers_sde.tables import build_multistep
 
@@ -52,6 +52,47 @@ def test_habits_of_pipelines():
     np.testing.assert_allclose(PATHS["edm"].habitual_sigmas(3), [0, 0.5, 1])
     assert PATHS["vp_linear"].habitual_sigmas(4) is None
     assert PATHS["edm"].is_sigma_ramp(np.array([0, 0.5, 1])) and not PATHS["flow"].is_sigma_ramp(np.array([0, 1]))
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_label_is_read_back(name):
+    """What ``scheduler.sigmas`` shows for a level names that level: sigma/alpha, sigma, and Mochi's 1 - sigma."""
+    path = PATHS[name]
+    log_snr = np.array([-2.0, 0.3, 3.0])
+    alpha, sigma = path.alpha_sigma_of(log_snr)
+    flow = {"mochi": alpha}.get(name, sigma)
+    np.testing.assert_allclose(path.sigma_label(alpha, sigma), flow if path.time_is_noise else sigma / alpha)
+    np.testing.assert_allclose(path.log_snr_of_label(path.sigma_label(alpha, sigma)), log_snr, rtol=1e-9)
+
+
+def test_ramps_of_noise_run_in_sigma_or_in_its_ratio_to_alpha():
+    """Flow matching: sigma, or sigma / (1 - sigma) as for EDM, over the training range of sigma."""
+    ratio = FlowMatching(sigma_range=(0.02, 0.9), ramps_in_ratio=True)
+    assert ratio.noise_range() == pytest.approx((1 / 49, 9), rel=1e-12)
+    np.testing.assert_allclose(ratio.times_of_noise(np.array([9, 1, 0.25])), [900, 500, 200], rtol=1e-12)
+    plain = FlowMatching(sigma_range=(0.02, 0.9))
+    assert plain.noise_range() == (0.02, 0.9)
+    np.testing.assert_allclose(plain.times_of_noise(np.array([0.9, 0.02])), [900, 20], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["edm", "ve_atan", "flow", "flow_shift", "mochi"])
+def test_training_times_have_the_density_they_name(name):
+    """From the cleanest to the noisiest time, with |d fraction / d log_snr| the inverse of the derivative."""
+    path, u, h = PATHS[name], np.linspace(0.05, 0.95, 7), 1e-6
+    density = path.training_times(u)[1]
+    cleaner, noisier = (path.log_snr(path.training_times(v)[0]) for v in (u - h, u + h))
+    np.testing.assert_allclose(density * (cleaner - noisier) / (2 * h), 1, rtol=1e-6)
+    np.testing.assert_allclose(path.training_times(np.array([0.0, 1.0]))[0], [path.cleanest, path.noisiest], rtol=1e-9)
+
+
+def test_flow_training_goes_through_the_static_shift():
+    """sigma = s u / (1 + (s - 1) u) at s = 3 (Esser et al. 2024, eq. 23), here of the range 1/1000 to 1; a dynamic
+    shift is one of a run."""
+    u = np.array([0.25, 0.5])
+    shifted = 1 + 999 * np.array([0.75 / 1.5, 1.5 / 2])
+    np.testing.assert_allclose(PATHS["flow_shift"].training_times(u)[0], shifted, rtol=1e-12)
+    dynamic = FlowMatching(shift=3.0, use_dynamic_shifting=True)
+    np.testing.assert_allclose(dynamic.training_times(u)[0], 1 + 999 * u, rtol=1e-12)
 
 
 class Trigonometric(Path):

@@ -7,7 +7,7 @@ are ordinary differential equations and expectations of polynomials are quadratu
 import numpy as np
 import pytest
 import torch
-from helpers import SMOOTH, mixture, noise_like, order_of, span
+from helpers import SMOOTH, mixture, noise_like, span
 from scipy.integrate import quad, solve_ivp
 from scipy.stats import norm
 
@@ -307,30 +307,9 @@ def test_noise_loss_is_score_matching_plus_a_constant(name):
 # -- discretisation --
 
 
-def one_step_divergence(v, h, std):
-    """KL of one Euler-Maruyama step of the reverse VE SDE from its exact kernel, per dimension, averaged over x ~ p_v.
-
-    In the clock v = sigma^2 the reverse SDE is dx = score dt + dw; both kernels are Gaussian for Gaussian data."""
-    total, late = std**2 + v, std**2 + v - h
-    slope, variance = late / total, h * late / total  # Bayes: x_{v-h} given x_v
-    euler_slope, euler_variance = 1 - h / total, h
-    ratio = variance / euler_variance
-    return 0.5 * (ratio - 1 - np.log(ratio) + (slope - euler_slope) ** 2 * total / euler_variance)
-
-
-def test_one_step_euler_maruyama_error():
-    """One step costs KL <= d L^2 h^2, L the Lipschitz constant of the score, and the order 2 in h is attained
-    (Lu, chapter 6)."""
-    v, std = 2.0, 0.8
-    steps = 0.4 / 2.0 ** np.arange(8)
-    errors = np.array([one_step_divergence(v, h, std) for h in steps])
-    assert np.all(errors <= steps**2 / (std**2 + v - steps) ** 2)
-    assert order_of(errors)[-1] == pytest.approx(2, abs=0.01)
-
-
-def test_exact_kernel_of_that_step_is_the_reverse_sde():
-    """The kernel that the one-step bound compares with solves the reverse SDE of the package's VE path
-    (Lu, chapter 6)."""
+def test_exact_kernel_of_one_step_is_the_reverse_sde():
+    """The kernel that the one-step bound (test_error_bounds.py) compares with solves the reverse SDE of the package's
+    VE path (Lu, chapter 6)."""
     path, std, v, h, x = SMOOTH["edm"], 0.8, 2.0, 0.4, 1.7
     start, end = (float(path.time(-0.5 * np.log(u))) for u in (v, v - h))
 

@@ -30,7 +30,13 @@ from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.configs import alphas_cumprod_from_config
 from diffusers_sde.dynamics import drift_and_diffusion
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
-from diffusers_sde.prediction import PREDICTION_TYPES, convert, model_coefficients, prediction_coefficients
+from diffusers_sde.prediction import (
+    PREDICTION_TYPES,
+    convert,
+    model_coefficients,
+    prediction_coefficients,
+    split_variance,
+)
 from diffusers_sde.sampling import sample
 from diffusers_sde.tables import build_multistep
 from diffusers_sde.weights import Point, linear_coefficients
@@ -62,6 +68,32 @@ def test_f_and_g2_are_the_derivatives_of_alpha_and_sigma(name):
     numeric_ds2 = sign * (s1**2 - s0**2) / (2 * h)
     np.testing.assert_allclose(f, numeric_f, rtol=1e-6, atol=1e-6 * np.abs(g2 / sigma2).min())
     np.testing.assert_allclose(g2, numeric_ds2 - 2 * f * sigma2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "ends"), [("vp_zero_snr", (998, 999)), ("vp_clean_start", (0, 1))])
+def test_f_and_g2_where_the_angle_is_linear(name, ends):
+    """Next to alpha = 0 (zero terminal SNR) or sigma = 0: f = -angle' tan(angle) and g^2 = -2 f, from alpha =
+    cos(angle) by hand and as the derivatives of alpha and sigma (Fu & Wang, setup); at the ends their limits."""
+    path = {**PATHS, "vp_clean_start": VariancePreserving([1.0, 0.7, 0.2])}[name]
+    angle = [float(np.arctan2(*path.alpha_sigma(end)[::-1])) for end in ends]
+    rate, t, h = angle[1] - angle[0], ends[0] + np.array([0.01, 0.3, 0.7, 0.99]), 1e-6
+    f, g2 = drift_and_diffusion(path, t)
+    np.testing.assert_allclose(f, -rate * np.tan(angle[0] + (t - ends[0]) * rate), rtol=1e-10)
+    np.testing.assert_allclose(g2, -2 * f, rtol=1e-10)
+    (a0, s0), (a1, s1) = path.alpha_sigma(t - h), path.alpha_sigma(t + h)
+    np.testing.assert_allclose(f, (np.log(a1) - np.log(a0)) / (2 * h), rtol=1e-6)
+    np.testing.assert_allclose(g2, (s1**2 - s0**2) / (2 * h) - 2 * f * path.alpha_sigma(t)[1] ** 2, rtol=1e-6)
+    np.testing.assert_allclose(path.d_log_snr(t), (path.log_snr(t + h) - path.log_snr(t - h)) / (2 * h), rtol=1e-6)
+    limits = [float(v) for v in drift_and_diffusion(path, path.noisiest if name == "vp_zero_snr" else 0.0)]
+    assert limits == ([-np.inf, np.inf] if name == "vp_zero_snr" else [0.0, 0.0])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("name", "noisy", "clean"), [("flow", 1000.0, 0.0), ("mochi", 0.0, 1000.0)])
+def test_f_and_g2_of_flow_matching_at_its_ends(name, noisy, clean):
+    """f = -1/(1 - u) and g^2 = 2 u/(1 - u) with u = t/T, per unit of t: their limits, without a warning."""
+    assert [float(v) for v in drift_and_diffusion(PATHS[name], noisy)] == [-np.inf, np.inf]
+    assert [float(v) for v in drift_and_diffusion(PATHS[name], clean)] == [-0.001, 0.0]
 
 
 @every_path
@@ -324,6 +356,24 @@ def test_predictions_without_information_are_refused():
         prediction_coefficients("velocity", 1.0, 0.5)
 
 
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_an_output_with_variances_starts_with_the_prediction(variance_type):
+    """The first C of 2C channels (Nichol & Dhariwal 2021, section 3.1)."""
+    output = torch.arange(2 * 6 * 4).reshape(2, 6, 2, 2)
+    torch.testing.assert_close(split_variance(output, torch.zeros(2, 3, 2, 2), variance_type), output[:, :3])
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 2), (3, 6, 2, 2), (2, 6, 2, 4), (4, 3, 2, 2), (2, 3, 2, 2)])
+def test_an_output_that_does_not_fit_the_sample_is_refused(shape):
+    """Only the doubled channels of the sample's own shape hold variances."""
+    with pytest.raises(ValueError, match=r"must agree\.$"):
+        split_variance(torch.zeros(shape), torch.zeros(2, 3, 2, 2), "learned_range")
+    with pytest.raises(ValueError, match=r"must agree\.$"):
+        split_variance(torch.zeros(4), torch.zeros(2), "learned_range")
+    with pytest.raises(ValueError, match=r"set variance_type='learned_range'\)\.$"):
+        split_variance(torch.zeros(2, 6, 2, 2), torch.zeros(2, 3, 2, 2), "fixed_small")
+
+
 @given(sigma=level, x0=st.floats(-3, 3), eps=st.floats(-3, 3))
 def test_edm_preconditioning(sigma, x0, eps):
     """D = c_skip x + c_out F with c_skip = sd^2/r^2, c_out = sigma sd/r (Karras et al. 2022, table 1; P D.6)."""
@@ -468,45 +518,6 @@ def test_affine_flows_are_equivalent(clock, tau, data_std):
     for other in results[1:]:
         for left, right in zip(results[0], other, strict=True):
             torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
-
-
-# -- what stopping early and starting late cost --
-
-
-def w2_of_gaussians(mean0, var0, mean1, var1):
-    """W2^2 of Gaussians with diagonal covariances (Lu, chapter 1)."""
-    return np.sum((mean0 - mean1) ** 2) + np.sum((np.sqrt(var0) - np.sqrt(var1)) ** 2)
-
-
-@every_path
-@given(mean=st.lists(st.floats(-4, 4), min_size=3, max_size=3), std=st.floats(0, 3))
-def test_early_stopping_bound(name, mean, std):
-    """Stopping at the cleanest time costs W2^2 <= (1 - a_1)^2 E|X_0|^2 + sigma_1^2 d (Lu, chapter 6); equality for
-    points."""
-    path, mean, d = PATHS[name], np.array(mean), 3
-    alpha, sigma = (float(v) for v in path.alpha_sigma(path.cleanest))
-    distance = w2_of_gaussians(mean, np.full(d, std**2), alpha * mean, np.full(d, alpha**2 * std**2 + sigma**2))
-    bound = (1 - alpha) ** 2 * (mean @ mean + d * std**2) + sigma**2 * d
-    assert distance <= bound * (1 + 1e-12)
-    point = w2_of_gaussians(mean, np.zeros(d), alpha * mean, np.full(d, sigma**2))
-    assert point == pytest.approx((1 - alpha) ** 2 * (mean @ mean) + sigma**2 * d, rel=1e-12)
-
-
-@pytest.mark.parametrize("sigma_max", [10.0, 80.0, 500.0])
-@given(mean=st.floats(-4, 4), std=st.floats(0, 3))
-def test_ve_initialisation_bound(sigma_max, mean, std):
-    """Starting VE from N(0, T) costs KL(p_T | N(0, T)) <= E|X_0|^2 / 2T, T = sigma_max^2 (Lu, chapter 6); equality for
-    points."""
-    path = VarianceExploding(0.01, sigma_max, 0.5)
-    top = float(path.alpha_sigma(path.noisiest)[1] ** 2)
-    assert top == pytest.approx(sigma_max**2, rel=1e-12)
-
-    def divergence(variance):
-        ratio = variance / top
-        return 0.5 * (mean**2 / top + (ratio - np.log1p(ratio)))
-
-    assert divergence(std**2) <= (mean**2 + std**2) / (2 * top) + 1e-15
-    assert divergence(0.0) == pytest.approx(mean**2 / (2 * top), rel=1e-12, abs=1e-300)
 
 
 def test_flow_matching_rejects_impossible_options():

@@ -126,6 +126,42 @@ def test_ddim_with_eta_is_a_tau_per_step(eta):
     assert (stds[:-1] > 0).all() == (eta > 0)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 0.9])  # at 1 DDIM takes the root of a rounding error below 0
+def test_ddim_with_eta_from_zero_terminal_snr(eta):
+    """The first step, from alpha = 0, keeps sqrt(1 - eta^2) of the state and draws eta of noise, half a standard
+    deviation at eta = .5: every coefficient of DDIM (Song et al. 2021, eq. 16), and its fixed_large variance."""
+    zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    ddim = stock("DDIMScheduler", clip_sample=False, **zero)
+    ours = ReverseSDEScheduler.from_config(ddim.config, eta=eta, solver_order=1, corrector=False)
+    ours.set_timesteps(10)
+    assert list(ours.timesteps) == list(ddim.timesteps) and float(ours.levels.alpha[0]) == 0
+    states, stds = probe_ours(ours)
+    reference = probe_stock(ddim, eta=eta)
+    assert deviation(states, reference) < 1e-5
+    np.testing.assert_allclose(stds, [abs(reference[i, 11 + i]) for i in range(10)], atol=2e-6)
+    assert stds[0] == pytest.approx(eta, rel=1e-3)
+    large = ReverseSDEScheduler.from_config(ours.config, variance_type="fixed_large")
+    large.set_timesteps(10)
+    assert probe_ours(large)[1][0] == pytest.approx(eta, abs=1e-12)
+
+
+@pytest.mark.parametrize("process", [{"use_flow_sigmas": True}, {"rescale_betas_zero_snr": True}], ids=["flow", "vp"])
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("order", [1, 2])
+def test_eta_from_zero_snr_keeps_the_law(process, eta, order):
+    """N(0, c^2) data with data_std = c have their variance exactly, at any eta, order and number of steps, also where
+    the run starts at alpha = 0 or takes a single step."""
+    for n in (1, 2, 5):
+        scheduler = ReverseSDEScheduler(
+            **process, prediction_type="v_prediction", eta=eta, data_std=0.5, solver_order=order, final="exact"
+        )
+        scheduler.set_timesteps(n)
+        nodes = scheduler.levels
+        assert nodes.alpha[0] == 0
+        table = scheduler._table(scheduler.path, nodes, scheduler._taus(nodes))
+        assert gaussian_law(table, 0.5, 1.0) == pytest.approx(0.25, rel=1e-10)
+
+
 def test_tau_of_eta_one_is_one():
     """eta = 1 is tau = 1 whatever the step, eta = 0 is the ODE, and between them tau depends on the step."""
     nodes = nodes_of(PATHS["vp_linear"], [-3.0, -2.0, 1.0])

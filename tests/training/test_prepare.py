@@ -15,7 +15,7 @@ from PIL import Image
 from diffusers_sde.cli import main
 from diffusers_sde.training import prepare
 from diffusers_sde.training.data import load_images
-from diffusers_sde.training.samples import DataError
+from diffusers_sde.training.framing import DataError
 
 # -- fake sources --
 

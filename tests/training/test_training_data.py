@@ -20,37 +20,18 @@ from diffusers import AutoencoderKL, VQModel
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
+from training_helpers import RGB, picture, png, write
 
 from diffusers_sde.training import hub_data
 from diffusers_sde.training import latents as latents_module
 from diffusers_sde.training.data import DataError, batches, cache_latents, load_images, sample_seed
-from diffusers_sde.training.samples import Framing, TrainingData, to_mode
-
-RGB = {"resolution": 8, "channels": 3}
-
-
-def picture(number: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Image.Image:
-    """An image that is known by its constant value."""
-    return Image.new("RGB", size, (number, 255 - number, 7)).convert(mode)
+from diffusers_sde.training.framing import Framing, to_mode
+from diffusers_sde.training.samples import TrainingData
 
 
 def ramp(width: int, height: int) -> Image.Image:
     """A grey image whose value is 10 times the column."""
     return Image.fromarray(np.tile(10 * np.arange(width, dtype=np.uint8), (height, 1)))
-
-
-def png(image: Image.Image) -> bytes:
-    image.save(buffer := io.BytesIO(), "PNG")
-    return buffer.getvalue()
-
-
-def write(folder, files: dict[str, Image.Image | bytes]):
-    """A folder with these files."""
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else png(content))
-    return folder
 
 
 def value(item) -> int:

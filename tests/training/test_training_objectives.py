@@ -13,6 +13,8 @@ import torch
 from helpers import COSINE, LINEAR, SD, vp
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import expit
+from scipy.stats import truncnorm
 
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
 from diffusers_sde.prediction import PREDICTION_TYPES, convert, prediction_coefficients
@@ -90,11 +92,20 @@ def test_weights_are_finite_at_zero_snr(weighting: str, kind: str) -> None:
     assert np.isfinite(loss_weights(weighting, ZERO_SNR, kind, alpha, sigma)).all()
 
 
-def test_edm_weight_is_the_inverse_of_c_out_squared() -> None:
-    """Karras et al. 2022, table 1: lambda(sigma) c_out^2 = 1, so the weight of the raw network output is 1."""
-    path = VarianceExploding(0.002, 80.0, 0.5)
+@pytest.mark.parametrize("data_scale", [0.5, 1.0, 2.0])
+def test_edm_weight_is_the_inverse_of_c_out_squared(data_scale: float) -> None:
+    """Karras et al. 2022, table 1: lambda(sigma) c_out^2 = 1 with the path's own sigma_data, so the weight of the raw
+    network output is 1."""
+    path = VarianceExploding(0.002, 80.0, data_scale)
     alpha, sigma = path.alpha_sigma(path.time(-np.log(np.geomspace(0.002, 80, 9))))
-    np.testing.assert_allclose(loss_weights("edm", path, "epsilon", alpha, sigma, sigma_data=0.5), 1.0, rtol=1e-9)
+    np.testing.assert_allclose(loss_weights("edm", path, "epsilon", alpha, sigma), 1.0, rtol=1e-9)
+
+
+def test_edm_weight_at_unit_data_scale_is_the_plain_error_of_v() -> None:
+    """Variance preserving processes have unit data: (SNR + 1) |x_0 error|^2 = |v error|^2."""
+    path = vp(LINEAR)
+    alpha, sigma = path.alpha_sigma(np.arange(0, 1000, 37.0))
+    np.testing.assert_allclose(loss_weights("edm", path, "v_prediction", alpha, sigma), 1.0, rtol=1e-9)
 
 
 def test_cosmap_is_the_published_weight_of_the_flow_velocity() -> None:
@@ -110,31 +121,60 @@ SAMPLED = [(name, s) for name in ("vp", "cosine", "ve", "edm", "flow") for s in 
 
 @pytest.mark.parametrize(("name", "sampling"), SAMPLED)
 def test_the_stated_density_is_that_of_the_drawn_log_snr(name: str, sampling: str) -> None:
-    """The mean of g(log_snr)/p over the draws is the integral of g, for a bump g inside the range."""
-    path, n = PATHS[name], 200_000
-    t, density = draw_times(path, sampling, midpoints(n), mean=-0.3, std=1.1)
-    log_snr = path.log_snr(t)
+    """The mean of g(log_snr)/p over the draws is the integral of g over the whole training range, for a g that is
+    largest at its clean end and, where the range has one, does not vanish at its noisy end: nothing is lost or counted
+    twice there.  Integer times know g at themselves only: the integral of its linear interpolation."""
+    path = PATHS[name]
+    least, most = (float(path.log_snr(t)) for t in (path.noisiest, path.cleanest))
+    level = 0.5 if math.isfinite(least) else 0.0
 
-    def bump(x: np.ndarray) -> np.ndarray:
-        return np.exp(-0.5 * ((x - 0.5) / 0.5) ** 2) / (0.5 * math.sqrt(2 * math.pi))
+    def g(log_snr: np.ndarray) -> np.ndarray:
+        return expit(log_snr) + level
 
-    # variance preserving times are integers: the sum over them is a Riemann sum, exact to its resolution
-    assert np.mean(bump(log_snr) / density) == pytest.approx(1, abs=2e-2 if name in ("vp", "cosine") else 1e-3)
+    t, density = draw_times(path, sampling, midpoints(50_000), mean=0.4, std=2.5)
+    exact = np.logaddexp(0, most) - np.logaddexp(0, least) + (level * (most - least) if level else 0.0)
+    found = np.mean(g(path.log_snr(t)) / density)
+    # the rule of midpoints resolves a logit-normal's tails slowly
+    assert found == pytest.approx(exact, rel={"logit_normal": 7e-3, "mode": 2e-3}.get(sampling, 2e-4))
+    if path.alphas_cumprod is not None and sampling in ("uniform", "stratified"):
+        log_snr = path.log_snr(np.arange(999, -1, -1.0))
+        assert found == pytest.approx(np.trapezoid(g(log_snr), log_snr), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "edm", "flow"])
+@pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (3.0, 4.0), (-7.0, 1.5), (8.0, 1.0)])
+def test_lognormal_times_are_a_truncated_normal(name: str, mean: float, std: float) -> None:
+    """log(sigma/alpha) at the quantiles u of N(mean, std^2) cut to the training range, and its density, as scipy has
+    them; integer times are the nearest ones."""
+    path, u = PATHS[name], midpoints(101)
+    most, least = (float(path.log_snr(t)) for t in (path.cleanest, path.noisiest))
+    law = truncnorm((-most - mean) / std, (-least - mean) / std, mean, std)
+    t, density = draw_times(path, "lognormal", u, mean=mean, std=std)
+    exact = path.time(-law.ppf(u))
+    np.testing.assert_allclose(t, exact if path.alphas_cumprod is None else np.round(exact), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(density, law.pdf(law.ppf(u)), rtol=1e-7)
+
+
+def test_lognormal_times_outside_the_training_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="use another --time_mean"):
+        draw_times(PATHS["edm"], "lognormal", midpoints(3), mean=200.0, std=1.0)
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "mode", "lognormal"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_likelihood_weighting_makes_the_time_sampling_irrelevant(sampling: str, kind: str) -> None:
     """Lai et al., chapter 6, and Kingma et al. 2021 eq. 18: with it the expected loss is the integral over log-SNR
-    whatever p(t) is."""
+    whatever p(t) is, up to the ends of the range, where this error of eps is largest."""
     path = vp(LINEAR)
-    t, density = draw_times(path, sampling, midpoints(50_000), mean=-0.5, std=1.5)
+    t, density = draw_times(path, sampling, midpoints(50_000), mean=-0.5, std=2.5)
     alpha, sigma = path.alpha_sigma(t)
     weights = loss_weights("likelihood", path, kind, alpha, sigma, log_snr_density=density)
     pairs = zip(*prediction_targets(path, kind, alpha, sigma), strict=True)
     k = [convert(pair, (0.0, 1.0), a, s)[1] for pair, a, s in zip(pairs, alpha, sigma, strict=True)]
-    error_of_prediction = np.exp(-((path.log_snr(t) - 0.3) ** 2)) / k  # of a network whose error of eps is a bump
-    assert np.mean(weights * error_of_prediction**2) == pytest.approx(math.sqrt(math.pi / 2), rel=2e-2)
+    error_of_prediction = np.cosh(0.2 * path.log_snr(t)) / k
+    low, high = (float(path.log_snr(end)) for end in (999, 0))
+    exact = 0.5 * (high - low) + (np.sinh(0.4 * high) - np.sinh(0.4 * low)) / 0.8
+    assert np.mean(weights * error_of_prediction**2) == pytest.approx(exact, rel=2e-3)
 
 
 @given(st.integers(1, 7), st.integers(0, 10))

@@ -15,16 +15,18 @@ import datasets
 import diffusers
 import pytest
 import torch
+import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from training_helpers import common, launch, losses, make_images, tiny_config, train_here
 
 import diffusers_sde
 from diffusers_sde.assets import load_fashion_model
-from diffusers_sde.training import command, launching
+from diffusers_sde.training import card, command, launching
 from diffusers_sde.training.arguments import read_settings
 from diffusers_sde.training.checkpoints import checkpoints, publish
 from diffusers_sde.training.data import load_images
+from diffusers_sde.training.plan import describe_rate, training_length
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -158,6 +160,17 @@ def test_two_processes_are_one_with_a_doubled_batch(data: Path, config: Path, tm
         torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_an_error_in_two_processes_is_said_once_and_by_no_launcher(config: Path, tmp_path: Path) -> None:
+    process = launch(common(tmp_path / "missing", tmp_path / "out", config, 2, hub_token="hf_secret"), processes=2)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 1 and "Traceback" not in said and "hf_secret" not in said
+    assert [line for line in said.splitlines() if "missing" in line] == [
+        f"diffusers_sde.train: {tmp_path / 'missing'} does not exist: pass a folder of images or the name of a "
+        "data set on the Hub."
+    ]
+
+
 @pytest.mark.parametrize(
     ("environment", "launcher", "expected"),
     [
@@ -189,7 +202,7 @@ def test_the_learning_rate_follows_optimizer_steps_under_accumulation(data: Path
 
 
 def run_snippet(output: Path) -> dict:
-    """Run the code of a model card, whose three labels our two classes and the null class are."""
+    """Run the code of a model card."""
     code = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)[1]
     namespace: dict = {"noisy_images": torch.zeros(2, 1, 16, 16), "timesteps": torch.tensor([5.0, 9.0])}
     exec(code.replace(f'"{output.name}"', f'"{output}"'), namespace)
@@ -202,13 +215,13 @@ def test_the_result_is_a_stock_pipeline_with_card_curve_and_samples(data: Path, 
     pipe = DDPMPipeline.from_pretrained(tmp_path / "out")
     assert isinstance(pipe.scheduler, DDPMScheduler) and pipe.unet.config.num_class_embeds == 3
     assert load_file(tmp_path / "out" / WEIGHTS)["conv_in.weight"].dtype == torch.float16
-    card = (tmp_path / "out/README.md").read_text()
-    assert "accelerate launch -m diffusers_sde.train --train_data_dir" in card
+    text = (tmp_path / "out/README.md").read_text()
+    assert "accelerate launch --quiet -m diffusers_sde.train --train_data_dir" in text
     for name in ("samples.png", "loss.png", "loss.csv"):
-        assert (tmp_path / "out" / name).stat().st_size > 0 and (name == "loss.csv" or name in card)
+        assert (tmp_path / "out" / name).stat().st_size > 0 and (name == "loss.csv" or name in text)
     assert list((tmp_path / "out/logs").rglob("events.out.tfevents*"))
     images = run_snippet(tmp_path / "out")["images"]
-    assert images.shape == (3, 1, 16, 16) and images.isfinite().all()
+    assert images.shape == (2, 1, 16, 16) and images.isfinite().all()  # of our two classes, not of the null class
     assert not list((tmp_path / "out").glob(".*"))
 
 
@@ -255,6 +268,25 @@ def test_fine_tuning_the_embedded_model_lowers_its_loss_on_a_few_images(tmp_path
     assert train_here([*arguments, "--train_batch_size", "16", "--time_sampling", "stratified"]) == 0
     curve = list(losses(tmp_path / "out").values())
     assert sum(curve[-3:]) < 0.8 * sum(curve[:3])
+
+
+@pytest.mark.parametrize(
+    ("steps", "words", "expected"),
+    [
+        (6, "", 0),
+        (60, "", 6),
+        (10_000, "", 500),
+        (60, "--lr_warmup_steps 20", 20),
+        (6, "--lr_warmup_steps 500", 500),
+    ],
+)
+def test_the_warm_up_is_a_tenth_of_a_short_training_or_what_was_said_with_a_warning(
+    steps: int, words: str, expected: int
+) -> None:
+    settings = read_settings(f"--train_data_dir d --output_dir o --max_train_steps {steps} {words}".split())
+    length = training_length(settings, range(100), 1)
+    assert length.warm_up == expected
+    assert ("never reached: pass fewer as --lr_warmup_steps" in describe_rate(settings, length)) == (expected > steps)
 
 
 @pytest.mark.parametrize("teacher", [False, True])
@@ -321,6 +353,33 @@ def test_the_result_is_uploaded_without_checkpoints_and_logs(
     assert not any("hf_secret" in (tmp_path / "out" / name).read_text(errors="ignore") for name in seen["kept"])
 
 
+def test_a_push_that_fails_says_where_the_model_is_and_how_to_push_it_later(
+    data: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to\nhuggingface.co")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    options = {"push_to_hub": True, "hub_model_id": "me/model", "hub_token": "hf_secret"}
+    assert train_here(common(data, tmp_path / "out", config, 2, **options)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"is saved in {tmp_path / 'out'}" in said and "no route to huggingface.co" in said
+    assert f"`hf upload me/model {tmp_path / 'out'} . --exclude 'checkpoint-*/**'" in said and "hf_secret" not in said
+    assert DDPMPipeline.from_pretrained(tmp_path / "out")
+
+
+def test_the_metadata_of_a_card_are_yaml_and_name_only_models_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "a: b").mkdir()
+    values = {"name": '"t"', "condition": ""}
+    what = {"title": "t", "what": "w", "facts": {}, "command": "c", "kind": "lora", "values": values}
+    for base, named in (("me/model: one", "me/model: one"), (f"{tmp_path}/a: b", None), ("fashion_mnist", None)):
+        card.write_card(tmp_path, **what, base_model=base)
+        text = (tmp_path / "README.md").read_text()
+        metadata = yaml.safe_load(text.split("---")[1])
+        assert metadata.get("base_model") == named and metadata["tags"] == ["diffusers", "diffusers_sde", "lora"]
+        assert f'from_pretrained("{base}")' in text
+
+
 # -- refusals --
 
 
@@ -333,7 +392,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_named(
         loss, calls = make(*args, **kwargs), []
 
         def later(network, batch):
-            calls.append(1)
+            calls.extend([1] * network.training)  # of steps, not of checks
             return loss(network, batch) * (float("nan") if len(calls) > 5 else 1.0)
 
         return later
@@ -341,7 +400,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_named(
     monkeypatch.setattr(command, "make_loss", breaks)
     assert train_here(common(data, tmp_path / "out", config, 8)) == 1
     said = capsys.readouterr().err
-    assert "The loss is nan at step 6" in said and "checkpoint-4" in said
+    assert "The loss is nan at step 6" in said and f"checkpoint is {tmp_path / 'out/checkpoint-4'}" in said
     assert [p.name for p in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4"]
 
 
@@ -387,6 +446,7 @@ def test_contradictory_arguments_get_one_sentence_with_the_remedy(
         ({"model_config": "missing.json"}, "does not exist"),
         ({"train_data_dir": "missing"}, "check the name"),
         ({"cache_latents": True}, "leave it out"),
+        ({"push_to_hub": True, "hub_model_id": "a b"}, "pass another --hub_model_id"),
         ({"objective": "mean_flow", "teacher_model_name_or_path": "missing"}, "does not exist"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from diffusers_sde import cli
 from diffusers_sde.errors import UsageError
 from diffusers_sde.prediction import PREDICTION_TYPES
 from diffusers_sde.training import networks, settings
@@ -68,6 +69,34 @@ def test_every_setting_is_an_argument_of_its_own_type() -> None:
         value = getattr(read, name)
         allowed = get_args(hints[name]) or (hints[name],)
         assert value in allowed or (value is None and type(None) in allowed) or type(value) in allowed, name
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lerning_rate 1", "there is no --lerning_rate: did you mean --learning_rate?"),
+        ("--output-dir x", "there is no --output-dir: did you mean --output_dir?"),
+        ("--batch_size=4", "there is no --batch_size: did you mean --train_batch_size?"),
+        ("--max_train 4", "there is no --max_train: did you mean --max_train_steps?"),  # an abbreviation
+        ("--qqqqqqqq", "there is no --qqqqqqqq: --help lists what there is."),
+        ("-n 4", "there is no -n: --help lists what there is."),
+        ("--seed 1 2", "a word after --seed belongs to no flag: put what has spaces into quotes, or leave it out."),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence_with_the_nearest_right_one(words: str, said: str, capsys) -> None:
+    """Even where what must be given is missing, for it may be what was meant."""
+    for others in (LEAST, []) if "seed" not in words else (LEAST,):
+        with pytest.raises(SystemExit) as stop:
+            read_settings([*others, *words.split()])
+        assert stop.value.code == 2 and capsys.readouterr().err == f"{settings.LAUNCH}: {said}\n"
+
+
+def test_a_wrong_flag_of_a_subcommand_is_told_in_the_same_way(capsys) -> None:
+    assert cli.main(["prepare", "noto-emoji", "--output", "x"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "diffusers-sde prepare noto-emoji: there is no --output: did you mean --output_dir?\n"
+    )
 
 
 def test_settings_cannot_be_changed() -> None:
