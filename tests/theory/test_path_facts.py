@@ -10,7 +10,7 @@ from helpers import PATHS
 
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import GRIDS, make_grid, nodes_from_times
-from diffusers_sde.paths import FlowMatching, Path
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
 from diffusers_sde.prediction import model_coefficients, prediction_coefficients
 from diffusers_sde.tables import build_multistep
 
@@ -44,6 +44,21 @@ def test_edm_output_is_preconditioned_as_diffusers_does():
     x, output = torch.tensor([x0 + sigma * noise]), torch.tensor([a * x0 + b * noise])
     denoised = EDM.precondition_outputs(x, output, torch.tensor([sigma]))
     assert float(denoised) == pytest.approx(x0, rel=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", ["log", "atan"])
+def test_the_training_range_of_edm_is_from_sigma_min_to_sigma_max(conditioning):
+    path = VarianceExploding(0.01, 50.0, 0.5, conditioning)
+    levels = path.alpha_sigma(np.array([path.cleanest, path.noisiest]))[1]
+    np.testing.assert_allclose(levels, [0.01, 50.0], rtol=1e-12)
+    assert path.grid_range == (path.noisiest, path.cleanest, path.cleanest)
+
+
+def test_mochi_says_the_velocity_towards_data():
+    """x_0 - eps, minus what other flow models say; its other predictions are everybody's."""
+    assert model_coefficients(PATHS["mochi"], "flow_prediction", 0.3, 0.7) == (1.0, -1.0)
+    assert model_coefficients(PATHS["flow"], "flow_prediction", 0.3, 0.7) == (-1.0, 1.0)
+    assert model_coefficients(PATHS["mochi"], "v_prediction", 0.3, 0.7) == (-0.7, 0.3)
 
 
 def test_habits_of_pipelines():
