@@ -57,11 +57,16 @@ def copy_tree(folder: Path) -> None:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    for file in (folder / "pipelines").glob("*.py"):  # diffusers imports a copy of the file under another name
-        future = "from __future__ import annotations\n"
-        name = f"pipelines.{file.stem}"
-        renamed = f'import sys\n\nsys.modules["{name}"] = sys.modules[__name__]\n__name__ = "{name}"\n'
-        file.write_text(file.read_text().replace(future, f"{future}\n{renamed}", 1))
+    for file in (folder / "pipelines").glob("*.py"):
+        rename_while_imported(file, f"pipelines.{file.stem}")
+
+
+def rename_while_imported(file: Path, name: str) -> None:
+    """diffusers imports pipelines under names of its own; mutmut knows their functions by their path."""
+    future = "from __future__ import annotations\n"
+    begin = f'imported_as, __name__ = __name__, "{name}"\nsys.modules[__name__] = sys.modules[imported_as]\n'
+    end = "\n\n__name__ = imported_as\n"
+    file.write_text(file.read_text().replace(future, f"{future}import sys\n\n{begin}", 1) + end)
 
 
 def files_of(module: str) -> list[Path]:

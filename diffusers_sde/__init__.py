@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
     from diffusers_sde.calibration.run import calibrate
+    from diffusers_sde.class_conditional import ClassConditionalPipeline
     from diffusers_sde.hub import write_component_modules
     from diffusers_sde.models.classifier import NoisyClassifierModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CalibratedScheduler",
+    "ClassConditionalPipeline",
     "DPMSolverScheduler",
     "FlowMapScheduler",
     "FlowMapUNet2DModel",
@@ -49,6 +51,7 @@ __all__ = [
 
 # ModelMixin and SchedulerMixin are here because diffusers looks for a component's base class in its library.
 _MODULES = {
+    "ClassConditionalPipeline": "diffusers_sde.class_conditional",
     "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
     "calibrate": "diffusers_sde.calibration.run",
     "write_component_modules": "diffusers_sde.hub",

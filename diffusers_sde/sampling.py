@@ -96,7 +96,9 @@ def network_denoiser(
 
     def guided(sample: torch.Tensor, t: Any) -> torch.Tensor:
         unconditional, conditional = network(torch.cat([sample, sample]), t, labels, return_dict=False)[0].chunk(2)
-        return torch.lerp(unconditional, conditional, guidance_scale)
+        mean = torch.lerp(unconditional, conditional, guidance_scale)
+        channels = sample.shape[1]  # beyond them lies a learned variance, that of the label: no direction to follow
+        return mean if mean.shape[1] == channels else torch.cat([mean[:, :channels], conditional[:, channels:]], dim=1)
 
     return guided
 
@@ -154,12 +156,13 @@ def flow_map_denoiser(network: torch.nn.Module, scheduler: Any, class_labels: to
     return denoiser
 
 
-def lay_out(scheduler: Any, num_inference_steps: int) -> None:
+def lay_out(scheduler: Any, num_inference_steps: int, device: Any = None) -> None:
     """``set_timesteps``, trailing for flow matching Euler too, which has no option for it."""
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist())
+        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, device=device)
     else:
-        scheduler.set_timesteps(num_inference_steps)
+        scheduler.set_timesteps(num_inference_steps, device=device)
 
 
 @torch.no_grad()
@@ -170,6 +173,7 @@ def sample(
     *,
     generator: Any = None,
     callback: Callable[[], Any] | None = None,
+    on_step_end: Callable[[int, Any, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run a scheduler from noise to data.
 
@@ -179,16 +183,19 @@ def sample(
         noise: unit normals (N, ...); multiplied by ``init_noise_sigma``.
         generator: of the steps' noise, for schedulers that take one.
         callback: called after each evaluation.
+        on_step_end: ``on_step_end(number, timestep, state)`` after each step, the state to go on from.
 
     Returns:
         The state after the last step, of the noise's shape and dtype.
     """
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
         # flow matching schedulers have no scale_model_input
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(denoiser(scaled, t), t, x, return_dict=False, **extra)[0]
+        if on_step_end is not None:
+            x = on_step_end(i, t, x)
         if callback is not None:
             callback()
     return x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -79,3 +81,16 @@ def tiny_vae() -> AutoencoderKL:
 def ddpm() -> DDPMScheduler:
     """A scheduler that is not ours."""
     return DDPMScheduler()
+
+
+def bars_of(pipe) -> list:
+    """The progress bars that the pipeline will have opened, as they stand in the end; nothing is printed."""
+    bars, opened = [], pipe.progress_bar
+
+    def progress_bar(*arguments, **options):
+        bars.append(opened(*arguments, **options))
+        return bars[-1]
+
+    pipe.progress_bar = progress_bar
+    pipe.set_progress_bar_config(disable=False, file=io.StringIO())
+    return bars

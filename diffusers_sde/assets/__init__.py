@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, CogView4Pipeline, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, CogView4Pipeline, StableDiffusionPipeline
 
+from diffusers_sde.class_conditional import ClassConditionalPipeline
 from diffusers_sde.models.classifier import NoisyClassifierModel
 
 ASSETS = Path(__file__).parent
@@ -53,9 +54,10 @@ def load_flow_model() -> CogView4Pipeline:
     return CogView4Pipeline.from_pretrained(FLOW_MODEL, **shared_parts(FLOW_MODEL))
 
 
-def load_fashion_model() -> DDPMPipeline:
-    """The embedded class-conditional Fashion-MNIST model (float32): labels 0..9, null label 10, 1x32x32 in [-1, 1]."""
-    return DDPMPipeline.from_pretrained(FASHION_MODEL)
+def load_fashion_model() -> ClassConditionalPipeline:
+    """The embedded class-conditional Fashion-MNIST model (float32): labels 0..9, null label 10, 1x32x32 in [-1, 1];
+    ``load_fashion_model()("sneaker").images[0]``."""
+    return ClassConditionalPipeline.from_pretrained(FASHION_MODEL)
 
 
 def load_default_classifier() -> NoisyClassifierModel:
@@ -64,7 +66,7 @@ def load_default_classifier() -> NoisyClassifierModel:
     return NoisyClassifierModel.from_pretrained(FASHION_MODEL / "classifier")
 
 
-def load_default_flow_map() -> DiffusionPipeline:
+def load_default_flow_map() -> ClassConditionalPipeline:
     """The few-step form of the Fashion-MNIST model: a ``FlowMapUNet2DModel`` with guidance 2 built in (float32) and its
     :class:`FlowMapScheduler`, distilled from it."""
-    return DiffusionPipeline.from_pretrained(FLOW_MAP_MODEL)
+    return ClassConditionalPipeline.from_pretrained(FLOW_MAP_MODEL)

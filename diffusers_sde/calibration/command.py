@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance_scale", type=float, nargs="+", default=None, help="One or several. Default: the pipeline's own."
     )
     parser.add_argument("--prompt", nargs="+", default=None, help="Dealt out over the samples. Default: examples.")
-    parser.add_argument("--class_labels", type=int, nargs="+", default=None, help="Classes. Default: all, if it can.")
+    parser.add_argument(
+        "--class_labels", type=number_or_name, nargs="+", default=None, help="Classes. Default: all, if it can."
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=int, default=None, help="Most evaluations of a training sample to refine by.")
     parser.add_argument("--no_refine", action="store_true", help="Fit only.")
@@ -39,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", default="calibrated", help="Gets scheduler_config.json.")
     parser.add_argument("--compare_with_stock", action="store_true", help="Run diffusers' own samplers too.")
     parser.add_argument("--device", default=None, help="Device of the model. Default: cuda where there is one.")
+
+
+def number_or_name(label: str) -> int | str:
+    """A class as it is written on the command line."""
+    return int(label) if label.isdecimal() else label
 
 
 def run(args: argparse.Namespace) -> int:

@@ -192,7 +192,8 @@ class PipelineSource:
             raise ValueError(f"{type(pipe).__name__} takes no generator, so its noise cannot be fixed.")
         if not {"prompt", "class_labels", "batch_size"} & set(known):
             batch_size = 1
-        if "class_labels" in known and "class_labels" not in inputs:
+        labels = known.get("class_labels")
+        if labels is not None and labels.default is labels.empty and "class_labels" not in inputs:
             raise ValueError(f"{type(pipe).__name__} needs class_labels: pass one or a list.")
         self._pipe, self._inputs, self._known = pipe, dict(inputs), known
         self.batch_size, self._seed = batch_size, seed
@@ -208,8 +209,8 @@ class PipelineSource:
                 values = [values]
             if values is not None:
                 out[key] = [values[(first + i) % len(values)] for i in range(b)]
-        if "batch_size" in self._known:
-            out["batch_size"] = b
+        for count in {"batch_size", "num_images"} & set(self._known):
+            out[count] = b
         if isinstance(out.get("guidance_scale"), list | tuple):
             out["guidance_scale"] = out["guidance_scale"][first // b % len(out["guidance_scale"])]
         if "output_type" in self._known and "vae" in self._pipe.components:

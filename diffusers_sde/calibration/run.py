@@ -52,8 +52,8 @@ def calibrate(
         model: a diffusers pipeline, sampled through its own call with ``pipeline_kwargs`` (prompts, class labels and
             negative prompts may be lists, dealt out over the samples; a list of guidance scales over the batches); or
             a callable ``denoiser(sample, timestep)`` that returns what ``scheduler``'s prediction_type says.  A bare
-            class-conditional network, whose DDPMPipeline passes no labels, takes class_labels (default: all but the
-            null class) and guidance_scale (default 1), dealt out over the samples.
+            class-conditional network takes class_labels (default: all but the null class) and guidance_scale (default
+            2), dealt out over the samples.
         num_inference_steps: the numbers of evaluations to calibrate.
         num_samples: training samples, rounded up to whole batches.
         scheduler, sample_shape, device: for a callable: any scheduler of its process, the shape (C, H, W) of a sample,

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 
 from diffusers_sde.calibration.arguments import check_names
+from diffusers_sde.class_conditional import GUIDANCE
+from diffusers_sde.methods.pipeline_io import labels_of
 from diffusers_sde.noise import seeds_from_int
 from diffusers_sde.prediction import split_variance
-from diffusers_sde.sampling import Denoiser, network_denoiser
+from diffusers_sde.sampling import Denoiser, class_names, network_denoiser
 
 HELD_OUT = 1 << 20  # held-out samples are numbered from here: never a training sample's noise
 
@@ -104,7 +106,7 @@ def sample_generators(seed: int, first: int, count: int) -> list[torch.Generator
 
 
 def is_class_conditional(pipe: Any) -> bool:
-    """Whether a pipeline is a bare class-conditional network, whose labels its own call does not pass."""
+    """Whether a pipeline is a bare class-conditional network, which is evaluated here without the pipeline's call."""
     return set(pipe.components) == {"unet", "scheduler"} and bool(pipe.unet.config.get("num_class_embeds"))
 
 
@@ -114,8 +116,8 @@ def class_conditional_source(pipe: Any, inputs: Mapping[str, Any], batch_size: i
 
     Args:
         pipe: a pipeline of which :func:`is_class_conditional` holds.
-        inputs: ``class_labels`` (default: all but the last class, which is null) and ``guidance_scale`` (default 1),
-            numbers or lists.
+        inputs: ``class_labels`` (default: all but the last class, which is null) and ``guidance_scale`` (default 2),
+            numbers, class names that the network has, or lists.
         batch_size: at most so many samples in one evaluation, unless there are more labels.
         seed: of the noise.
 
@@ -125,9 +127,9 @@ def class_conditional_source(pipe: Any, inputs: Mapping[str, Any], batch_size: i
     check_names("A class-conditional network", inputs, ["class_labels", "guidance_scale"])
     network, config = pipe.unet, pipe.unet.config
     class_labels = inputs.get("class_labels", range(config.num_class_embeds - 1))
-    labels, scales = (
-        [v] if isinstance(v, int | float) else list(v) for v in (class_labels, inputs.get("guidance_scale", 1.0))
-    )
+    labels = labels_of(class_labels, names=class_names(network)).tolist()
+    scale = inputs.get("guidance_scale", GUIDANCE)
+    scales = [scale] if isinstance(scale, int | float) else list(scale)
     if not scales or not labels or not all(0 <= k < config.num_class_embeds for k in labels):
         raise ValueError(
             f"Pass one or more class_labels in 0..{config.num_class_embeds - 1} and guidance scales, not {labels} and "

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from diffusers_sde.assets import EXAMPLE_PROMPTS
+from diffusers_sde.class_conditional import GUIDANCE
 from diffusers_sde.errors import UsageError
 from diffusers_sde.named_samplers import CALIBRATED, process_family
 from diffusers_sde.sampling import lay_out, network_denoiser, sample, spread_labels
@@ -93,7 +94,7 @@ def _network_problem(
         raise UsageError(
             "Guidance needs a class-conditional model, this one has no classes: leave out --guidance_scale."
         )
-    scale = (2.0 if classes else 1.0) if guidance_scale is None else guidance_scale
+    scale = (GUIDANCE if classes else 1.0) if guidance_scale is None else guidance_scale
     chosen = spread_labels(num_images, classes - 1) if classes and class_labels is None else class_labels
     labels = torch.tensor(chosen, device=device) if classes else None
     denoiser, size = network_denoiser(network, labels, scale), network.config.sample_size

@@ -5,6 +5,7 @@ Knows networks like ``UNet2DModel`` and the mixture oracle, and what callers may
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -78,7 +79,11 @@ def _label(label: Any, names: Sequence[str] | None) -> Any:
         raise ValueError(f"The classes of this model have no names: class_labels must be whole numbers, not {label!r}.")
     alike = [i for i, name in enumerate(names) if name.casefold() == label.casefold()]
     if not alike:
-        raise ValueError(f"There is no class {label!r}: class_labels are numbers, or names among {', '.join(names)}.")
+        (near,) = difflib.get_close_matches(label, names, 1, cutoff=0.0)
+        raise ValueError(
+            f"There is no class {label!r}, the nearest is {near!r}: class_labels are numbers, or names among "
+            f"{', '.join(names)}."
+        )
     return next((i for i in alike if names[i] == label), alike[0])
 
 
@@ -111,16 +116,44 @@ def initial_noise(
         (N, C, H, W).
 
     Raises:
-        ValueError: for latents of another shape, and for some that are not finite.
+        ValueError: as :func:`unit_noise`.
     """
-    shape = (batch, *sample_shape(network))
+    noise = unit_noise(network, batch, generator, latents)
+    return noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def unit_noise(
+    network: Any,
+    batch: int,
+    generator: Any = None,
+    latents: torch.Tensor | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Unit normals.
+
+    Args:
+        network: whose shape and dtype (float32 for an oracle) they get.
+        batch: N.
+        generator: one, or one for each sample.
+        latents: the caller's, (N, C, H, W), in the dtype that the state shall have; None: they are drawn.
+        device: where they are to be; None: where the network is.
+
+    Returns:
+        (N, C, H, W).
+
+    Raises:
+        ValueError: for latents of another shape, for some that are not finite, and for another number of generators.
+    """
+    shape, device = (batch, *sample_shape(network)), device or network.device
+    if isinstance(generator, list) and len(generator) not in (1, batch):
+        raise ValueError(f"{len(generator)} generators for {batch} images: pass one, or one for each image.")
     if latents is None:
-        latents = randn_tensor(shape, generator=generator, device=network.device, dtype=network.dtype)
-    elif tuple(latents.shape) != shape:
+        return randn_tensor(shape, generator=generator, device=device, dtype=network.dtype)
+    if tuple(latents.shape) != shape:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, this model makes {shape}.")
-    elif not bool(latents.isfinite().all()):
+    if not bool(latents.isfinite().all()):
         raise ValueError("latents are not finite: pass unit normals.")
-    return latents.to(network.device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    return latents.to(device)
 
 
 def lay_out_grid(

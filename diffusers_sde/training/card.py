@@ -102,10 +102,15 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({name})
 scheduler = pipe.scheduler  # FlowMapScheduler
 scheduler.set_timesteps(2)
-x = torch.randn({count}, {channels}, {size}, {size})
+x = torch.randn(3, {channels}, {size}, {size})
 with torch.no_grad():
     for t in scheduler.timesteps:
-        x = scheduler.step(pipe.unet(x, t{labels}{target}).sample, t, x).prev_sample  # in [-1, 1]""",
+        x = scheduler.step(pipe.unet(x, t{target}).sample, t, x).prev_sample  # in [-1, 1]""",
+    "class_flow_map": """import diffusers_sde
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({name})  # a ClassConditionalPipeline
+images = pipe({shown}, num_inference_steps=2).images""",
     "unconditional": """import torch
 import diffusers_sde
 from diffusers import DDPMPipeline
@@ -116,17 +121,12 @@ scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.co
 scheduler.set_timesteps(10)
 noise = torch.randn(4, {channels}, {size}, {size})
 images = sample(network_denoiser(pipe.unet), scheduler, noise)  # (4, {channels}, {size}, {size}) in [-1, 1]""",
-    "class": """import torch
-import diffusers_sde
-from diffusers import DDPMPipeline
-from diffusers_sde.sampling import network_denoiser, sample
+    "class": """import diffusers_sde
+from diffusers import DiffusionPipeline
 
-pipe = DDPMPipeline.from_pretrained({name})
-scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
-scheduler.set_timesteps(10)
-labels = torch.tensor({shown})
-noise = torch.randn({count}, {channels}, {size}, {size})
-images = sample(network_denoiser(pipe.unet, labels, guidance_scale=2.0), scheduler, noise)  # in [-1, 1]""",
+pipe = DiffusionPipeline.from_pretrained({name})  # a ClassConditionalPipeline
+pipe.scheduler = diffusers_sde.ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+images = pipe({shown}, num_inference_steps=10, guidance_scale=2.0).images""",
     "pipeline": """import diffusers_sde
 from diffusers import DiffusionPipeline
 
@@ -157,9 +157,10 @@ def write_card(
 ) -> None:
     """``README.md`` of a model: what it is, how it was trained, its curves, how to sample it.
 
-    ``kind`` names the sampling snippet (unconditional, class, flow_map, classifier, autoencoder, pipeline, lora),
-    ``values`` fill it in, strings quoted.  Without ``samples.png`` or ``loss.png`` in ``folder`` the card shows none.
-    ``base_model`` is named to the Hub where it is a model of the Hub.  ``hide`` takes secrets out of the text.
+    ``kind`` names the sampling snippet (unconditional, class, flow_map, class_flow_map, classifier, autoencoder,
+    pipeline, lora), ``values`` fill it in, strings quoted.  Without ``samples.png`` or ``loss.png`` in ``folder`` the
+    card shows none.  ``base_model`` is named to the Hub where it is a model of the Hub.  ``hide`` takes secrets out of
+    the text.
     """
 
     def shown(title: str, file: str) -> str:

@@ -123,7 +123,8 @@ def rectified(settings: Settings, teacher: Task, d: Drawn) -> Drawn:
     and with its guidance: the pairs of rectification (reflow; Liu et al. 2022, arXiv:2209.03003, algorithm 1; Lai et
     al., arXiv:2510.21890, chapter 5), between which trajectories are straighter
     (:func:`diffusers_sde.flow_maps.straightness`)."""
-    scheduler = ProbabilityFlowScheduler.from_config(teacher.scheduler.config)
+    # the ODE is one whatever its grid: the training's times are not shifted with the resolution either
+    scheduler = ProbabilityFlowScheduler.from_config(teacher.scheduler.config, use_dynamic_shifting=False)
     scheduler.set_timesteps(settings.distillation_steps, device=d.eps.device)
     path, x = scheduler.path, d.eps * scheduler.init_noise_sigma
     for t in scheduler.timesteps:

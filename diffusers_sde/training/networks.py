@@ -18,6 +18,7 @@ from typing import Any
 import diffusers
 import torch
 
+from diffusers_sde.class_conditional import ClassConditionalPipeline
 from diffusers_sde.conditioning import batched, call, calling, capture, moved, network_name, ragged, remembered
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.models.classifier import NoisyClassifierModel
@@ -222,6 +223,10 @@ def takes_prompts(pipe: Any) -> bool:
 
 
 def _unet_task(pipe: Any, classes: int) -> Task:
+    """A bare network, with a pipeline that can be called: that of diffusers takes no labels."""
+    if classes:
+        pipe = ClassConditionalPipeline(pipe.unet, pipe.scheduler)
+
     def condition(labels: Sequence[int | None] | None, captions: Sequence[str | None] | None) -> dict[str, Any]:
         if not classes or labels is None:
             return {}

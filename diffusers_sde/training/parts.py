@@ -5,6 +5,7 @@ Knows peft and how diffusers and transformers save.  Knows nothing of losses, da
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 from pathlib import Path
@@ -30,6 +31,13 @@ def add_lora(task: Task, rank: int) -> None:
         raise ValueError(
             f"{type(task.pipe).__name__} does not take LoRA weights: leave out --rank to train the whole network."
         )
+    takes = inspect.signature(task.pipe.save_lora_weights).parameters
+    for name, part in task.parts.items():
+        if f"{name}_lora_layers" not in takes:
+            raise ValueError(
+                f"{type(task.pipe).__name__} takes no LoRA weights on its {type(part).__name__}: leave out "
+                f"{'--rank' if name == task.name else '--train_text_encoder'}."
+            )
     from peft import LoraConfig
 
     for name, part in task.parts.items():

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from huggingface_hub.utils import validate_repo_id
 
+from diffusers_sde.class_conditional import ClassConditionalPipeline
 from diffusers_sde.errors import UsageError
 from diffusers_sde.training import autoencoders, card
 from diffusers_sde.training.arguments import FLOW_MAPS
@@ -87,7 +88,7 @@ def card_content(
 ) -> dict[str, Any]:
     """The arguments of :func:`card.write_card`; ``measured`` are further facts."""
     settings, task, length = session.settings, session.task, session.length
-    conditional = bool(task.vae is None and task.network.config.get("num_class_embeds"))
+    conditional = isinstance(task.pipe, ClassConditionalPipeline)
     if settings.rank is not None:
         kind = "lora"
     elif task.vae is not None:
@@ -95,7 +96,8 @@ def card_content(
     elif settings.objective in ("denoising", "rectification"):
         kind = "class" if conditional else "unconditional"
     else:
-        kind = "flow_map" if settings.objective in FLOW_MAPS else settings.objective
+        flow_map = "class_flow_map" if conditional else "flow_map"
+        kind = flow_map if settings.objective in FLOW_MAPS else settings.objective
     late = [loss for step, loss, _ in rows if step > 0.9 * length.steps]
     networks = (
         f"{type(p).__name__}, {sum(v.numel() for v in p.parameters()):,} parameters" for p in task.parts.values()
@@ -114,7 +116,8 @@ def card_content(
         "Loss": f"{sum(late) / max(len(late), 1):.4f} (mean of the last tenth; the curve is in `loss.csv`)",
     }
     name = repository_name(settings)
-    shown = list(range(min(SHOWN_CLASSES, session.classes)))
+    names = task.pipe.class_names if conditional else None
+    shown = (names or list(range(session.classes)))[:SHOWN_CLASSES]
     condition = f"class_labels={shown}" if shown else 'prompt="..."'
     return {
         "title": name,
@@ -129,8 +132,6 @@ def card_content(
             "size": task.network.config.get("sample_size"),
             "condition": condition,
             "shown": shown,
-            "count": len(shown) or SHOWN_CLASSES,
-            "labels": f", torch.tensor({shown})" if conditional else "",
             "target": ", target_timestep=scheduler.target_timestep(t)" if settings.objective == "mean_flow" else "",
         },
         "base_model": settings.pretrained_model_name_or_path,

@@ -32,9 +32,10 @@ class Damage:
     def add(self, name: str, reason: Unreadable) -> None:
         """Count an image, and name it if it is one of the first."""
         self.count += 1
-        if len(self.lines) < NAMED:
-            self.lines.append(" ".join(f"{name}: {reason}".split()))
-            self._write(self.lines[-1:])
+        line = " ".join(f"{name}: {reason}".split())
+        if len(self.lines) < NAMED and line not in self.lines:  # a stream meets it again in every epoch
+            self.lines.append(line)
+            self._write([line])
 
     def name_in(self, file: Path, *, begin: bool) -> None:
         """Name them in ``file``, a line each, now and as they are found; no file is made while there are none.

@@ -7,12 +7,13 @@ Knows what a visitor may ask for, the references that are known already, and the
 from __future__ import annotations
 
 import functools
+import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -23,14 +24,16 @@ from diffusers_sde.comparison.engine import (
     default_samplers,
     reference_steps_for,
 )
-from diffusers_sde.comparison.problems import Problem
+from diffusers_sde.comparison.problems import Problem, Tick
 from diffusers_sde.comparison.report import draw_grid, write_csv
 from diffusers_sde.methods.pipeline_io import sample_shape
-from diffusers_sde.named_samplers import make_scheduler, reference_scheduler
+from diffusers_sde.named_samplers import CALIBRATED, make_scheduler, reference_scheduler
 from diffusers_sde.sampler_names import DEFAULT_SAMPLERS, SAMPLERS
 from diffusers_sde.sampling import spread_labels
 from space import inputs, models
 from space.gpu import duration, on_gpu
+
+Key, Value = TypeVar("Key"), TypeVar("Value")
 
 PRESELECTED = 4  # of the default samplers, those that are chosen at first
 
@@ -45,7 +48,7 @@ class Request:
     seed: int = 0
     budgets: tuple[int, ...] = (5, 10)
     samplers: tuple[str, ...] = ()
-    guidance: float = 2.0
+    guidance: float = 7.5
     images: int = 4
 
     @property
@@ -64,19 +67,21 @@ class Sheet:
 
 def checked(**values: Any) -> Request:
     """A :class:`Request` of raw inputs; raises :class:`UsageError` that says what to change."""
-    default, samplers = Request(), values.get("samplers")
+    default, samplers, guidance = Request(), values.get("samplers"), values.get("guidance")
     model = models.find(values.get("model", default.model))
     models.labels_of(model, values.get("choice"), 1)
-    return Request(
+    request = Request(
         model=model.key,
         choice=values.get("choice") or default.choice,
         prompt=inputs.prompt(values.get("prompt")),
         seed=inputs.seed(values.get("seed", default.seed)),
         budgets=tuple(inputs.budgets(values.get("budgets", default.budgets))),
         samplers=() if samplers is None else tuple(inputs.samplers(samplers)),
-        guidance=inputs.number(values.get("guidance", default.guidance), 0, 20, "Guidance"),
+        guidance=inputs.number((model.guidance or 1.0) if guidance is None else guidance, 0, 20, "Guidance"),
         images=inputs.integer(values.get("images", default.images), 1, inputs.MAX_IMAGES, "The number of images"),
     )
+    inputs.work(len(request.samplers) or PRESELECTED, request.budgets, request.images)
+    return request
 
 
 def choices(key: str) -> tuple[list[str], list[str]]:
@@ -90,22 +95,40 @@ def choices(key: str) -> tuple[list[str], list[str]]:
     return available_samplers(problem), default_samplers(problem, Request().budgets, PRESELECTED)
 
 
-# references of recent requests: other samplers and budgets on the same noise need no new one
-_references: OrderedDict[tuple, torch.Tensor] = OrderedDict()
-_lock = threading.Lock()
-_KEPT = 16
+class Recent(Generic[Key, Value]):
+    """The last ``kept`` values, whoever made them: what a page knows is a key, so that pages left open keep nothing."""
+
+    def __init__(self, kept: int):
+        self._kept, self._values, self._lock = kept, OrderedDict[Key, Value](), threading.Lock()
+
+    def get(self, key: Key) -> Value | None:
+        with self._lock:
+            return self._values.get(key)
+
+    def put(self, key: Key, value: Value) -> None:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > self._kept:
+                self._values.popitem(last=False)
 
 
-def _reference(problem: Problem, start: tuple, steps: int) -> torch.Tensor:
+_references: Recent[tuple, torch.Tensor] = Recent(16)  # other samplers and budgets on the same noise need no new one
+_finished: Recent[Request, Sheet] = Recent(16)
+
+
+def finished(request: Request | None) -> Sheet | None:
+    """The finished sheet of a recent request."""
+    return None if request is None else _finished.get(request)
+
+
+def _reference(problem: Problem, start: tuple, tick: Tick, steps: int) -> torch.Tensor:
     """The reference solution of a request, kept for the next ones."""
-    key = (*start, steps)
-    if key not in _references:
-        images = problem.solve(reference_scheduler(problem.config), steps, lambda: None)
-        with _lock:
-            _references[key] = images
-            while len(_references) > _KEPT:
-                _references.popitem(last=False)
-    return _references[key]
+    images = _references.get((*start, steps))
+    if images is None:
+        images = problem.solve(reference_scheduler(problem.config), steps, tick)
+        _references.put((*start, steps), images)
+    return images
 
 
 def _seconds(request: Request) -> int:
@@ -126,16 +149,20 @@ def problem_of(request: Request) -> Problem:
 
 
 @on_gpu(_seconds)
-def sheets(request: Request) -> Iterator[Sheet]:
+def sheets(request: Request, tick: Tick = lambda: None) -> Generator[Sheet]:
     """The sheet in each state of :func:`diffusers_sde.comparison.engine.compare`.
 
-    Stop iterating to cancel.  Raises :class:`UsageError` for a sampler that does not fit the model.
+    Stop iterating to cancel; ``tick`` is called after each evaluation.  Raises :class:`UsageError` for a sampler that
+    does not fit the model.
     """
     problem = problem_of(request)
     samplers = request.samplers or default_samplers(problem, request.budgets, PRESELECTED)
-    solve_reference = functools.partial(_reference, problem, request.start)
-    for state in compare(problem, samplers, request.budgets, solve_reference=solve_reference):
-        yield Sheet(request, state)
+    solve_reference = functools.partial(_reference, problem, request.start, tick)
+    for state in compare(problem, samplers, request.budgets, solve_reference=solve_reference, tick=tick):
+        sheet = Sheet(request, state)
+        if state.finished:
+            _finished.put(request, sheet)
+        yield sheet
 
 
 def write_files(sheet: Sheet, folder: Path) -> tuple[Path, Path]:
@@ -156,34 +183,47 @@ def changes(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def program(request: Request, sampler: str, budget: int) -> str:
-    """A Python program whose ``images`` are the pixels of this cell."""
-    model = models.find(request.model)
-    problem = problem_of(request)
+    """A Python program that makes the pixels of this cell: a pipeline's pictures, or tensors of a bare network."""
+    model, problem = models.find(request.model), problem_of(request)
     scheduler, steps = make_scheduler(sampler, problem.config), SAMPLERS[sampler].steps(budget)
     name, package = type(scheduler).__name__, "diffusers_sde" if SAMPLERS[sampler].ours else "diffusers"
-    config = models.shared_pipeline(model).scheduler.config
     if SAMPLERS[sampler].learned:
-        folder = "Path(diffusers_sde.assets.__file__).parent"
-        construct = f'{name}.from_pretrained({folder} / "{model.source}" / "calibrated")'
+        construct = f'{name}.from_pretrained(f"{{pipe.name_or_path}}/{CALIBRATED}")'
     else:
+        config = models.shared_pipeline(model).scheduler.config
         options = "".join(f", {k}={v!r}" for k, v in changes(scheduler, config).items())
         construct = f"{name}.from_config(pipe.scheduler.config{options})"
-    load = f'DiffusionPipeline.from_pretrained("{model.source}", dtype=torch.float16).to("cuda")'
-    if model.embedded:
-        load = f'DDPMPipeline.from_pretrained(Path(diffusers_sde.assets.__file__).parent / "{model.source}")'
-    if model.prompted or not model.embedded:
-        return _pipeline_program(request, model, package, name, load, construct, steps)
+    load, imported = f"{model.loader}()", f"from diffusers_sde.assets import {model.loader}"
+    if not model.embedded:
+        load = f'DiffusionPipeline.from_pretrained("{model.source}", dtype=torch.float16).to("cuda")'
+        imported = "from diffusers import DiffusionPipeline"
+    imports = "\n".join(sorted({imported, f"from {package} import {name}"}))
+    if problem.own_loop and model.embedded:
+        return _network_program(request, model, imports, load, construct, steps)
+    words = f"batch_size={request.images}"
+    if model.prompted:
+        words = json.dumps(models.prompts_of(request.prompt, request.images), ensure_ascii=False)
+    guided = f"guidance_scale={request.guidance:g}, " if model.guidance is not None else ""
+    return f"""import torch
+{imports}
+
+pipe = {load}
+pipe.scheduler = {construct}
+generators = [torch.Generator().manual_seed({request.seed} + i) for i in range({request.images})]
+images = pipe(
+    {words},
+    {guided}num_inference_steps={steps}, generator=generators,
+).images
+"""
+
+
+def _network_program(request: Request, model: models.Model, imports: str, load: str, construct: str, steps: int) -> str:
     labels = models.labels_of(model, request.choice, request.images)
     labels = labels or spread_labels(request.images, len(model.classes))
     shape = (request.images, *sample_shape(models.shared_pipeline(model).unet))
-    return f"""from pathlib import Path
-
-import torch
-from diffusers import DDPMPipeline
-
-import diffusers_sde.assets
+    return f"""import torch
+{imports}
 from diffusers_sde.sampling import lay_out, network_denoiser, sample
-from {package} import {name}
 
 pipe = {load}
 scheduler = {construct}
@@ -193,21 +233,4 @@ generator = torch.Generator().manual_seed({request.seed})
 noise = torch.randn({shape}, generator=generator)
 denoiser = network_denoiser(pipe.unet, torch.tensor({labels}), guidance_scale={request.guidance:g})
 images = sample(denoiser, scheduler, noise, generator=generator)  # values in [-1, 1]
-"""
-
-
-def _pipeline_program(
-    request: Request, model: models.Model, package: str, name: str, load: str, construct: str, steps: int
-) -> str:
-    words = f"[{request.prompt!r}] * {request.images}" if model.prompted else f"batch_size={request.images}"
-    guided = f", guidance_scale={request.guidance:g}" if model.guidance is not None else ""
-    return f"""import torch
-from diffusers import DiffusionPipeline
-
-from {package} import {name}
-
-pipe = {load}
-pipe.scheduler = {construct}
-generator = [torch.Generator().manual_seed({request.seed} + i) for i in range({request.images})]
-images = pipe({words}{guided}, num_inference_steps={steps}, generator=generator).images
 """

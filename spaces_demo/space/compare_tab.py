@@ -5,6 +5,7 @@ Knows gradio; :mod:`space.compare` computes.
 
 from __future__ import annotations
 
+import functools
 import html
 import tempfile
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ from typing import Any
 import gradio as gr
 
 from diffusers_sde.comparison.engine import Comparison
+from diffusers_sde.errors import UsageError
 from diffusers_sde.sampler_names import SAMPLERS
 from space import compare, inputs, models
-from space.pictures import data_uri, enlarged, picture
-from space.widgets import friendly, greyed_models, image_tag, model_choices, progress_bar
+from space.pictures import data_uri, picture
+from space.turns import SHARED, in_turn
+from space.visitors import waits
+from space.widgets import download, friendly, greyed_models, image_tag, model_choices, progress_bar, prompt_box
 
 EMPTY = '<div class="empty">Choose samplers and press <b>Compare</b>: the first pictures take a moment.</div>'
 # a click, or Enter on a focused cell, chooses it
@@ -25,6 +29,12 @@ CHOOSE = """
 element.addEventListener('click', (event) => {
   const cell = event.target.closest('[data-cell]');
   if (cell) trigger('select', {cell: cell.dataset.cell});
+});
+"""
+# two pictures, one over the other up to the place of the slider
+DRAG = """
+element.addEventListener('input', (event) => {
+  event.target.closest('.over').style.setProperty('--at', event.target.value + '%');
 });
 """
 REFERENCE = "reference"
@@ -88,60 +98,66 @@ def _cell(state: Comparison, name: str, budget: int, chosen: str | None) -> str:
 def run(
     model: str, choice: str, prompt: str, seed: Any, budgets: str, samplers: list[str], guidance: Any
 ) -> Iterator[tuple]:
-    """Stream the sheet: (html, state, left, right, code, slider, sheet file, csv file, the part below the sheet)."""
+    """Stream the sheet: (html, request, left, right, code, slider, files, the part below the sheet)."""
     request = compare.checked(
         model=model, choice=choice, prompt=prompt, seed=seed, budgets=budgets, samplers=samplers, guidance=guidance
     )
     sheet = None
-    for sheet in compare.sheets(request):  # what belongs to the last sheet goes until this one is finished
-        no_file = gr.update(interactive=False)
-        yield render(sheet), sheet, *[gr.skip()] * 4, no_file, no_file, gr.update(visible=False)
+    for sheet in in_turn(functools.partial(compare.sheets, request), waits()):
+        # what belongs to the last sheet goes until this one is finished
+        yield render(sheet), None, *[gr.skip()] * 4, "", gr.update(visible=False)
     assert sheet is not None
     names = [cell_name(name, budget) for name, budget in sheet.comparison.jobs]
     first = names[0]
-    with tempfile.TemporaryDirectory(prefix="compare-") as folder:  # gone when gradio has its copies
-        files = compare.write_files(sheet, Path(folder))
-        yield (
-            render(sheet, first),
-            sheet,
-            gr.update(choices=names, value=first),
-            gr.update(choices=[REFERENCE, *names], value=REFERENCE),
-            compare.program(request, *parse_cell(first)),
-            slider_files(sheet, first, REFERENCE, Path(folder)),
-            *(gr.update(value=str(file), interactive=True) for file in files),
-            gr.update(visible=True),
-        )
+    yield (
+        render(sheet, first),
+        request,
+        gr.update(choices=names, value=first),
+        gr.update(choices=[REFERENCE, *names], value=REFERENCE),
+        compare.program(request, *parse_cell(first)),
+        slider(sheet, first, REFERENCE),
+        files(sheet),
+        gr.update(visible=True),
+    )
 
 
-def slider_files(sheet: compare.Sheet, left: str, right: str, folder: Path) -> tuple[str, str]:
-    """Both pictures for the image slider, enlarged with sharp pixels, as PNG files in ``folder``.
+def files(sheet: compare.Sheet) -> str:
+    """Links to the sheet and its table."""
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        picture_file, table = (file.read_bytes() for file in compare.write_files(sheet, Path(folder)))
+    return (
+        download("compare-png", "Sheet (PNG)", "compare.png", "image/png", picture_file)
+        + download("compare-csv", "Table (CSV)", "compare.csv", "text/csv", table)
+    )  # fmt: skip
 
-    Files, not pictures: gradio writes a picture's file anew each time it is shown, under a name made of its content,
-    also while a browser is fetching it for somebody else; a file it copies once and whole.
-    """
-    return _slider_file(sheet, left, folder / "left.png"), _slider_file(sheet, right, folder / "right.png")
+
+def slider(sheet: compare.Sheet, left: str, right: str) -> str:
+    """Two cells as pictures with sharp pixels, the left one over the right one."""
+    over, under = (_slider_picture(sheet, name) for name in (left, right))
+    return (
+        f'<div class="over"><img alt="{html.escape(right)}" src="{under}"><img alt="{html.escape(left)}" '
+        f'src="{over}"><i></i><input type="range" min="0" max="100" step="0.5" value="50" '
+        'aria-label="how much of the left picture is shown"></div>'
+    )
 
 
-def _slider_file(sheet: compare.Sheet, name: str, file: Path) -> str:
+def _slider_picture(sheet: compare.Sheet, name: str) -> str:
     state = sheet.comparison
     cell = None if name == REFERENCE else state.cell(*parse_cell(name))
     images = state.reference if cell is None else cell.images
     assert images is not None  # a finished sheet has them all
-    enlarged(picture(images, columns=2 if len(images) > 1 else 1), 520).save(file)
-    return str(file)
+    return data_uri(picture(images, columns=2 if len(images) > 1 else 1))
 
 
-def choose(sheet: compare.Sheet | None, left: str | None, right: str | None) -> Iterator[tuple]:
+@friendly
+def choose(request: compare.Request | None, left: str | None, right: str | None) -> tuple:
     """The sheet with the chosen cell marked, that cell's program, and the slider: (html, code, slider)."""
-    if sheet is None or not sheet.comparison.finished or not left or not right:
-        yield gr.skip(), gr.skip(), gr.skip()
-        return
-    with tempfile.TemporaryDirectory(prefix="compare-") as folder:  # gone when gradio has its copies
-        yield (
-            render(sheet, left),
-            compare.program(sheet.request, *parse_cell(left)),
-            slider_files(sheet, left, right, Path(folder)),
-        )
+    if request is None or not left or not right:
+        return gr.skip(), gr.skip(), gr.skip()
+    sheet = compare.finished(request)
+    if sheet is None:
+        raise UsageError("This sheet is no longer kept: press Compare again.")
+    return render(sheet, left), compare.program(request, *parse_cell(left)), slider(sheet, left, right)
 
 
 def clicked(event: gr.EventData) -> str:
@@ -173,8 +189,8 @@ def build(_tab: gr.Tab) -> None:
         with gr.Column(scale=3, min_width=270):
             key = gr.Dropdown(model_choices(), value=model.key, label="Model", elem_id="compare-model")
             gr.HTML(greyed_models())
-            choice = gr.Dropdown(["mix", *model.classes], value="mix", label="Class")
-            prompt = gr.Textbox(label="Prompt", visible=False, max_length=inputs.MAX_PROMPT, lines=2)
+            choice = gr.Dropdown(["mix", *model.classes], value="mix", label="Class", visible=bool(model.classes))
+            asking, prompt = prompt_box(model, "empty: the examples, one each")
             samplers = gr.CheckboxGroup(fitting, value=preselected, label="Samplers", elem_id="compare-samplers")
             budgets = gr.Textbox(
                 ", ".join(map(str, default.budgets)),
@@ -190,40 +206,35 @@ def build(_tab: gr.Tab) -> None:
         with gr.Column(scale=7, min_width=320):
             sheet_html = gr.HTML(EMPTY, js_on_load=CHOOSE, elem_id="compare-sheet")
             state = gr.State(None)
-            with gr.Row():
-                sheet_file = gr.DownloadButton("Sheet (PNG)", interactive=False, size="sm", elem_id="compare-png")
-                csv_file = gr.DownloadButton("Table (CSV)", interactive=False, size="sm", elem_id="compare-csv")
+            links = gr.HTML()
             with gr.Column(visible=False) as details:  # from the first sheet on
                 gr.HTML('<h4 class="part">Two cells, one over the other</h4>')
                 with gr.Row():
                     left = gr.Dropdown([], label="Left: the chosen cell", min_width=140, elem_id="compare-left")
                     right = gr.Dropdown([], label="Right", min_width=140)
-                slider = gr.ImageSlider(
-                    show_label=False, format="png", interactive=False, elem_id="compare-slider", buttons=[]
-                )
+                pictures = gr.HTML(js_on_load=DRAG, elem_id="compare-slider")
                 code = gr.Code(language="python", label="The chosen cell as a program", interactive=False, lines=6)
 
-    outputs = [sheet_html, state, left, right, code, slider, sheet_file, csv_file, details]
+    outputs = [sheet_html, state, left, right, code, pictures, links, details]
     options: dict[str, Any] = {"api_visibility": "private"}
     running = gr.on(
         [start.click, prompt.submit, budgets.submit],
         run,
         [key, choice, prompt, seed, budgets, samplers, guidance],
         outputs,
-        concurrency_limit=2,
-        concurrency_id="solve",
+        **SHARED,
         show_progress="hidden",
         **options,
     )
     stop.click(None, cancels=[running], **options)
-    key.change(for_model, key, [choice, prompt, guidance, samplers], show_progress="hidden", **options)
+    key.change(for_model, key, [choice, asking, guidance, samplers], show_progress="hidden", **options)
     quick: dict[str, Any] = {
         "show_progress": "hidden",
         "concurrency_limit": 8,
         "trigger_mode": "always_last",
         **options,
     }
-    chosen = [choose, [state, left, right], [sheet_html, code, slider]]
+    chosen = [choose, [state, left, right], [sheet_html, code, pictures]]
     sheet_html.select(clicked, None, left, **quick).then(*chosen, **quick)
     left.input(*chosen, **quick)  # input, not change: what run fills in is already shown
     right.input(*chosen, **quick)
@@ -240,12 +251,13 @@ def api(
     seed: float = 0,
     budgets: list[int] = [5, 10],  # noqa: B006  (gradio shows it; never changed)
     samplers: list[str] | None = None,
-    guidance: float = 2.0,
+    guidance: float | None = None,
     images: float = 4,
 ) -> dict[str, Any]:
     """Compare samplers (by default the first of the model's) on one model from the same noise: for each cell true
-    evaluations, milliseconds, the distance to the reference (null where noise is drawn) and the picture.  A calibrated
-    sampler has no cell at a number of evaluations that it was not calibrated for."""
+    evaluations, milliseconds, the distance to the reference (null where noise is drawn) and the picture.  An
+    empty prompt: the examples, one each; no guidance: the model's own.  A calibrated sampler has no cell at a number of
+    evaluations that it was not calibrated for."""
     request = compare.checked(
         model=model,
         choice=choice,
@@ -256,7 +268,7 @@ def api(
         guidance=guidance,
         images=images,
     )
-    *_, sheet = compare.sheets(request)
+    *_, sheet = in_turn(functools.partial(compare.sheets, request), waits())
     cells = [
         {
             "sampler": r.sampler,

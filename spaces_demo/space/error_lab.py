@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler
 from diffusers_sde.benchmarks.errors import coupled_errors
 from diffusers_sde.comparison.engine import Comparison, compare
-from diffusers_sde.comparison.problems import Problem, make_problem
+from diffusers_sde.comparison.problems import Problem, Tick, make_problem
 from diffusers_sde.sampler_names import DEFAULT_SAMPLERS, SAMPLERS
 from space import inputs, models
 
@@ -71,16 +71,16 @@ def problem_of(key: str, seed: int) -> Problem:
     """The problem of this key; raises :class:`UsageError` for an unknown one."""
     inputs.choice(key, list(PROBLEMS), "The problem")
     if key == "network":
-        return models.problem(models.DEFAULT, seed=seed, guidance=1.0, images=SAMPLES[key])
+        return models.problem("fashion", seed=seed, guidance=1.0, images=SAMPLES[key])
     pipe = DDPMPipeline(unet=oracle(), scheduler=DDPMScheduler(clip_sample=False))
     return make_problem(pipe, num_images=SAMPLES[key], seed=seed)
 
 
-def curves(key: str, samplers: Sequence[str], seed: int) -> Iterator[Curves]:
-    """Errors, a number of evaluations at a time.  Raises :class:`UsageError` for wrong inputs, and for samplers that do
-    not fit."""
+def curves(key: str, samplers: Sequence[str], seed: int, tick: Tick = lambda: None) -> Generator[Curves]:
+    """Errors, a number of evaluations at a time; ``tick`` is called after each evaluation.  Raises :class:`UsageError`
+    for wrong inputs, and for samplers that do not fit."""
     names, seed = inputs.samplers(samplers, allow_stochastic=False), inputs.seed(seed)
-    for state in compare(problem_of(key, seed), names, NFES[key], reference_steps=REFERENCE_STEPS[key]):
+    for state in compare(problem_of(key, seed), names, NFES[key], reference_steps=REFERENCE_STEPS[key], tick=tick):
         column_ends = bool(state.results) and state.results[-1].sampler == names[-1]
         if state.finished or (column_ends and state.reference is not None):
             yield Curves(key, state)

@@ -5,9 +5,8 @@ Knows gradio and plotly; :mod:`space.error_lab` computes.
 
 from __future__ import annotations
 
-import tempfile
+import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,7 +16,9 @@ from diffusers_sde.comparison.report import COLOURS
 from diffusers_sde.sampler_names import SAMPLERS
 from space import error_lab, inputs
 from space.style import MUTED, framed
-from space.widgets import friendly
+from space.turns import SHARED, in_turn
+from space.visitors import waits
+from space.widgets import download, friendly
 
 SOURCE_COLOURS = {"initialisation": "#8f9bb3", "discretisation": "#2f7f86", "score": "#d9a441"}
 
@@ -77,7 +78,7 @@ def draw_budget(found: error_lab.Budget) -> go.Figure:
 @friendly
 def run(problem: str, samplers: list[str], seed: Any) -> Iterator[tuple[Any, error_lab.Curves, str]]:
     """Stream (plot, state, note)."""
-    for found in error_lab.curves(problem, samplers, seed):
+    for found in in_turn(functools.partial(error_lab.curves, problem, samplers, seed), waits()):
         steps, own_error = found.comparison.reference_steps, found.comparison.reference_error
         quality = "" if own_error is None else f", its own error {own_error:.1e}"
         text = f"Reference: {steps} evaluations{quality}. Slopes are fitted to the last four points."
@@ -104,15 +105,11 @@ def first_budget(known: error_lab.Budget | None, *values: Any) -> tuple:
     return weigh(*values) if known is None else (gr.skip(), known)
 
 
-def table(curves: error_lab.Curves | None, budget: error_lab.Budget | None) -> Iterator[Any]:
-    """The file of the table, once both parts are there; gone when gradio has its copy."""
+def table(curves: error_lab.Curves | None, budget: error_lab.Budget | None) -> Any:
+    """The link to the table, once both parts are there."""
     if curves is None or budget is None:
-        yield gr.skip()
-        return
-    with tempfile.TemporaryDirectory(prefix="errors-") as folder:
-        file = Path(folder) / "errors.csv"
-        file.write_text(error_lab.as_csv(curves, budget))
-        yield gr.update(value=str(file), interactive=True)
+        return gr.skip()
+    return download("errors-csv", "Table (CSV)", "errors.csv", "text/csv", error_lab.as_csv(curves, budget).encode())
 
 
 def build(tab: gr.Tab) -> None:
@@ -128,7 +125,7 @@ def build(tab: gr.Tab) -> None:
             samplers = gr.CheckboxGroup(names, value=list(error_lab.PRESELECTED), label="Samplers")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=inputs.MAX_SEED)
             start = gr.Button("Measure", variant="primary", elem_id="errors-run")
-            csv_file = gr.DownloadButton("Table (CSV)", interactive=False, size="sm", elem_id="errors-csv")
+            csv_link = gr.HTML()
         with gr.Column(scale=7, min_width=320):
             plot = gr.Plot(show_label=False, elem_id="errors-plot")
             note = gr.HTML()
@@ -148,9 +145,9 @@ def build(tab: gr.Tab) -> None:
         with gr.Column(scale=7, min_width=320):
             bars = gr.Plot(show_label=False, elem_id="errors-budget")
     options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    solve: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "solve", **options}
+    solve: dict[str, Any] = {**SHARED, **options}
     measured = start.click(run, [problem, samplers, seed], [plot, curves, note], **solve)
-    measured.then(table, [curves, budget], csv_file, **options)
+    measured.then(table, [curves, budget], csv_link, **options)
     weighed = gr.on(
         [noise.change, score.change, order.change, seed.change],
         weigh,
@@ -160,11 +157,11 @@ def build(tab: gr.Tab) -> None:
         concurrency_limit=4,
         **options,
     )
-    weighed.then(table, [curves, budget], csv_file, **options)
+    weighed.then(table, [curves, budget], csv_link, **options)
     # the first visit measures at once
     tab.select(first_budget, [budget, noise, score, order, seed], [bars, budget], **options)
     tab.select(first_curves, [curves, problem, samplers, seed], [plot, curves, note], **solve).then(
-        table, [curves, budget], csv_file, **options
+        table, [curves, budget], csv_link, **options
     )
 
 
@@ -179,7 +176,7 @@ def api(
 ) -> dict[str, Any]:
     """Errors with fitted slopes, the budget of their sources under its dials, and both as CSV."""
     dials = error_lab.checked_dials(noise, score, order)
-    *_, found = error_lab.curves(problem, samplers, inputs.seed(seed))
+    *_, found = in_turn(functools.partial(error_lab.curves, problem, samplers, inputs.seed(seed)), waits())
     made_of = error_lab.budget(dials, inputs.seed(seed))
     return {
         "seed": inputs.seed(seed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,15 @@ def duration(key: str, budgets: Sequence[int], samplers: int, reference_steps: i
 
 
 def on_gpu(seconds: Callable[..., int]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: run on the Space's GPU for at most ``seconds(*arguments)``."""
+    """Decorator of ``function(request, tick)``: run on the Space's GPU for at most ``seconds(request)``.
+
+    There it is another process's, which hears of no tick: it stops between two values.
+    """
     if spaces is None:
         return lambda function: function
-    return spaces.GPU(duration=seconds)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        there = spaces.GPU(duration=seconds)(function)
+        return functools.wraps(function)(lambda request, tick=None: there(request))
+
+    return decorate

@@ -11,6 +11,7 @@ from diffusers_sde.errors import UsageError
 from diffusers_sde.sampler_names import SAMPLERS
 
 MAX_NFE, MAX_BUDGETS, MAX_SAMPLERS, MAX_IMAGES, MAX_PROMPT, MAX_SEED = 100, 5, 6, 8, 300, 2**31 - 1
+MAX_WORK = 5000  # evaluations of one picture in all cells of a sheet
 
 
 def number(value: Any, low: float, high: float, name: str) -> float:
@@ -47,6 +48,16 @@ def budgets(values: str | Iterable[Any]) -> list[int]:
     if not 1 <= len(chosen) <= MAX_BUDGETS:
         raise UsageError(f"Choose 1 to {MAX_BUDGETS} numbers of evaluations, for example 5, 10, 20.")
     return chosen
+
+
+def work(samplers: int, budgets: Sequence[int], images: int) -> None:
+    """Refuse a sheet of too many evaluations; raises :class:`UsageError`."""
+    total = samplers * sum(budgets) * images
+    if total > MAX_WORK:
+        raise UsageError(
+            f"{samplers} samplers at {', '.join(map(str, budgets))} evaluations of {images} images make {total}, at "
+            f"most {MAX_WORK} are computed: choose fewer samplers, evaluations or images."
+        )
 
 
 def samplers(values: Sequence[str] | None, allow_stochastic: bool = True) -> list[str]:

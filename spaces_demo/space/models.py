@@ -6,31 +6,37 @@ Knows no sampler and no interface.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 
-from diffusers_sde.assets import FASHION_MODEL
+from diffusers_sde.assets import ASSETS, EXAMPLE_PROMPTS
 from diffusers_sde.comparison.problems import Problem, make_problem
+from diffusers_sde.conditioning import network_name
 from diffusers_sde.errors import UsageError
 from diffusers_sde.loading import load_pipeline
-
-ASSETS = FASHION_MODEL.parent
+from diffusers_sde.methods.images import from_latents
+from diffusers_sde.methods.pipeline_io import sample_shape
+from diffusers_sde.sampling import Denoiser, network_denoiser, prompt_denoiser
 
 
 @dataclass(frozen=True)
 class Model:
-    """One row of the table.  ``source``: a folder of ``diffusers_sde/assets`` or a Hub id; ``classes``: the names of
-    its labels, empty for none; ``prompted``: it makes pictures from text; ``guidance``: the scale to start with, None
-    where there is no guidance; ``gpu``: too slow without one."""
+    """One row of the table.  ``source``: the name of an embedded model or a Hub id; ``loader``: what loads the embedded
+    one, of :mod:`diffusers_sde.assets`; ``classes``: the names of its labels, empty for none; ``prompted``: it makes
+    pictures from text; ``guidance``: the scale to start with, None where there is no guidance; ``gpu``: too slow
+    without one."""
 
     key: str
     title: str
     source: str
+    loader: str = ""
     classes: tuple[str, ...] = ()
     prompted: bool = False
     guidance: float | None = None
@@ -39,17 +45,24 @@ class Model:
     @property
     def embedded(self) -> bool:
         """Whether the package ships it."""
-        return "/" not in self.source
+        return bool(self.loader)
 
 
 _CLOTHES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot"
-_EMOJI = "smileys, people, animals & nature, food & drink, travel & places, activities, objects, symbols"
 
 MODELS: dict[str, Model] = {
     model.key: model
     for model in (
-        Model("fashion", "Fashion-MNIST", "fashion_mnist", tuple(_CLOTHES.split(", ")), guidance=2.0),
-        Model("emoji", "Emoji", "noto_emoji", tuple(_EMOJI.split(", ")), guidance=2.0),
+        Model("emoji", "Emoji from text", "emoji", "load_default_model", prompted=True, guidance=7.5),
+        Model("emoji_flow", "Emoji, flow matching", "emoji_flow", "load_flow_model", prompted=True, guidance=7.5),
+        Model(
+            "fashion",
+            "Fashion-MNIST",
+            "fashion_mnist",
+            "load_fashion_model",
+            classes=tuple(_CLOTHES.split(", ")),
+            guidance=2.0,
+        ),
         Model("cat", "Cats 256 (DDPM)", "google/ddpm-cat-256", gpu=True),
         Model(
             "sd15",
@@ -77,7 +90,7 @@ MODELS: dict[str, Model] = {
         ),
     )
 }
-DEFAULT = "fashion"
+DEFAULT = "emoji"
 
 _loaded: dict[str, Any] = {}
 _failed: dict[str, str] = {}
@@ -117,7 +130,7 @@ def shared_pipeline(model: Model) -> Any:
         if model.key not in _loaded:
             options = {} if model.embedded else {"dtype": torch.float16}
             try:
-                pipe = load_pipeline(str(ASSETS / model.source) if model.embedded else model.source, **options)
+                pipe = load_pipeline(model.source, **options)
                 if model.classes and pipe.unet.config.num_class_embeds != len(model.classes) + 1:
                     raise UsageError(f"{model.title} does not have the {len(model.classes)} classes of the table.")
                 _loaded[model.key] = pipe.to("cuda" if model.gpu else "cpu")
@@ -128,10 +141,13 @@ def shared_pipeline(model: Model) -> Any:
 
 
 def own_pipeline(pipe: Any) -> diffusers.DiffusionPipeline:
-    """A new pipeline on the same components, whose scheduler may be replaced without touching ``pipe``."""
+    """A new pipeline on the same weights, whose scheduler and network may be replaced, set and intercepted without
+    touching ``pipe``."""
     known = inspect.signature(type(pipe).__init__).parameters
     options = {k: v for k, v in pipe.config.items() if k in known and k not in pipe.components}
-    own = type(pipe)(**pipe.components, **options)
+    name = network_name(pipe)
+    parts = {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler), name: copy.copy(getattr(pipe, name))}
+    own = type(pipe)(**parts, **options)
     own.register_to_config(_name_or_path=pipe.name_or_path)  # where a calibrated scheduler may lie
     return own
 
@@ -145,6 +161,12 @@ def labels_of(model: Model, choice: str | None, count: int) -> list[int] | None:
     return [model.classes.index(choice)] * count
 
 
+def prompts_of(prompt: str, count: int) -> list[str]:
+    """What ``count`` images show: the prompt, or, where it is empty, an example each."""
+    known = [prompt.strip()] if prompt.strip() else EXAMPLE_PROMPTS
+    return [known[i % len(known)] for i in range(count)]
+
+
 def problem(
     key: str,
     *,
@@ -156,14 +178,41 @@ def problem(
 ) -> Problem:
     """Everything but the sampler, on a pipeline of this request's own.  Raises :class:`UsageError`."""
     model = find(key)
-    labels = labels_of(model, choice, images)
-    if model.prompted and not prompt.strip():
-        raise UsageError(f"{model.title} makes pictures from text: write a prompt.")
     return make_problem(
         own_pipeline(shared_pipeline(model)),
         num_images=images,
         seed=seed,
         guidance_scale=guidance if model.guidance is not None else None,
-        prompt=prompt.strip() if model.prompted else None,
-        class_labels=labels,
+        prompt=prompts_of(prompt, images) if model.prompted else None,
+        class_labels=labels_of(model, choice, images),
     )
+
+
+@dataclass(frozen=True)
+class OnePicture:
+    """A model as a function of one state: its network guided, the shape (C, H, W) of a state, the config of its
+    scheduler, and what makes pictures (N, 3 or 1, H, W) with values around [-1, 1] of states."""
+
+    denoiser: Denoiser
+    shape: tuple[int, ...]
+    config: Any
+    pictures: Callable[[torch.Tensor], torch.Tensor]
+
+
+def one_picture(key: str, choice: str, prompt: str, guidance: float) -> OnePicture:
+    """An embedded model asked for one picture: of a class, or of a prompt.  Raises :class:`UsageError`."""
+    model = find(key)
+    pipe: Any = own_pipeline(shared_pipeline(model))
+    network, config = getattr(pipe, network_name(pipe) or ""), pipe.scheduler.config
+    if not model.prompted:
+        labels = torch.tensor(labels_of(model, choice, 1) or [0])
+        return OnePicture(
+            network_denoiser(network, labels, guidance), sample_shape(network), config, lambda states: states
+        )
+    denoiser = prompt_denoiser(pipe, prompts_of(prompt, 1), guidance)
+
+    @torch.no_grad()
+    def pictures(states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([from_latents(pipe.vae, part) for part in states.split(8)]).float()
+
+    return OnePicture(denoiser, sample_shape(network), config, pictures)

@@ -22,12 +22,6 @@ def picture(images: torch.Tensor, columns: int | None = None, gap: int = 1) -> I
     return Image.fromarray((np.concatenate(parts) * 255).round().astype(np.uint8))
 
 
-def enlarged(image: Image.Image, at_least: int) -> Image.Image:
-    """``image`` with whole, sharp pixels so that its longer side is about ``at_least``; never smaller."""
-    factor = max(round(at_least / max(image.size)), 1)
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
 def data_uri(image: Image.Image, limit: int = 384) -> str:
     """``image``, at most ``limit`` pixels wide, as a ``data:`` address: PNG where small, WebP above."""
     if image.width > limit:

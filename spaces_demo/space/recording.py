@@ -1,13 +1,13 @@
-"""Every state of one sampling run.  Knows schedulers' steps and levels; knows no model and no interface."""
+"""Every state of one sampling run.  Knows schedulers' steps and levels; knows no model, no picture and no interface."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from diffusers_sde import TableScheduler
+from diffusers_sde.comparison.problems import Tick
 from diffusers_sde.grids import Nodes
 from diffusers_sde.sampling import Denoiser
 
@@ -22,14 +22,16 @@ class Recording:
 
 
 @torch.no_grad()
-def record(denoiser: Denoiser, scheduler: TableScheduler, noise: torch.Tensor, generator: Any = None) -> Recording:
-    """Run a scheduler of this package, whose timesteps are set, from unit ``noise`` and keep everything."""
+def record(denoiser: Denoiser, scheduler: TableScheduler, noise: torch.Tensor, tick: Tick = lambda: None) -> Recording:
+    """Run a scheduler of this package, whose timesteps are set, from unit ``noise`` and keep everything; ``tick`` is
+    called after each evaluation."""
     levels = scheduler.levels
     x = noise * scheduler.init_noise_sigma
     states, clean = [x], []
     for t in scheduler.timesteps:
-        out = scheduler.step(denoiser(scheduler.scale_model_input(x, t), t), t, x, generator=generator)
+        out = scheduler.step(denoiser(scheduler.scale_model_input(x, t), t), t, x)
         x = out.prev_sample
         states.append(x)
         clean.append(out.pred_original_sample)
+        tick()
     return Recording(levels, torch.stack(states), torch.stack(clean))

@@ -5,19 +5,21 @@ Knows gradio; :mod:`space.trajectory` computes.
 
 from __future__ import annotations
 
+import functools
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
 import numpy as np
-import torch
 
+from diffusers_sde.assets import EXAMPLE_PROMPTS
 from space import inputs, models, trajectory
 from space.pictures import data_uri, picture
-from space.recording import Recording
-from space.widgets import friendly, image_tag, model_choices, progress_bar
+from space.turns import SHARED, in_turn
+from space.visitors import waits
+from space.widgets import friendly, image_tag, model_choices, progress_bar, prompt_box
 
 EMPTY = '<div class="empty">Press <b>Run</b> and watch a picture leave the noise.</div>'
 FRAMES_SHOWN = 9
@@ -61,19 +63,20 @@ def level(log_snr: float) -> str:
     return "∞ (clean)" if np.isposinf(log_snr) else f"{log_snr:+.2f}"
 
 
-def frames(path: Recording) -> list[dict[str, str]]:
-    """For each evaluation, and for the end, the state, the predicted x_0 and the log-SNR."""
-    states = path.states / path.states.abs().amax((1, 2, 3, 4), keepdim=True).clamp(min=1.0) * 1.4
-    clean = torch.cat([path.clean, path.states[-1:]])
+def tiles(frames: Sequence[trajectory.Frame]) -> list[dict[str, str]]:
+    """Each frame's state, predicted picture and log-SNR as the page shows them."""
     return [
-        {"x": data_uri(picture(x)), "d": data_uri(picture(d)), "l": level(lam)}
-        for x, d, lam in zip(states, clean, path.levels.log_snr, strict=True)
+        {
+            "x": data_uri(picture(frame.state / frame.state.abs().max().clamp(min=1.0) * 1.4)),
+            "d": data_uri(picture(frame.clean)),
+            "l": level(frame.log_snr),
+        }
+        for frame in frames
     ]
 
 
-def player(path: Recording) -> str:
+def player(shown: list[dict[str, str]]) -> str:
     """Two pictures, a slider over log-SNR and a button that plays the way."""
-    shown = frames(path)
     at = len(shown) // 2
     data = html.escape(json.dumps(shown), quote=True)
     return (
@@ -88,18 +91,17 @@ def player(path: Recording) -> str:
     )
 
 
-def filmstrip(path: Recording) -> str:
+def filmstrip(shown: list[dict[str, str]]) -> str:
     """A few moments: x_t above, the predicted x_0 below."""
-    shown = frames(path)
     chosen = np.unique(np.linspace(0, len(shown) - 1, min(FRAMES_SHOWN, len(shown))).round().astype(int))
-    tiles = "".join(
-        f'<div class="tile"><img class="pic" alt="state at step {i}" src="{shown[i]["x"]}">'
-        f'<img class="pic" alt="prediction at step {i}" src="{shown[i]["d"]}"><small>{shown[i]["l"]}</small></div>'
+    columns = "".join(
+        f'<div class="tile"><img class="pic" alt="state {i}" src="{shown[i]["x"]}">'
+        f'<img class="pic" alt="prediction {i}" src="{shown[i]["d"]}"><small>{shown[i]["l"]}</small></div>'
         for i in chosen
     )
     return (
         '<h4 class="part">The way</h4><div class="note">above the state, below the predicted picture; numbers are '
-        f'log-SNRs</div><div class="strip">{tiles}</div>'
+        f'log-SNRs</div><div class="strip">{columns}</div>'
     )
 
 
@@ -109,17 +111,20 @@ def staying(state: trajectory.Journey) -> str:
         return ""
     rows = []
     for kind in dict.fromkeys(kind for kind, _ in state.staying):
-        last = state.staying[kind, trajectory.STEP_COUNTS[-1]]
-        tiles = ""
+        last = state.staying.get((kind, trajectory.STEP_COUNTS[-1]))
+        cells = ""
         for n in trajectory.STEP_COUNTS:
-            image = state.staying[kind, n]
-            alike = "" if image is last else f" · alike <b>{trajectory.likeness(image, last):.2f}</b>"
+            image = state.staying.get((kind, n))
+            if image is None:
+                continue
+            known = last is not None and image is not last
+            alike = f" · alike <b>{trajectory.likeness(image, last):.2f}</b>" if known else ""
             tag = image_tag(image, f"{kind}, {n} steps")
-            tiles += f'<td><div class="tile wide">{tag}<small>{n}{alike}</small></div></td>'
+            cells += f'<td><div class="tile wide">{tag}<small>{n}{alike}</small></div></td>'
         whose = (
             "diffusers" if kind == "Euler ancestral" else f"tau = {state.request.tau or 1:g}" if kind == "SDE" else ""
         )
-        rows.append(f"<tr><th scope='row'><b>{kind}</b>{whose}</th>{tiles}</tr>")
+        rows.append(f"<tr><th scope='row'><b>{kind}</b>{whose}</th>{cells}</tr>")
     return (
         '<h4 class="part">One seed at 10, 20 and 40 steps</h4><div class="note">“alike” is the correlation with the '
         "picture at 40 steps: our SDE follows one Brownian path, so that its picture stays</div>"
@@ -129,29 +134,39 @@ def staying(state: trajectory.Journey) -> str:
 
 def dial(state: trajectory.Journey) -> str:
     """Final pictures from the ODE to the SDE."""
-    tiles = "".join(
+    pictures = "".join(
         f'<div class="tile wide">{image_tag(image, f"tau {tau:g}")}<small>tau = <b>{tau:g}</b>'
         f"{' (ODE)' if tau == 0 else ''}</small></div>"
         for tau, image in state.dial.items()
     )
-    return f'<h4 class="part">From the ODE to the SDE</h4><div class="strip">{tiles}</div>' if tiles else ""
+    return f'<h4 class="part">From the ODE to the SDE</h4><div class="strip">{pictures}</div>' if pictures else ""
 
 
 @friendly
-def run(model: str, choice: str, seed: Any, steps: Any, tau: Any, guidance: Any) -> Iterator[tuple[Any, str]]:
+def run(
+    model: str, choice: str, prompt: str, seed: Any, steps: Any, tau: Any, guidance: Any
+) -> Iterator[tuple[Any, str]]:
     """Stream (player, everything below it)."""
-    request = trajectory.checked(model=model, choice=choice, seed=seed, steps=steps, tau=tau, guidance=guidance)
-    first = True
-    for state in trajectory.journey(request):
-        assert state.path is not None
-        below = progress_bar(state.done, state.total) + filmstrip(state.path) + staying(state) + dial(state)
-        yield player(state.path) if first else gr.skip(), below
-        first = False
+    request = trajectory.checked(
+        model=model, choice=choice, prompt=prompt, seed=seed, steps=steps, tau=tau, guidance=guidance
+    )
+    way = ""
+    for state in in_turn(functools.partial(trajectory.journey, request), waits()):
+        shown, first = tiles(state.frames) if not way else [], not way
+        way = way or filmstrip(shown)
+        below = progress_bar(state.done, state.total) + way + staying(state) + dial(state)
+        yield player(shown) if first else gr.skip(), below
 
 
-def classes_of(key: str) -> Any:
-    classes = models.MODELS[key].classes
-    return gr.update(choices=list(classes), value=classes[-1])
+def for_model(key: str) -> tuple[Any, Any, Any]:
+    """Class, prompt and guidance as they fit a model."""
+    model = models.MODELS[key]
+    classes = list(model.classes)
+    return (
+        gr.update(choices=classes, value=classes[-1] if classes else None, visible=bool(classes)),
+        gr.update(visible=model.prompted),
+        gr.update(value=model.guidance),
+    )
 
 
 def build(_tab: gr.Tab) -> None:
@@ -165,7 +180,8 @@ def build(_tab: gr.Tab) -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=270):
             key = gr.Dropdown(model_choices(embedded_only=True), value=model.key, label="Model")
-            choice = gr.Dropdown(list(model.classes), value=default.choice, label="Class")
+            choice = gr.Dropdown(list(model.classes), label="Class", visible=bool(model.classes))
+            asking, prompt = prompt_box(model, f"empty: {EXAMPLE_PROMPTS[0]}")
             tau = gr.Slider(0, 2, default.tau, step=0.1, label="tau (0 ODE, 1 SDE)", elem_id="trajectory-tau")
             steps = gr.Slider(5, 60, default.steps, step=1, label="Steps")
             with gr.Row():
@@ -178,37 +194,39 @@ def build(_tab: gr.Tab) -> None:
             film = gr.HTML(EMPTY, js_on_load=PLAYER, elem_id="trajectory-player")
             below = gr.HTML("", elem_id="trajectory-below")
     options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    running = start.click(
+    running = gr.on(
+        [start.click, prompt.submit],
         run,
-        [key, choice, seed, steps, tau, guidance],
+        [key, choice, prompt, seed, steps, tau, guidance],
         [film, below],
-        concurrency_limit=2,
-        concurrency_id="solve",
+        **SHARED,
         **options,
     )
     stop.click(None, cancels=[running], **options)
-    key.change(classes_of, key, choice, **options)
+    key.change(for_model, key, [choice, asking, guidance], **options)
 
 
 @friendly
 def api(
     model: str = models.DEFAULT,
-    choice: str = "ankle boot",
+    choice: str = "",
+    prompt: str = "",
     seed: float = 0,
     steps: float = 20,
     tau: float = 1.0,
-    guidance: float = 2.0,
+    guidance: float | None = None,
 ) -> dict[str, Any]:
-    """One sampling path: log-SNRs, the states and predicted pictures, and the final picture at 10, 20 and 40 steps with
-    its correlation to the last."""
-    request = trajectory.checked(model=model, choice=choice, seed=seed, steps=steps, tau=tau, guidance=guidance)
-    *_, state = trajectory.journey(request)
-    assert state.path is not None
+    """One sampling path: log-SNRs, the states and predicted pictures, at most 21, and the final picture at 10, 20 and
+    40 steps with its correlation to the last.  An empty prompt: the first example; no guidance: the model's own."""
+    request = trajectory.checked(
+        model=model, choice=choice, prompt=prompt, seed=seed, steps=steps, tau=tau, guidance=guidance
+    )
+    *_, state = in_turn(functools.partial(trajectory.journey, request), waits())
     last = trajectory.STEP_COUNTS[-1]
     return {
         "seed": request.seed,
-        "log_snr": [float(v) if np.isfinite(v) else None for v in state.path.levels.log_snr],
-        "frames": [{"state": frame["x"], "clean": frame["d"]} for frame in frames(state.path)],
+        "log_snr": [frame.log_snr if np.isfinite(frame.log_snr) else None for frame in state.frames],
+        "frames": [{"state": tile["x"], "clean": tile["d"]} for tile in tiles(state.frames)],
         "alike": {
             f"{kind}, {n}": trajectory.likeness(image, state.staying[kind, last])
             for (kind, n), image in state.staying.items()

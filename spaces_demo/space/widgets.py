@@ -5,6 +5,7 @@ Knows gradio; knows nothing of what is computed.
 
 from __future__ import annotations
 
+import base64
 import functools
 import html
 import inspect
@@ -14,8 +15,9 @@ from typing import Any
 import gradio as gr
 import torch
 
+from diffusers_sde.assets import EXAMPLE_PROMPTS
 from diffusers_sde.errors import UsageError
-from space import models
+from space import inputs, models
 from space.pictures import data_uri, picture
 
 
@@ -50,9 +52,44 @@ def model_choices(embedded_only: bool = False) -> list[tuple[str, str]]:
 
 def greyed_models() -> str:
     """The other models and why they cannot be used here."""
-    missing = [(m.title, models.unavailable(m)) for m in models.MODELS.values()]
-    chips = "".join(f"<span>{html.escape(t)} · {html.escape(r)}</span>" for t, r in missing if r)
-    return f'<div class="grey" aria-label="models not available here">{chips}</div>' if chips else ""
+    reasons: dict[str, list[str]] = {}
+    for model in models.MODELS.values():
+        if reason := models.unavailable(model):
+            reasons.setdefault(reason, []).append(model.title)
+    lines = "".join(
+        f"<span>{html.escape(why)}: {html.escape(', '.join(which))}</span>" for why, which in reasons.items()
+    )
+    return f'<div class="grey" aria-label="models not available here">{lines}</div>' if lines else ""
+
+
+_CHOOSE_PROMPT = """
+element.addEventListener('click', (event) => {
+  const example = event.target.closest('[data-prompt]');
+  if (example) trigger('select', {prompt: example.dataset.prompt});
+});
+"""
+
+
+def prompt_box(model: models.Model, placeholder: str) -> tuple[gr.Column, gr.Textbox]:
+    """A box for a prompt with examples to click on, in a column that is there for models that take one."""
+    examples = "".join(
+        f'<button type="button" data-prompt="{html.escape(p)}">{html.escape(p)}</button>' for p in EXAMPLE_PROMPTS
+    )
+    with gr.Column(visible=model.prompted, min_width=0, elem_classes="prompt") as column:
+        box = gr.Textbox(label="Prompt", placeholder=placeholder, max_length=inputs.MAX_PROMPT, lines=1, max_lines=3)
+        chips = gr.HTML(f'<div class="examples">{examples}</div>', js_on_load=_CHOOSE_PROMPT)
+    chips.select(_chosen_prompt, None, box, show_progress="hidden", api_visibility="private", concurrency_limit=8)
+    return column, box
+
+
+def _chosen_prompt(event: gr.EventData) -> str:
+    return event.prompt
+
+
+def download(identity: str, title: str, name: str, kind: str, data: bytes) -> str:
+    """A link whose file is in the page, so that the server keeps none."""
+    address = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<a class="download" id="{identity}" download="{name}" href="{address}">{title}</a>'
 
 
 def image_tag(images: torch.Tensor, alt: str, columns: int | None = None, extra: str = 'class="pic"') -> str:

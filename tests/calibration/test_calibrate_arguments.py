@@ -89,8 +89,9 @@ def test_wrong_inputs_of_a_pipeline_are_refused_before_the_first_evaluation(wron
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        ({"class_labels": [0, 4]}, "one or more class_labels in 0..3 and guidance scales, not [0, 4] and [1.0]"),
-        ({"class_labels": []}, "one or more class_labels in 0..3"),
+        ({"class_labels": [0, 4]}, "one or more class_labels in 0..3 and guidance scales, not [0, 4] and [2.0]"),
+        ({"class_labels": []}, "one or more whole numbers"),
+        ({"class_labels": "bag"}, "have no names: class_labels must be whole numbers, not 'bag'"),
         ({"guidance_scale": []}, "one or more class_labels in 0..3 and guidance scales"),
         ({"guidance_scal": 2.0}, "takes no guidance_scal: did you mean guidance_scale"),
     ],

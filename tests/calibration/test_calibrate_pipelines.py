@@ -10,6 +10,7 @@ from tiny_pipelines import PIPELINES
 
 import diffusers_sde
 from diffusers_sde import CalibratedScheduler, ProbabilityFlowScheduler, calibrate
+from diffusers_sde.calibration.sources import class_conditional_source
 from diffusers_sde.cli import main
 
 
@@ -34,7 +35,7 @@ def test_command_writes_a_scheduler(tmp_path, capsys):
 
 
 def test_class_conditional_network_through_its_bare_pipeline():
-    """DDPMPipeline passes no labels: every class at every guidance scale is in each batch."""
+    """Every class at every guidance scale is in each batch; classes may be named where the network has names."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
@@ -54,6 +55,11 @@ def test_class_conditional_network_through_its_bare_pipeline():
     scheduler = calibrate(pipe, guidance_scale=[1.0, 3.0], **options)
     assert isinstance(scheduler, diffusers_sde.CalibratedScheduler)
     assert {tuple(v) for v in seen} == {(0, 0, 1, 1), (2, 2, 2, 2)}
+    seen.clear()
+    unet.register_to_config(_class_names=["shoe", "bag"])
+    with class_conditional_source(pipe, {"class_labels": "bag"}, batch_size=2, seed=0).open(0) as batch:
+        batch.evaluate(batch.noise, torch.tensor(500))
+    assert seen == [[2, 2, 1, 1]]  # guided, as the pipeline's own call
     with pytest.raises(ValueError, match="no prompt"):
         calibrate(pipe, prompt="a cat", **options)
 

@@ -319,6 +319,17 @@ def test_pipeline_on_the_oracle(tmp_path):
     assert best.mean_reward == pytest.approx(float(best.rewards.mean()))
 
 
+def test_a_labelled_law_is_steered_without_guidance_unless_it_is_asked_for(tmp_path):
+    """A guided kernel is another law, and the theorem's Z another number."""
+    pipe = oracle_pipeline(tmp_path)
+    options = {"class_labels": [1], "num_particles": 4, "num_inference_steps": 4, "output_type": "latent"}
+    plain, one, two = (
+        pipe(reward, **options, **g, generator=seeded()) for g in ({}, {"guidance_scale": 1.0}, {"guidance_scale": 2.0})
+    )
+    torch.testing.assert_close(plain.images, one.images, rtol=0, atol=0)
+    assert (plain.images - two.images).abs().max() > 1e-3
+
+
 def test_pipeline_refuses(tmp_path):
     """One sentence that says what to do."""
     pipe = oracle_pipeline(tmp_path)

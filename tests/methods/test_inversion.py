@@ -9,12 +9,13 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline_parts import PROCESSES, ddpm, oracle, save_oracle, tiny_unet, tiny_vae
+from pipeline_parts import PROCESSES, bars_of, ddpm, oracle, save_oracle, tiny_unet, tiny_vae
 from snippets import load, run
 from stated import stated
 
 from diffusers_sde.assets import FASHION_MODEL, load_fashion_model
 from diffusers_sde.configs import path_from_config
+from diffusers_sde.grids import make_grid
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.inversion import Trajectory, inversion_points, multistep, reversible, slerp
 from diffusers_sde.weights import Point
@@ -104,11 +105,10 @@ def uniform_points(path, steps):
     return [Point(float(a), float(s)) for a, s in zip(*path.alpha_sigma_of(log_snr), strict=True)]
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-def test_both_methods_converge_to_the_exact_ode(process):
-    """One Gaussian component, where ``(x_t - alpha m) / std_t`` is constant: errors fall with order 2 or more."""
+def component(process):
+    """``(field, at)`` of one Gaussian component, ``at(point)`` a trajectory of its ODE: ``(x_t - alpha m) / std_t``
+    is constant."""
     model, field = field_of(process, torch.zeros(16, dtype=torch.long))
-    field = replace(field, dtype=torch.float64)
     mean, variance = model.mixture.means[0], model.covariances[0].diagonal()
     w = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -116,6 +116,13 @@ def test_both_methods_converge_to_the_exact_ode(process):
         spread = (point.alpha**2 * variance + point.sigma**2).sqrt()
         return (point.alpha * mean + w * spread).reshape(16, 1, 1, 4)
 
+    return replace(field, dtype=torch.float64), at
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_both_methods_converge_to_the_exact_ode(process):
+    """On one Gaussian component errors fall with order 2 or more."""
+    field, at = component(process)
     for method in (reversible, multistep):
         errors = []
         for steps in (50, 100, 200):
@@ -154,6 +161,16 @@ def test_slerp_keeps_norms_between_the_ends(seed, weight):
     torch.testing.assert_close(slerp(a, a, weight), a)
 
 
+@pytest.mark.parametrize("method", ["exact", "ode"])
+def test_the_progress_bars_count_the_evaluations(method, tmp_path):
+    """Of both ways: the exact method's first step takes two of them, its way back one less than it has steps."""
+    model = save_oracle(tmp_path)
+    pipe = load("inversion", tmp_path)
+    bars = bars_of(pipe)
+    pipe(model.sample(1), num_inference_steps=6, method=method, output_type="latent")
+    assert [bar.n for bar in bars] == [bar.total for bar in bars] == ([7, 5] if method == "exact" else [6, 6])
+
+
 def test_interpolation_ends_at_the_two_pictures(tmp_path):
     """The first and last of the pictures are the given ones."""
     model = save_oracle(tmp_path, "flow")
@@ -177,6 +194,23 @@ def test_foreign_schedulers_latents_and_half_precision():
     images = pipe(x, num_inference_steps=5, output_type="pil").images
     assert images[0].size == (16, 16)
     assert pipe(images, num_inference_steps=3, output_type="latent").latents.shape == (2, 4, 8, 8)
+
+
+def test_a_row_may_read_fewer_evaluations_than_are_kept():
+    """A step far longer than the one before it reads one, the next ones again as many as they have."""
+    field, at = component("flow")
+    levels = field.path.alpha_sigma_of(np.array([-2, -1.999, -1.7, -1.68, -1.66, -1.6]))
+    points = [Point(float(a), float(s)) for a, s in zip(*levels, strict=True)]
+    end = multistep(field, Trajectory(at(points[0]), None, (points[0],)), points, order=4)
+    assert relative(end.state, at(points[-1])) < 0.02
+
+
+def test_inversion_runs_along_the_balanced_grid_the_other_way():
+    """At rho = 1.1, from the smallest noise of the training."""
+    path = path_from_config(ddpm().config)
+    times = [*make_grid(path, "balanced", 12, rho=1.1), path.cleanest]
+    found = [point.log_snr for point in inversion_points(path, 12)]
+    np.testing.assert_allclose(found, sorted(path.log_snr(np.array(times)), reverse=True), rtol=1e-9)
 
 
 def test_strength_stops_early():

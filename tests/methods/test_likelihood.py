@@ -5,13 +5,20 @@ import math
 import pytest
 import torch
 from PIL import Image
-from pipeline_parts import ddpm, oracle, save_oracle, tiny_unet, tiny_vae
+from pipeline_parts import bars_of, ddpm, oracle, save_oracle, tiny_unet, tiny_vae
 from snippets import load, run
 from stated import stated
 
 from diffusers_sde.assets import FASHION_MODEL
 from diffusers_sde.methods.fields import network_field
-from diffusers_sde.methods.likelihood import bits_per_dimension, dequantized, log_likelihood, output_and_traces
+from diffusers_sde.methods.likelihood import (
+    _prior,
+    bits_per_dimension,
+    dequantized,
+    log_likelihood,
+    output_and_traces,
+)
+from diffusers_sde.weights import Point
 
 
 def seeded(seed=0):
@@ -74,6 +81,22 @@ def test_the_prior_is_part_of_the_error():
     assert float(matched.prior_error.mean()) < 0.1 * float(standard.prior_error.mean())
 
 
+@pytest.mark.parametrize("prior", ["standard", "matched"])
+def test_the_error_of_the_prior_is_by_its_score(prior):
+    """``|(score + z - centre) . z|`` in the units of z = x/rho, with the mixture's exact score, halfway to the data."""
+    model, scheduler = oracle("vp", 4)
+    field, end, like = network_field(model, scheduler.config), Point(0.6, 0.8), torch.zeros(8, 1, 1, 4).double()
+    rho = math.hypot(2 * end.alpha, end.sigma)  # data_std = 2
+    z = torch.randn(8, 4, dtype=torch.float64, generator=seeded())
+    mean = model.posterior_mean(torch.zeros(8, 4, dtype=torch.float64), end.alpha, end.sigma)
+    exact_centre = mean * (end.alpha / rho if prior == "matched" else 0)
+    exact = ((rho * model.score(z * rho, end.alpha, end.sigma) + z - exact_centre) * z).sum(1).abs()
+    centre, error, evaluations = _prior(field, z, end, 2.0, prior, like, 5)
+    torch.testing.assert_close(centre, exact_centre, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(error, exact, rtol=1e-4, atol=1e-4)
+    assert evaluations == (7 if prior == "matched" else 6)
+
+
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 def test_hutchinson_is_unbiased_with_the_error_it_reports(distribution):
     """Standardised by the reported standard error, deviations from the exact density have a variance of about 1."""
@@ -118,6 +141,17 @@ def test_labels_condition(tmp_path):
     torch.testing.assert_close(found.log_likelihood, exact, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.bits_per_dim, -found.log_likelihood / (4 * math.log(2)))
     assert found.num_evaluations > 50 and found.noise.shape == x.shape
+
+
+def test_the_pipeline_passes_its_tolerance_on_and_says_how_far_it_is(tmp_path):
+    """``rtol`` is the absolute tolerance too, where none is given; the progress bar ends at 100 per cent."""
+    model = save_oracle(tmp_path)
+    pipe = load("likelihood", tmp_path)
+    bars, x = bars_of(pipe), model.sample(2, seeded())
+    options = ({}, {"atol": 1e-2}, {"atol": 1e-6})
+    spent = [pipe(x, divergence="exact", rtol=1e-2, **o).num_evaluations for o in options]
+    assert spent[0] == spent[1] < spent[2]
+    assert [(bar.n, bar.total) for bar in bars] == [(100, 100)] * 3
 
 
 def test_bits_per_dimension_with_dequantization():
@@ -174,6 +208,7 @@ def test_a_result_says_its_numbers_in_short_and_that_the_error_of_one_probe_is_u
         ({"distribution": "uniform"}, "distribution must be"),
         ({"prior": "flat"}, "prior must be"),
         ({"rtol": 0.0}, "rtol and atol must be positive"),
+        ({"noise_std": 0.0}, "noise_std must be a positive noise level"),
         ({"noise_std": -1.0}, "noise_std must be a positive noise level"),
         ({"noise_std": 1e9}, "noise_std must be a positive noise level"),
         ({"data_std": 0.0}, "data_std must be positive"),

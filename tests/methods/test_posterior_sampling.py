@@ -365,6 +365,12 @@ def test_operators_are_linear_with_their_adjoints(operator):
         torch.testing.assert_close(operator(torch.ones_like(x)), torch.ones_like(y))
 
 
+def test_pixels_of_latents_are_as_many_times_larger_as_the_decoder_makes_them():
+    unet = tiny_unet(channels=4)
+    unet.register_to_config(sample_size=(8, 12))
+    assert pipeline()(unet, ddpm(), tiny_vae())._pixel_shape() == (3, 16, 24)
+
+
 def test_latent_guidance_acts_through_the_decoder():
     """With an autoencoder, the guided decoded mean is nearer to the observation than the unguided one; every method and
     a foreign scheduler run."""
@@ -451,6 +457,9 @@ def test_operators_refuse_what_they_cannot_do():
     ]:
         with pytest.raises(ValueError, match=message):
             wrong()
+    for shape in ((1, 1, 6, 4), (1, 1, 4, 6)):
+        with pytest.raises(ValueError, match="not divisible by 4"):
+            super_resolution(4)(torch.zeros(shape))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pipeline_parts import save_oracle, tiny_unet
 from snippets import load
 
 from diffusers_sde import FlowMapScheduler, GaussianMixtureModel, ReverseSDEScheduler
-from diffusers_sde.assets import ASSETS, FASHION_MODEL, FLOW_MAP_MODEL
+from diffusers_sde.assets import FASHION_MODEL, FLOW_MAP_MODEL
 from diffusers_sde.methods.pipeline_io import label_tensor
 from diffusers_sde.methods.posterior import check_observation
 from diffusers_sde.sampling import class_names
@@ -101,7 +101,8 @@ def test_names_are_labels_where_the_network_has_names(tmp_path, key):
     assert label_tensor(network, "shoe").tolist() == [2] and label_tensor(network, "BAG", 2).tolist() == [0, 0]
     assert label_tensor(network, ["Shoe", 0, "SHOE", 3]).tolist() == [1, 0, 1, 3]
     with pytest.raises(
-        ValueError, match=r"There is no class 'hat': class_labels are numbers, or names among bag, Shoe"
+        ValueError,
+        match=r"There is no class 'hat', the nearest is 'bag': .* names among bag, Shoe",
     ):
         label_tensor(network, ["bag", "hat"])
 
@@ -110,8 +111,6 @@ def test_the_embedded_networks_know_their_names():
     for folder in (FASHION_MODEL, FLOW_MAP_MODEL):
         config = UNet2DModel.load_config(folder, subfolder="unet")
         assert tuple(config["_class_names"]) == FASHION_CLASSES and config["num_class_embeds"] == 11
-    emoji = UNet2DModel.load_config(ASSETS / "noto_emoji", subfolder="unet")
-    assert len(emoji["_class_names"]) == emoji["num_class_embeds"] - 1
 
 
 def test_a_pipeline_takes_names(tmp_path):

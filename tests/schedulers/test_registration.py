@@ -6,12 +6,18 @@ import json
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 from contract_helpers import in_fresh_process
-from diffusers import DDPMPipeline
 
 import diffusers_sde
-from diffusers_sde import FlowMapUNet2DModel, GaussianMixtureModel, ProbabilityFlowScheduler, registration
+from diffusers_sde import (
+    ClassConditionalPipeline,
+    FlowMapUNet2DModel,
+    GaussianMixtureModel,
+    ProbabilityFlowScheduler,
+    registration,
+)
 
 ORDERS = {
     "ours first": "import diffusers_sde, diffusers",
@@ -26,7 +32,7 @@ ORDERS = {
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("pipeline")
     model = GaussianMixtureModel([1.0], [[0.0] * 16], [1.0], sample_size=4)
-    DDPMPipeline(model, ProbabilityFlowScheduler(solver_order=3)).save_pretrained(path)
+    ClassConditionalPipeline(model, ProbabilityFlowScheduler(solver_order=3)).save_pretrained(path)
     return path
 
 
@@ -46,11 +52,11 @@ def test_a_saved_pipeline_loads_and_is_saved_under_the_short_name(order, folder,
         from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
         assert "diffusers_sde" in LOADABLE_CLASSES
         pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
-        print(type(pipe.scheduler).__name__, pipe.scheduler.config.solver_order, type(pipe.unet).__name__)
+        print(*(type(part).__name__ for part in (pipe, pipe.scheduler, pipe.unet)), pipe.scheduler.config.solver_order)
         pipe.save_pretrained(sys.argv[2])
     """
     found = in_fresh_process(script, folder, tmp_path)
-    assert found.split() == ["ProbabilityFlowScheduler", "3", "GaussianMixtureModel"]
+    assert found.split() == ["ClassConditionalPipeline", "ProbabilityFlowScheduler", "GaussianMixtureModel", "3"]
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers_sde", "ProbabilityFlowScheduler"]
     assert index["unet"] == ["diffusers_sde", "GaussianMixtureModel"]
@@ -58,6 +64,13 @@ def test_a_saved_pipeline_loads_and_is_saved_under_the_short_name(order, folder,
 
 def test_the_waiting_finder_is_gone_once_diffusers_has_the_entry():
     assert registration.LOADER in sys.modules and registration._WhenImported not in sys.meta_path
+
+
+def test_diffusers_finds_our_pipeline_and_misses_what_it_missed_before():
+    assert diffusers.ClassConditionalPipeline is ClassConditionalPipeline
+    assert diffusers.DDPMPipeline.__name__ == "DDPMPipeline"
+    with pytest.raises(AttributeError, match="module diffusers has no attribute ClassConditional"):
+        diffusers.ClassConditional  # noqa: B018
 
 
 def test_every_public_name_is_found_and_listed():

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import functools
 import io
+import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from space import compare, error_lab, gpu, inputs, models, pictures, playground, trajectory
+from space import compare, error_lab, gpu, inputs, models, pictures, playground, trajectory, turns
 from space.recording import record
 from space_helpers import DEMO
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler
+from diffusers_sde.assets import EXAMPLE_PROMPTS
 from diffusers_sde.comparison import engine
 from diffusers_sde.errors import UsageError
 from diffusers_sde.sampler_names import SAMPLERS
 from diffusers_sde.sampling import network_denoiser, sample
 
-SMALL = {"samplers": ["unipc", "reverse-sde"], "budgets": [2, 3], "images": 2, "choice": "bag", "seed": 3}
+SMALL = {
+    "model": "fashion",
+    "samplers": ["unipc", "reverse-sde"],
+    "budgets": [2, 3],
+    "images": 2,
+    "choice": "bag",
+    "seed": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +58,7 @@ def sheets(quick: pytest.MonkeyPatch) -> list[compare.Sheet]:
 
 
 def test_computation_needs_no_gradio() -> None:
-    modules = "compare trajectory playground error_lab models inputs pictures gpu recording"
+    modules = "compare trajectory playground error_lab models inputs pictures gpu recording turns"
     code = f"import sys; sys.path.insert(0, {str(DEMO)!r})\n"
     code += "".join(f"import space.{name}\n" for name in modules.split())
     code += "assert not {'gradio', 'plotly'} & set(sys.modules)"
@@ -77,7 +90,8 @@ def test_budgets_are_sorted_and_distinct(values: list[int]) -> None:
         {"images": 9},
         {"prompt": "a" * 301},
         {"model": "x"},
-        {"choice": "x"},
+        {"model": "fashion", "choice": "x"},
+        {"budgets": [99, 100], "images": 8, "samplers": ["pf-ode", "unipc", "ddim", "deis"]},  # 6,368 evaluations
     ],
 )
 def test_compare_refuses_what_it_cannot_do(bad: dict) -> None:
@@ -96,7 +110,7 @@ def test_unavailable_models_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_fails_to_load_is_greyed_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = models.Model("broken", "Broken", "nobody/nothing")
+    broken = models.Model("broken", "Broken", "nobody/nothing")  # neither here nor on an offline Hub
     monkeypatch.setattr(models, "_failed", {})
     with pytest.raises(UsageError, match="Broken could not be loaded"):
         models.shared_pipeline(broken)
@@ -141,7 +155,7 @@ def test_a_reference_is_kept_for_other_samplers_on_the_same_noise(quick: pytest.
 
 def test_the_samplers_of_the_model_are_compared_where_none_are_named() -> None:
     assert compare.choices("fashion")[1] == ["calibrated", "pf-ode", "dpm++2m", "unipc"]
-    sheet = next(compare.sheets(compare.checked(budgets=[5, 7])))
+    sheet = next(compare.sheets(compare.checked(model="fashion", budgets=[5, 7])))
     assert sheet.comparison.samplers == ("calibrated", "pf-ode", "dpm++2m", "unipc")
     unloaded, chosen = compare.choices("sana")
     assert "calibrated" not in unloaded and chosen == ["pf-ode", "dpm++2m", "unipc", "ddim"]
@@ -152,19 +166,21 @@ def test_the_page_says_where_a_calibrated_sampler_is_not_offered() -> None:
     pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
     from space import compare_tab
 
-    sheet = next(compare.sheets(compare.checked(samplers=["calibrated", "unipc"], budgets=[5, 7])))
+    sheet = next(compare.sheets(compare.checked(model="fashion", samplers=["calibrated", "unipc"], budgets=[5, 7])))
     assert ("calibrated", 7) not in sheet.comparison.jobs and len(sheet.comparison.jobs) == 3
     page = compare_tab.render(sheet)
     assert page.count("not calibrated for 7") == 1 and "not calibrated for 5" not in page
 
 
-def test_the_shared_pipeline_keeps_its_scheduler(sheets: list[compare.Sheet]) -> None:
+def test_a_pipeline_of_ones_own_shares_weights_and_nothing_that_a_request_changes() -> None:
     shared = models.shared_pipeline(models.MODELS["fashion"])
-    assert type(shared.scheduler).__name__ == "DDPMScheduler"
     own = models.own_pipeline(shared)
+    assert own.unet.conv_in.weight is shared.unet.conv_in.weight and own.name_or_path == shared.name_or_path
+    own.unet.forward = None  # as capture does while it asks a pipeline for its condition
+    own.scheduler.set_timesteps(3)
     own.scheduler = ProbabilityFlowScheduler.from_config(shared.scheduler.config)
-    assert own.unet is shared.unet and type(shared.scheduler).__name__ == "DDPMScheduler"
-    assert own.name_or_path == shared.name_or_path
+    assert shared.unet.forward is not None and len(shared.scheduler.timesteps) == 1000
+    assert type(shared.scheduler).__name__ == "DDPMScheduler"
 
 
 @pytest.mark.parametrize("sampler", ["unipc", "reverse-sde"])
@@ -175,7 +191,7 @@ def test_the_program_of_a_cell_makes_its_pixels(sheets: list[compare.Sheet], sam
 
 
 def test_the_program_of_a_calibrated_cell_makes_its_pixels() -> None:
-    request, names = compare.checked(samplers=["calibrated"], budgets=[5], images=1), {}
+    request, names = compare.checked(model="fashion", samplers=["calibrated"], budgets=[5], images=1), {}
     exec(compare.program(request, "calibrated", 5), names)
     problem = models.problem("fashion", seed=0, guidance=2.0, images=1)
     torch.testing.assert_close(names["images"], engine.solve_cell(problem, "calibrated", 5).images, rtol=0, atol=0)
@@ -196,20 +212,25 @@ def test_files_hold_every_cell(sheets: list[compare.Sheet], tmp_path) -> None:
     assert [row["nfe"] for row in csv.DictReader(table.open())] == ["2", "3", "2", "3"]
 
 
-def test_the_slider_is_given_files_and_leaves_none_behind(sheets: list[compare.Sheet]) -> None:
-    """A picture object gradio would write anew, in place, while another browser fetches it."""
+def test_what_the_page_shows_and_offers_is_in_the_page(sheets: list[compare.Sheet]) -> None:
+    """The server keeps no file, and of a sheet what any page may ask for again."""
     pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
     from space import compare_tab
 
-    shown = compare_tab.choose(sheets[-1], "unipc · 3", compare_tab.REFERENCE)
-    _, program, files = next(shown)
-    assert "UniPCMultistepScheduler" in program and all(isinstance(f, str) for f in files)
-    with Image.open(files[0]) as left, Image.open(files[1]) as right:
-        assert left.size == right.size and max(left.size) >= 260 and left.tobytes() != right.tobytes()
-    shown.close()
-    assert not any(Path(f).exists() for f in files)
-    unfinished = next(compare_tab.choose(sheets[0], "unipc · 2", compare_tab.REFERENCE))
-    assert not any(isinstance(value, str | tuple) for value in unfinished)
+    request = sheets[-1].request
+    _, program, pictures = compare_tab.choose(request, "unipc · 3", compare_tab.REFERENCE)
+    left, right = re.findall('src="data:image/png;base64,([^"]+)"', pictures)
+    assert "UniPCMultistepScheduler" in program and left != right
+    png, table = (base64.b64decode(data) for data in re.findall('base64,([^"]+)', compare_tab.files(sheets[-1])))
+    assert png[:4] == b"\x89PNG" and table.startswith(b"sampler,nfe,seconds")
+    assert not any(isinstance(value, str) for value in compare_tab.choose(None, "unipc · 2", compare_tab.REFERENCE))
+
+
+def test_only_the_last_sheets_are_kept() -> None:
+    recent = compare.Recent(2)
+    for key in "abc":
+        recent.put(key, key.upper())
+    assert [recent.get(key) for key in "abc"] == [None, "B", "C"]
 
 
 def test_pictures_keep_their_pixels() -> None:
@@ -217,8 +238,84 @@ def test_pictures_keep_their_pixels() -> None:
     row = np.asarray(pictures.picture(image, gap=1))
     assert row.shape == (4, 9, 3) and (row[:, 4] == 255).all()
     np.testing.assert_allclose(row[:, :4, 0] / 127.5 - 1, image[0, 0], atol=1 / 127)
-    assert np.asarray(pictures.enlarged(pictures.picture(image), 90)).shape == (40, 90, 3)
     assert pictures.data_uri(pictures.picture(image)).startswith("data:image/png;base64,")
+
+
+# -- text --
+
+
+def test_pictures_from_text_are_those_of_the_prompt_or_of_the_examples() -> None:
+    assert models.prompts_of(" a cat ", 2) == ["a cat"] * 2
+    assert models.prompts_of("", 9) == [*EXAMPLE_PROMPTS, EXAMPLE_PROMPTS[0]]
+
+
+def test_the_program_of_a_picture_from_text_makes_its_pixels() -> None:
+    request, names = compare.checked(prompt="it's a rocket", images=2, seed=4), {}
+    exec(compare.program(request, "unipc", 2), names)
+    cell = engine.solve_cell(compare.problem_of(request), "unipc", 2)
+    pixels = np.stack([np.asarray(image) for image in names["images"]]).transpose(0, 3, 1, 2) / 127.5 - 1
+    np.testing.assert_allclose(pixels, cell.images, atol=1 / 127)  # a picture has 8 bits
+
+
+def test_a_way_in_latents_ends_in_the_picture_of_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ODE from the same noise: the last frame, decoded, is what the pipeline's own call makes."""
+    monkeypatch.setattr(trajectory, "MAX_FRAMES", 3)
+    request = trajectory.checked(prompt="rocket", seed=2, steps=4, tau=0, guidance=3)
+    first = next(trajectory.journey(request))
+    pipe = models.own_pipeline(models.shared_pipeline(models.MODELS["emoji"]))
+    pipe.scheduler = trajectory.solver(pipe.scheduler.config, 0, 0)
+    generator = torch.Generator().manual_seed(2)
+    expected = pipe("rocket", guidance_scale=3, num_inference_steps=4, generator=generator, output_type="pt").images
+    torch.testing.assert_close(first.frames[-1].clean.clamp(-1, 1), expected * 2 - 1, atol=1e-4, rtol=0)
+    levels = [frame.log_snr for frame in first.frames]
+    assert len(levels) == 3 and levels == sorted(levels) and first.frames[0].state.shape == (1, 3, 64, 64)
+
+
+# -- turns --
+
+
+def counted(tick: Any, n: int) -> Iterator[int]:
+    for i in range(n):
+        tick()
+        yield i
+
+
+def test_what_nobody_waits_for_stops_at_the_next_evaluation() -> None:
+    evaluations, shared = [], turns.Turns(1)
+
+    def long(tick: Any) -> Iterator[int]:
+        for i in range(100):
+            evaluations.append(i)
+            tick()
+        yield 0
+
+    with pytest.raises(turns.Abandoned):
+        list(turns.in_turn(long, lambda: len(evaluations) < 3, shared))
+    assert evaluations == [0, 1, 2]
+    assert list(turns.in_turn(functools.partial(counted, n=2), turns=shared)) == [0, 1]  # its place is free again
+
+
+def test_a_light_request_goes_before_one_that_has_computed_for_long() -> None:
+    """Its ten evaluations are over when the other one's hundred have hardly begun."""
+    shared, order = turns.Turns(1), []
+
+    def work(name: str, n: int) -> Any:
+        def make(tick: Any) -> Iterator[None]:
+            for _ in range(n):
+                time.sleep(0.003)
+                order.append(name)
+                tick()
+            yield
+
+        return threading.Thread(target=lambda: list(turns.in_turn(make, turns=shared)))
+
+    heavy, light = work("heavy", 100), work("light", 10)
+    heavy.start()
+    while len(order) < 20:
+        time.sleep(0.001)
+    light.start()
+    light.join(), heavy.join()
+    assert order.index("light") < 40 and order[::-1].index("light") > 60 and len(order) == 110
 
 
 # -- trajectory --
@@ -240,7 +337,7 @@ def test_the_picture_of_the_sde_stays_from_20_to_40_steps_and_ancestral_does_not
     """A picture near a boundary between two shapes may flip (seed 1 does), so on average over seeds."""
     unlike: dict[str, list[float]] = {kind: [] for kind in trajectory.STAYING}
     for seed in range(3):
-        *_, state = trajectory.journey(trajectory.checked(choice="ankle boot", steps=5, tau=1.0, seed=seed))
+        *_, state = trajectory.journey(trajectory.checked(model="fashion", steps=5, tau=1.0, seed=seed))
         for kind, values in unlike.items():
             values.append(1 - trajectory.likeness(state.staying[kind, 20], state.staying[kind, 40]))
     ode, sde, ancestral = (np.mean(unlike[kind]) for kind in ("ODE", "SDE", "Euler ancestral"))

@@ -87,6 +87,7 @@ def test_a_clock_that_stands_still_draws_no_noise():
     """At data_std = 1000 the noise level no longer shows beside the data beyond log-SNR 10, to the last bit."""
     weights = brownian_weights([0.0, 3.0, 12.0, 12.3, 14.0], data_std=1000.0)
     assert [len(w) > 0 for w in weights] == [True, True, False, False]
+    assert brownian_weights([-3.0, 8.0, 15.0], tau=[1.0, 4.0], data_std=1e10) == [(), ()]  # its slope underflows too
 
 
 def test_empty_step_has_no_noise():
@@ -340,6 +341,39 @@ MANY = torch.Size((8, 4, 128, 128))
 
 def drawn(seed=0, node=1, shape=MANY):
     return normals(seeds_from_int(seed, shape[0], torch.device("cpu")), node, shape)
+
+
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def signed(x):
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def mixed(x):
+    """splitmix64's finaliser (Steele et al. 2014) on signed integers, whose shifts are arithmetic."""
+    x = signed(x)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = signed((x ^ (x >> shift)) * factor)
+    return x ^ (x >> 31)
+
+
+@pytest.mark.parametrize("node", [1, 77, (1 << 40) + 12345])
+def test_normals_are_those_of_hashed_counters_by_box_muller(node):
+    """One seed, one picture, in every version: seeds hash(hash(seed) + k); element e and e + half the sample share the
+    word hash(e + hash(seed + node)), whose bits 8-31 say the radius and 32-55 the angle."""
+    found = normals(seeds_from_int(9, 2, torch.device("cpu")), node, (2, 7))
+    for k in range(2):
+        seed = mixed(mixed(9) + k)
+        words = [mixed(e * GOLDEN + mixed(seed + node * GOLDEN)) for e in range(4)]
+        radius = [math.sqrt(-2 * math.log(((w >> 8 & 0xFFFFFF) + 0.5) / 2**24)) for w in words]
+        angle = [2 * math.pi * (w >> 32 & 0xFFFFFF) / 2**24 for w in words]
+        exact = [r * f(a) for f in (math.cos, math.sin) for r, a in zip(radius, angle, strict=True)]
+        np.testing.assert_allclose(found[k].numpy(), exact[:7], rtol=1e-5, atol=1e-6)
+
+
+def test_seeds_live_where_they_are_asked_for():
+    assert seeds_from_int(3, 4, torch.device("meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("node", [1, 2, 3, 1 << 20, (1 << 40) + 12345])

@@ -10,7 +10,7 @@ from helpers import PATHS
 
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import GRIDS, make_grid, nodes_from_times
-from diffusers_sde.paths import FlowMatching, Path
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
 from diffusers_sde.prediction import model_coefficients, prediction_coefficients
 from diffusers_sde.tables import build_multistep
 
@@ -44,6 +44,21 @@ def test_edm_output_is_preconditioned_as_diffusers_does():
     x, output = torch.tensor([x0 + sigma * noise]), torch.tensor([a * x0 + b * noise])
     denoised = EDM.precondition_outputs(x, output, torch.tensor([sigma]))
     assert float(denoised) == pytest.approx(x0, rel=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", ["log", "atan"])
+def test_the_training_range_of_edm_is_from_sigma_min_to_sigma_max(conditioning):
+    path = VarianceExploding(0.01, 50.0, 0.5, conditioning)
+    levels = path.alpha_sigma(np.array([path.cleanest, path.noisiest]))[1]
+    np.testing.assert_allclose(levels, [0.01, 50.0], rtol=1e-12)
+    assert path.grid_range == (path.noisiest, path.cleanest, path.cleanest)
+
+
+def test_mochi_says_the_velocity_towards_data():
+    """x_0 - eps, minus what other flow models say; its other predictions are everybody's."""
+    assert model_coefficients(PATHS["mochi"], "flow_prediction", 0.3, 0.7) == (1.0, -1.0)
+    assert model_coefficients(PATHS["flow"], "flow_prediction", 0.3, 0.7) == (-1.0, 1.0)
+    assert model_coefficients(PATHS["mochi"], "v_prediction", 0.3, 0.7) == (-0.7, 0.3)
 
 
 def test_habits_of_pipelines():
@@ -85,14 +100,17 @@ def test_training_times_have_the_density_they_name(name):
     np.testing.assert_allclose(path.training_times(np.array([0.0, 1.0]))[0], [path.cleanest, path.noisiest], rtol=1e-9)
 
 
-def test_flow_training_goes_through_the_static_shift():
+def test_flow_training_goes_through_the_shift():
     """sigma = s u / (1 + (s - 1) u) at s = 3 (Esser et al. 2024, eq. 23), here of the range 1/1000 to 1; a dynamic
-    shift is one of a run."""
+    shift, where it is known, is the static one of e^mu, or of mu if it is linear."""
     u = np.array([0.25, 0.5])
     shifted = 1 + 999 * np.array([0.75 / 1.5, 1.5 / 2])
     np.testing.assert_allclose(PATHS["flow_shift"].training_times(u)[0], shifted, rtol=1e-12)
-    dynamic = FlowMatching(shift=3.0, use_dynamic_shifting=True)
-    np.testing.assert_allclose(dynamic.training_times(u)[0], 1 + 999 * u, rtol=1e-12)
+    for kind, mu in (("exponential", np.log(3.0)), ("linear", 3.0)):
+        dynamic = FlowMatching(shift=5.0, use_dynamic_shifting=True, time_shift_type=kind)
+        np.testing.assert_allclose(dynamic.training_times(u)[0], 1 + 999 * u, rtol=1e-12)
+        for found, expected in zip(dynamic.training_times(u, mu), PATHS["flow_shift"].training_times(u), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 class Trigonometric(Path):

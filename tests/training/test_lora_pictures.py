@@ -36,5 +36,11 @@ def test_a_fresh_pipeline_with_the_saved_weights_makes_the_picture_of_the_traine
     assert_the_loaded_picture_is_the_trained_one(name, text_task(name), tmp_path)
 
 
+def test_weights_that_the_pipeline_could_not_save_are_refused_before_the_training() -> None:
+    task = text.with_text_encoder(text_task("cogview4"))
+    with pytest.raises(ValueError, match="takes no LoRA weights on its CLIPTextModel: leave out --train_text_encoder"):
+        add_lora(task, 2)
+
+
 def test_weights_on_the_text_encoder_are_loaded_with_those_on_the_network(tmp_path: Path) -> None:
     assert_the_loaded_picture_is_the_trained_one("sd", text.with_text_encoder(text_task("sd")), tmp_path)

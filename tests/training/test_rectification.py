@@ -57,7 +57,10 @@ def drawn(n: int, labels: list[int | None] | None = None) -> Drawn:
     return Drawn(torch.full_like(eps, math.nan), eps, np.full(n, 0.5), np.zeros((n, 2)), labels, None)
 
 
-@pytest.mark.parametrize("process", [*PROCESSES.values(), EDM], ids=[*PROCESSES, "edm"])
+DYNAMIC = {**FLOW, "use_dynamic_shifting": True}
+
+
+@pytest.mark.parametrize("process", [*PROCESSES.values(), EDM, DYNAMIC], ids=[*PROCESSES, "edm", "dynamic"])
 def test_pairs_are_the_ends_of_the_teachers_ode(process: dict[str, Any]) -> None:
     """x_0 is where the probability-flow ODE carries eps, times the highest noise level, whatever the data of the batch
     are."""
