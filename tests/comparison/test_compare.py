@@ -195,7 +195,7 @@ def test_every_run_has_the_same_start_and_noise_of_its_own(mixture_folder):
     class Spy:
         timesteps = (0,)
 
-        def set_timesteps(self, n):
+        def set_timesteps(self, n, device=None):
             pass
 
         def step(self, model_output, timestep, sample, generator, return_dict):
