@@ -19,6 +19,7 @@ from PIL import Image
 from tiny_pipelines import PIPELINES
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, calibrate, named_samplers
+from diffusers_sde.assets import EXAMPLE_PROMPTS
 from diffusers_sde.cli import main
 from diffusers_sde.comparison import engine, problems, report
 from diffusers_sde.errors import UsageError
@@ -194,7 +195,7 @@ def test_every_run_has_the_same_start_and_noise_of_its_own(mixture_folder):
     class Spy:
         timesteps = (0,)
 
-        def set_timesteps(self, n):
+        def set_timesteps(self, n, device=None):
             pass
 
         def step(self, model_output, timestep, sample, generator, return_dict):
@@ -302,10 +303,19 @@ def test_samplers_that_do_not_fit_the_process():
         engine.check_samplers(["dpm++2m-karras"], [5], problem)
 
 
+def test_prompts_are_dealt_out_over_the_images(monkeypatch):
+    """One for all, several in turn, the examples where there is none."""
+    pipe, asked = PIPELINES["sd"]()[0], []
+    encode = pipe.encode_prompt
+    monkeypatch.setattr(pipe, "encode_prompt", lambda *args, **kw: asked.append(args[0]) or encode(*args, **kw))
+    for prompt in ("a cat", ["a cat", "a dog"], None):
+        problem = problems.make_problem(pipe, num_images=3, seed=0, guidance_scale=1.0, prompt=prompt)
+        problem.solve(named_samplers.make_scheduler("ddim", problem.config), 1, lambda: None)
+    assert asked == [["a cat"] * 3, ["a cat", "a dog", "a cat"], list(EXAMPLE_PROMPTS[:3])]
+
+
 def test_pipelines_without_what_they_need():
-    sd, dit = PIPELINES["sd"]()[0], PIPELINES["dit"]()[0]
-    with pytest.raises(UsageError, match="pass a --prompt"):
-        problems.make_problem(sd, num_images=1, seed=0)
+    dit = PIPELINES["dit"]()[0]
     with pytest.raises(UsageError, match="takes no prompt"):
         problems.make_problem(dit, num_images=1, seed=0, prompt="a cat")
 
