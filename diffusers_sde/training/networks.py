@@ -19,7 +19,7 @@ import diffusers
 import torch
 
 from diffusers_sde.class_conditional import ClassConditionalPipeline
-from diffusers_sde.conditioning import batched, call, calling, capture, moved, network_name, ragged, remembered
+from diffusers_sde.conditioning import PLAIN, batched, call, calling, capture, moved, network_name, ragged, remembered
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.models.classifier import NoisyClassifierModel
 from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
@@ -266,9 +266,14 @@ def _captured_task(pipe: Any, name: str, network: Any, resolution: int | None, b
     """Any pipeline: its own call says for each caption or label what else the network is given
     (:func:`diffusers_sde.conditioning.capture`); kept on the host afterwards, within :data:`MAX_CONDITION_BYTES`."""
     size = {} if resolution is None else {"height": resolution, "width": resolution}
+    how = calling(network)
+    step = 1 if how is PLAIN else 2 * pipe.vae_scale_factor
+    if resolution is not None and resolution % step:
+        raise ValueError(
+            f"{type(pipe).__name__} sees latents in patches of 2x2: pass a --resolution that is a multiple of {step}."
+        )
     kind, nothing = ("class_labels", 0) if by_label else ("prompt", "")
     first = capture(pipe, **{kind: [nothing]}, **size)
-    how = calling(network)
 
     def make(key: Any) -> dict[str, Any]:
         if by_label:  # the null class is no label that a pipeline takes

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tiny_pipelines import PIPELINES
 from training_helpers import common, losses, make_images, train_here
-from training_tasks import settings, text_task
+from training_tasks import settings, text_pipeline, text_task
 
 from diffusers_sde.training.framing import Framing
 from diffusers_sde.training.losses import times_of
@@ -246,6 +246,12 @@ def test_data_and_pipelines_that_do_not_fit_are_refused_with_the_remedy(name: st
     pipe, _, _ = PIPELINES[name]()
     with pytest.raises(ValueError, match=remedy):
         pipeline_task(pipe, options.get("classes", 2 if name == "dit" else 0), captions=options.get("captions", False))
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image", "z_image"])
+def test_a_resolution_that_does_not_fall_into_patches_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"multiple of {2 * text_pipeline(name).vae_scale_factor}"):
+        pipeline_task(text_pipeline(name), 0, captions=True, resolution=18)
 
 
 def test_a_model_without_adapters_refuses_lora(labelled: Path, tmp_path: Path, capsys) -> None:
