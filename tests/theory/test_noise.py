@@ -372,6 +372,16 @@ def test_normals_are_those_of_hashed_counters_by_box_muller(node):
         np.testing.assert_allclose(found[k].numpy(), exact[:7], rtol=1e-5, atol=1e-6)
 
 
+def test_seeds_of_a_generator_are_hashes_of_its_integers_of_both_signs():
+    """One generator for all samples gives as many integers, one for each sample one integer each."""
+    one = seeds_from_generator(seeded(3), 8, torch.device("cpu"))
+    integers = torch.randint(-(2**62), 2**62, (8,), generator=seeded(3)).tolist()
+    assert one.tolist() == [mixed(x) for x in integers] and min(integers) < 0 < max(integers)
+    each = seeds_from_generator([seeded(3), seeded(4)], 2, torch.device("cpu"))
+    first = [torch.randint(-(2**62), 2**62, (1,), generator=seeded(s)).item() for s in (3, 4)]
+    assert each.tolist() == [mixed(x) for x in first]
+
+
 def test_seeds_live_where_they_are_asked_for():
     assert seeds_from_int(3, 4, torch.device("meta")).device.type == "meta"
 
