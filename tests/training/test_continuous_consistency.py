@@ -94,7 +94,13 @@ def test_the_gradient_of_the_training_tends_to_the_continuous_one() -> None:
     the target held fixed (Song et al. 2023, theorem 6)."""
     toy, path, n = Toy(), PATHS["flow"], 64
     task: Any = SimpleNamespace(
-        network=toy, path=path, prediction_type="flow_prediction", vae=None, timestep_scale=1.0, condition=lambda *_: {}
+        mu=None,
+        network=toy,
+        path=path,
+        prediction_type="flow_prediction",
+        vae=None,
+        timestep_scale=1.0,
+        condition=lambda *_: {},
     )
     batch = {"positions": torch.arange(n), "pixel_values": torch.linspace(-1, 1, 4 * n).reshape(n, 1, 2, 2)}
 
