@@ -10,6 +10,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from helpers import PATHS
 
 from diffusers_sde.flow_maps import average_prediction, jump
 from diffusers_sde.training.losses import draw, make_loss
+from diffusers_sde.training.networks import Task
 
 X0, EPS = torch.tensor([[0.4, -1.2], [1.1, 0.3]], dtype=torch.float64)
 
@@ -93,15 +95,8 @@ def test_the_gradient_of_the_training_tends_to_the_continuous_one() -> None:
     """``N`` times the gradient of ``--objective consistency`` with steps of 1/N tends to ``-2 E[dm/dtheta tangent]``,
     the target held fixed (Song et al. 2023, theorem 6)."""
     toy, path, n = Toy(), PATHS["flow"], 64
-    task: Any = SimpleNamespace(
-        mu=None,
-        network=toy,
-        path=path,
-        prediction_type="flow_prediction",
-        vae=None,
-        timestep_scale=1.0,
-        condition=lambda *_: {},
-    )
+    pipe = SimpleNamespace(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+    task = Task(pipe, "toy", toy, lambda *_: {})
     batch = {"positions": torch.arange(n), "pixel_values": torch.linspace(-1, 1, 4 * n).reshape(n, 1, 2, 2)}
 
     def settings(steps: int) -> Any:
