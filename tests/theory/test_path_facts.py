@@ -10,7 +10,7 @@ from helpers import PATHS
 
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.grids import GRIDS, make_grid, nodes_from_times
-from diffusers_sde.paths import FlowMatching, Path, VarianceExploding
+from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
 from diffusers_sde.prediction import model_coefficients, prediction_coefficients
 from diffusers_sde.tables import build_multistep
 
@@ -157,3 +157,23 @@ def test_a_fourth_family_is_sampled_by_the_measured_defaults():
     for row in table.rows:  # F of N(0, 1) data is 0
         state *= row.a
     assert state == pytest.approx(1.0, rel=1e-12)
+
+
+def test_a_flow_has_no_shift_unless_asked_for() -> None:
+    assert FlowMatching().alpha_sigma(500.0) == (0.5, 0.5)
+
+
+def test_a_table_that_ends_below_zero_is_refused() -> None:
+    """The last entry alone: alpha_bar is a square."""
+    with pytest.raises(ValueError, match="alphas_cumprod"):
+        VariancePreserving(np.array([0.9, 0.5, 0.1, -0.1]))
+
+
+def test_the_slope_of_the_log_snr_is_float64_whatever_the_times_are() -> None:
+    path = VariancePreserving(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    times = np.array([3, 250, 700])
+    exact = path.d_log_snr(times.astype(np.float64))
+    for kind in (np.int64, np.float32):
+        found = path.d_log_snr(times.astype(kind))
+        assert found.dtype == np.float64
+        np.testing.assert_array_equal(found, exact)
