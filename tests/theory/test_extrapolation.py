@@ -164,3 +164,12 @@ def test_feedback_is_the_weight_times_the_slope_of_the_evaluation(end):
         assert Method(None, data_std, "angle").feedback(-0.7, Point(1.0, 0.0)) == 0
     for data_std in (0.0, INF):
         assert Method(None, data_std, "angle").feedback(-0.7, end) == 0
+
+
+@pytest.mark.parametrize("newest", [0, 1])
+def test_evaluations_at_infinity_of_the_clock_are_not_interpolated_over(newest):
+    """Refused before anything is computed with them: no warning comes of it."""
+    ends = [at(INF), at(1.0)]
+    basis = [ends[newest], ends[1 - newest]]
+    with np.errstate(all="raise"):
+        assert Method(VP, 1.0, "log_snr").safe_weights(basis[0], at(2.0), basis, 0.0, basis) is None
