@@ -110,6 +110,11 @@ def network_name(pipe: Any) -> str | None:
     return next((name for name in ("unet", "transformer") if getattr(pipe, name, None) is not None), None)
 
 
+def takes_prompts(pipe: Any) -> bool:
+    """Whether a pipeline is called with prompts."""
+    return callable(pipe) and "prompt" in inspect.signature(pipe.__call__).parameters
+
+
 def capture(pipe: Any, **inputs: Any) -> Given:
     """What a pipeline's call gives to its network at its first step, without guidance (networks with an embedding of
     the guidance are told the pipeline's usual one).

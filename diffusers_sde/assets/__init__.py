@@ -1,9 +1,12 @@
-"""The models that ship with the package.  Knows where they lie; loads them with diffusers."""
+"""The models that ship with the package.  Knows where they lie; loads them with diffusers, whose text-to-image
+pipelines are imported when one is asked for."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, CogView4Pipeline, StableDiffusionPipeline
+import diffusers
 
 from diffusers_sde.class_conditional import ClassConditionalPipeline
 from diffusers_sde.models.classifier import NoisyClassifierModel
@@ -37,21 +40,21 @@ def shared_parts(folder: Path) -> dict[str, Any]:
     """The components of an embedded pipeline that lie with another one, to be handed to ``from_pretrained``."""
     if folder != FLOW_MODEL:
         return {}
-    return {"vae": AutoencoderKL.from_pretrained(DEFAULT_MODEL, subfolder="vae")}
+    return {"vae": diffusers.AutoencoderKL.from_pretrained(DEFAULT_MODEL, subfolder="vae")}
 
 
-def load_default_model() -> StableDiffusionPipeline:
+def load_default_model() -> diffusers.StableDiffusionPipeline:
     """The embedded text-to-image model (float32): ``load_default_model()("red apple").images[0]`` is a 64x64 emoji.
 
     Scaled-linear betas, v prediction, 4x16x16 latents; Stable Diffusion's process and pipeline in the small.
     """
-    return StableDiffusionPipeline.from_pretrained(DEFAULT_MODEL)
+    return diffusers.StableDiffusionPipeline.from_pretrained(DEFAULT_MODEL)
 
 
-def load_flow_model() -> CogView4Pipeline:
+def load_flow_model() -> diffusers.CogView4Pipeline:
     """The flow-matching sibling of the default model (float32): a transformer on the latents of the same autoencoder,
     which is stored once."""
-    return CogView4Pipeline.from_pretrained(FLOW_MODEL, **shared_parts(FLOW_MODEL))
+    return diffusers.CogView4Pipeline.from_pretrained(FLOW_MODEL, **shared_parts(FLOW_MODEL))
 
 
 def load_fashion_model() -> ClassConditionalPipeline:

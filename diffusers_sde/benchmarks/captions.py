@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from diffusers_sde.assets import embedded_models
 from diffusers_sde.benchmarks.common import print_table
+from diffusers_sde.conditioning import takes_prompts
 from diffusers_sde.loading import load_pipeline
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
 
@@ -36,7 +37,7 @@ def measure(seed: int = 0, training_images: str | None = None) -> None:
     rows = []
     for name in embedded_models():
         pipe = load_pipeline(name)
-        if not hasattr(pipe, "text_encoder"):
+        if not takes_prompts(pipe):
             continue
         pipe.scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
         right = []

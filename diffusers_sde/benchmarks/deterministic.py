@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_sde.assets import EXAMPLE_PROMPTS, embedded_models
+from diffusers_sde.assets import embedded_models
 from diffusers_sde.benchmarks.common import (
     PROCESSES,
     mean_error,
@@ -25,6 +25,8 @@ from diffusers_sde.benchmarks.common import (
     reference_solution,
 )
 from diffusers_sde.benchmarks.competition import best_stock_ode
+from diffusers_sde.comparison.problems import prompts_for
+from diffusers_sde.conditioning import takes_prompts
 from diffusers_sde.loading import load_pipeline
 from diffusers_sde.sampling import Denoiser, network_denoiser, prompt_denoiser, sample
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler
@@ -48,10 +50,9 @@ def measure_network(
     in turn, and Fashion-MNIST with its classes in turn."""
     for name in embedded_models():
         pipe = load_pipeline(name)
-        if hasattr(pipe, "text_encoder"):
-            prompts = [EXAMPLE_PROMPTS[i % len(EXAMPLE_PROMPTS)] for i in range(num_images)]
+        if takes_prompts(pipe):
             noise = prompt_start(pipe, num_images, seed)
-            guided = functools.partial(prompt_denoiser, pipe, prompts)
+            guided = functools.partial(prompt_denoiser, pipe, prompts_for(num_images))
         else:
             noise, labels = network_start(pipe.unet, num_images, seed)
             guided = functools.partial(network_denoiser, pipe.unet, labels)

@@ -6,7 +6,6 @@ Knows the command's arguments.  Knows nothing of how tables are learned.
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import sys
 from pathlib import Path
@@ -55,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from diffusers_sde.calibration.arguments import check_whole, check_work_dir, checked_counts
     from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.calibration.workers import is_main, leave_together
+    from diffusers_sde.conditioning import takes_prompts
     from diffusers_sde.loading import default_device, load_pipeline
 
     inputs: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         check_whole(1, num_samples=args.num_samples, num_held_out=args.num_held_out, batch_size=args.batch_size)
         check_work_dir(args.work_dir)
         pipe = load_pipeline(args.model or str(DEFAULT_MODEL)).to(args.device or default_device())
-        if "prompt" in inspect.signature(pipe.__call__).parameters:
+        if takes_prompts(pipe):
             inputs.setdefault("prompt", list(EXAMPLE_PROMPTS))
         scheduler = calibrate(
             pipe,

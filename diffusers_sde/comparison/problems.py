@@ -58,8 +58,7 @@ def make_problem(
         num_images: N.
         seed: of the noise.
         guidance_scale: None: 2 for a class-conditional bare network, a pipeline's own default.
-        prompt: one or several, dealt out over the images of a pipeline that makes pictures from text; None:
-            :data:`diffusers_sde.assets.EXAMPLE_PROMPTS`.
+        prompt: of a pipeline that makes pictures from text, see :func:`prompts_for`.
         class_labels: (N,) of a class-conditional bare network; None spreads the images over its classes.
 
     Raises:
@@ -75,6 +74,12 @@ def make_problem(
             raise UsageError("This model takes no prompt: leave out --prompt.")
         return _network_problem(pipe, num_images, seed, guidance_scale, class_labels)
     return _pipeline_problem(pipe, num_images, seed, guidance_scale, prompt)
+
+
+def prompts_for(num_images: int, prompt: str | Sequence[str] | None = None) -> list[str]:
+    """A prompt for each image: one or several, dealt out; None: :data:`diffusers_sde.assets.EXAMPLE_PROMPTS`."""
+    prompts = EXAMPLE_PROMPTS if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+    return [prompts[i % len(prompts)] for i in range(num_images)]
 
 
 def model_config(pipe: Any) -> Mapping[str, Any]:
@@ -130,8 +135,7 @@ def _pipeline_problem(
     if "class_labels" in known:
         inputs["class_labels"] = spread_labels(num_images, pipe.transformer.config.num_embeds_ada_norm)
     elif "prompt" in known:
-        prompts = EXAMPLE_PROMPTS if prompt is None else [prompt] if isinstance(prompt, str) else prompt
-        inputs["prompt"] = [prompts[i % len(prompts)] for i in range(num_images)]
+        inputs["prompt"] = prompts_for(num_images, prompt)
     elif "batch_size" in known:
         inputs["batch_size"] = num_images
     else:

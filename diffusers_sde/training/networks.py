@@ -217,11 +217,6 @@ def pipeline_task(pipe: Any, classes: int, captions: bool, resolution: int | Non
     raise ValueError(f"{type(pipe).__name__} takes neither class labels nor prompts: pass another pipeline.")
 
 
-def takes_prompts(pipe: Any) -> bool:
-    """Whether a pipeline is called with prompts."""
-    return callable(pipe) and "prompt" in inspect.signature(pipe.__call__).parameters
-
-
 def _unet_task(pipe: Any, classes: int) -> Task:
     """A bare network, with a pipeline that can be called: that of diffusers takes no labels."""
     if classes:

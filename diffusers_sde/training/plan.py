@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusers_sde.conditioning import takes_prompts
 from diffusers_sde.errors import UsageError
 from diffusers_sde.loading import load_pipeline
 from diffusers_sde.sampling import CLASS_NAMES
@@ -84,7 +85,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         if not getattr(task.network, "_supports_gradient_checkpointing", False):
             raise UsageError(f"{type(task.network).__name__} has no gradient checkpointing: leave it out.")
         task.network.enable_gradient_checkpointing()
-    if networks.takes_prompts(task.pipe):
+    if takes_prompts(task.pipe):
         return task, images, 0
     if classes:
         task.network.register_to_config(**{CLASS_NAMES: images.class_names})

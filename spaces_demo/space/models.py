@@ -16,8 +16,8 @@ from typing import Any
 import diffusers
 import torch
 
-from diffusers_sde.assets import ASSETS, EXAMPLE_PROMPTS
-from diffusers_sde.comparison.problems import Problem, make_problem
+from diffusers_sde.assets import ASSETS
+from diffusers_sde.comparison.problems import Problem, make_problem, prompts_for
 from diffusers_sde.conditioning import network_name
 from diffusers_sde.errors import UsageError
 from diffusers_sde.loading import load_pipeline
@@ -163,8 +163,7 @@ def labels_of(model: Model, choice: str | None, count: int) -> list[int] | None:
 
 def prompts_of(prompt: str, count: int) -> list[str]:
     """What ``count`` images show: the prompt, or, where it is empty, an example each."""
-    known = [prompt.strip()] if prompt.strip() else EXAMPLE_PROMPTS
-    return [known[i % len(known)] for i in range(count)]
+    return prompts_for(count, prompt.strip() or None)
 
 
 def problem(

@@ -23,16 +23,6 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_config(tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture(scope="module")
 def whole(data: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps with an average, checkpoints after 2, 4 and 6, and the result."""
     output = tmp_path_factory.mktemp("whole") / "out"

@@ -33,16 +33,6 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_config(tmp_path_factory.mktemp("config"))
-
-
-@pytest.fixture(scope="module")
 def trained(data: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps without interruption, with dropout in the network, accumulation, and an average."""
     output = tmp_path_factory.mktemp("trained") / "out"
