@@ -15,6 +15,7 @@ import torch
 
 from diffusers_sde.analytic import GaussianMixture
 from diffusers_sde.configs import path_from_config
+from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.prediction import to_model
 from diffusers_sde.sampling import Denoiser
 
@@ -87,7 +88,7 @@ def problems(
             generator = torch.Generator().manual_seed(1000 + seed)
             noise = torch.randn(SAMPLES, 1, 1, data.everything.dimension, generator=generator, dtype=torch.float64)
             title = f"{data.name} {number + 1}, {name}, guidance {scale:g}"
-            yield Problem(title, path_from_config(config).family, config, scale, guided(data, config, scale), noise)
+            yield Problem(title, path_from_config(canonical_config(config)).family, config, scale, guided(data, config, scale), noise)
 
 
 def guided(data: Data, config: dict[str, Any], scale: float) -> Denoiser:
@@ -102,7 +103,8 @@ def guided(data: Data, config: dict[str, Any], scale: float) -> Denoiser:
     Returns:
         ``denoiser(scaled sample, timestep)``, float64.
     """
-    path = path_from_config(config)
+    known = canonical_config(config)
+    path, kind = path_from_config(known), known["prediction_type"]
 
     def denoiser(sample: torch.Tensor, time: Any) -> torch.Tensor:
         alpha, sigma = (float(v) for v in path.alpha_sigma(float(time)))
@@ -111,8 +113,7 @@ def guided(data: Data, config: dict[str, Any], scale: float) -> Denoiser:
         clean = data.condition.posterior_mean(flat, alpha, sigma)
         if scale != 1:
             clean = torch.lerp(data.everything.posterior_mean(flat, alpha, sigma), clean, scale)
-        k_x, k_d = to_model(path, config["prediction_type"] if "prediction_type" in config else "flow_prediction",
-                            alpha, sigma)
+        k_x, k_d = to_model(path, kind, alpha, sigma)
         return (k_x * x + k_d * clean.reshape(x.shape)).to(sample.dtype)
 
     return denoiser
@@ -165,9 +166,9 @@ def _antisymmetric(count: int, dimension: int, generator: torch.Generator) -> to
 
 
 def _separated(seed: int) -> Data:
-    """Twelve narrow components far apart in 16 dimensions: the choice of one is made early and is final."""
+    """Twelve components apart from each other in 16 dimensions: the choice of one is made early."""
     g = _generator(seed + 200)
-    means = 0.9 * torch.randn(12, 16, generator=g, dtype=torch.float64)
-    spread = (0.05 + 0.1 * torch.rand(12, 16, generator=g, dtype=torch.float64)) ** 2
+    means = 0.6 * torch.randn(12, 16, generator=g, dtype=torch.float64)
+    spread = (0.15 + 0.15 * torch.rand(12, 16, generator=g, dtype=torch.float64)) ** 2
     basis = _bases(12, 16, g)
     return _data("separated", means, torch.einsum("kij,kj,klj->kil", basis, spread, basis), _weights(12, g), 4)
