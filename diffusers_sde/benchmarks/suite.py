@@ -15,9 +15,9 @@ import torch
 
 from diffusers_sde.analytic import GaussianMixture
 from diffusers_sde.configs import path_from_config
-from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.prediction import to_model
 from diffusers_sde.sampling import Denoiser
+from diffusers_sde.stock_configs import canonical_config
 
 _BETAS = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
 _SCALED = {**_BETAS, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
