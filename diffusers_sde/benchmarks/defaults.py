@@ -8,6 +8,8 @@ number of evaluations of each problem.
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -76,7 +78,7 @@ def measure(processes: Sequence[str] | None = None, candidates: bool = False) ->
             groups[key(problem)][n].append(ratio)
             if title == "process":
                 groups["all"][n].append(ratio)
-        rows = [[name, *map(_cell, by_n.values()), _cell(sum(by_n.values(), []))] for name, by_n in groups.items()]
+        rows = [[name, *(_cell(by_n[n]) for n in STEPS), _cell(_joined(by_n))] for name, by_n in groups.items()]
         header = [title, *(f"{n} NFE" for n in STEPS), "all"]
         print_table(
             "Error over that of the best stock setting, geometric mean (worst), held-out problems", header, rows
@@ -91,7 +93,7 @@ def search(processes: Sequence[str] | None = None) -> None:
             found[problem.family][name][n].append(min(error / best, CAP))
     for family, by_name in found.items():
         rows = [
-            [name, *(f"{_objective(by_n[n]):.2f}" for n in by_n), f"{_objective(sum(by_n.values(), [])):.2f}"]
+            [name, *(f"{_objective(by_n[n]):.2f}" for n in STEPS), f"{_objective(_joined(by_n)):.2f}"]
             for name, by_n in by_name.items()
         ]
         rows.sort(key=lambda row: float(row[-1]))
@@ -142,11 +144,21 @@ def _attempt(make: Callable[[], Any]) -> Any:
         return None
 
 
+def _joined(by_n: Mapping[int, list[float]]) -> list[float]:
+    return list(itertools.chain.from_iterable(by_n.values()))
+
+
 def _objective(ratios: Sequence[float]) -> float:
+    """nan where no stock setting could be run."""
+    if not ratios:
+        return math.nan
     return 0.5 * math.log(statistics.fmean(ratio**2 for ratio in ratios))
 
 
 def _cell(ratios: Sequence[float]) -> str:
+    """Nothing where no stock setting could be run."""
+    if not ratios:
+        return "-"
     return f"{statistics.geometric_mean(ratios):.2f} ({max(ratios):.1f})"
 
 
