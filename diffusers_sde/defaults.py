@@ -19,26 +19,37 @@ from diffusers_sde.tables import Table, build_multistep, check_solver
 
 @dataclass(frozen=True)
 class Defaults:
-    """``grid`` and its ``options``; ``clock`` and ``data_std`` of the table."""
+    """``grid``, its exponent ``rho`` and, for balanced, its ``share`` of time; ``clock`` and ``data_std`` of the
+    table."""
 
     grid: str
-    options: dict[str, float]
+    rho: float
     clock: str
     data_std: float
+    share: float | None = None
+
+    @property
+    def options(self) -> dict[str, float | None]:
+        """Of the grid's function."""
+        return {"rho": self.rho, "share": self.share}
 
 
 # The law of each family's grid in n, the number of evaluations: smooth, so that one step more is no other sampler.
-_Law = Callable[[int], tuple[str, dict[str, float]]]
+_Law = Callable[[int], dict[str, Any]]
 _ODE: dict[str, _Law] = {
-    "variance preserving": lambda n: ("balanced", {"rho": 1.1, "share": min(0.45 + 1.7 / n, 1.0)}),
-    "flow matching": lambda n: ("power", {"rho": max(1.3 - 1 / n, 1.0)}),
-    "EDM": lambda n: ("noise_fraction", {"rho": max(2 - 2.5 / n, 1.0)}),
+    "variance preserving": lambda n: {"grid": "balanced", "rho": 1.1, "share": min(max(0.45 + 1.7 / n, 0.5), 1.0)},
+    "flow matching": lambda n: {"grid": "power", "rho": max(1.3 - 1 / n, 1.0)},
+    "EDM": lambda n: {"grid": "noise_fraction", "rho": max(2 - 2.5 / n, 1.0)},
 }
 _SDE: dict[str, _Law] = {
-    "variance preserving": lambda n: ("power", {"rho": 1.5 if n < 12 else 2.0}),
-    "flow matching": lambda n: ("power", {"rho": 1.5 if n < 12 else 2.0}),
-    "EDM": lambda n: ("balanced", {"rho": 1.0}),
+    "variance preserving": lambda n: {"grid": "power", "rho": 1.5 if n < 12 else 2.0},
+    "flow matching": lambda n: {"grid": "power", "rho": 1.5 if n < 12 else 2.0},
 }
+
+
+def _robust(n: int) -> dict[str, Any]:
+    """Of a family that was not measured."""
+    return {"grid": "balanced", "rho": 1.0}
 
 
 def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
@@ -60,8 +71,8 @@ def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     Returns:
         :class:`Defaults`.
     """
-    grid, options = (_SDE if stochastic else _ODE)[path.family](n)
-    return Defaults(grid, options, path.default_clock, 0.0 if stochastic else path.data_scale)
+    law = (_SDE if stochastic else _ODE).get(path.family, _robust)
+    return Defaults(clock=path.default_clock, data_std=0.0 if stochastic else path.data_scale, **law(n))
 
 
 def check_multistep(config: Any, orders: Sequence[int] = (1, 2, 3, 4)) -> None:

@@ -23,7 +23,7 @@ MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}  # sum |b| / |sum b|, by 
 MAX_STIFFNESS = 2.0  # of a stochastic step, see Method.stiffness
 MAX_FRESH = (6.2, 1.5)  # amplification times fresh noise, for data prediction and for an F that contains the noise
 MAX_FEEDBACK = 1.1  # of a correction, see Method.feedback
-DOUBT = 1.0, 0.25  # of a correction and of an extrapolation, see trust
+DOUBT = 0.25  # of an extrapolation, see trust
 MAX_CANCELLATION = 0.3  # of MAX_AMPLIFICATION: what errors of x_0 may grow to when noise predictions are subtracted
 
 
@@ -109,8 +109,8 @@ def trust(gap: Any) -> tuple[Any, Any]:
 
     A network under strong guidance answers a change of the state with a change of F several times as large: corrected
     and extrapolated states then overshoot, each step further, and the gap says so one step ahead.  It shrinks with the
-    square of the step for order 2, so that trust becomes full and the order stays.  The two numbers were chosen with
-    the grids (:mod:`diffusers_sde.defaults`).
+    square of the step for order 2, so that trust becomes full and the order stays.  The forms and the quarter were
+    chosen with the grids (:mod:`diffusers_sde.defaults`).
 
     Args:
         gap: the relative gap, a number, an array or a tensor (N,), 0 or more.
@@ -118,5 +118,4 @@ def trust(gap: Any) -> tuple[Any, Any]:
     Returns:
         The factors of the correction and of the slope (:class:`diffusers_sde.tables.Row`), in (0, 1].
     """
-    correction, slope = DOUBT
-    return 1 / (1 + correction * gap**2), 1 / (1 + slope * gap)
+    return (1 + gap**2) ** -1, (1 + DOUBT * gap) ** -1

@@ -72,11 +72,16 @@ def inner_products(vectors: Sequence[torch.Tensor], others: Sequence[torch.Tenso
 
 
 def corrected(row: Row, delta: np.ndarray) -> Row:
-    """The row with ``delta`` added to its weights on the basis."""
+    """The row with ``delta`` added to its weights on the basis; it is followed as it is from then on."""
     b = np.zeros(max(len(row.b), len(delta) - 1))
     b[: len(row.b)] += row.b
     b[: len(delta) - 1] += delta[1:]
-    return replace(row, a=float(row.a + delta[0]), b=tuple(float(v) for v in b))
+    return replace(linear(row), a=float(row.a + delta[0]), b=tuple(float(v) for v in b))
+
+
+def linear(row: Row) -> Row:
+    """The row as it is, whatever its evaluations say."""
+    return replace(row, slope=(), gap=(), correction=0.0)
 
 
 def subgrid(nodes: Nodes, grid: Sequence[int]) -> Nodes:
@@ -117,7 +122,7 @@ def fit_tables(
                     key = (g, first)
                     x = states[key].to(device) if i else evaluator.start(batch)
                     past = [f.to(device) for f in made.get(key, [])]
-                    row = exact[g].rows[i]
+                    row = linear(exact[g].rows[i])
                     past.append(evaluator.evaluate(batch, row, x))
                     target = teacher.state(first, [*grid, last][i + 1]).to(x)
                     vectors = basis(x, past)

@@ -18,6 +18,7 @@ from diffusers_sde.calibration.sources import Batch
 from diffusers_sde.grids import distinct_integers, make_grid
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import from_model
+from diffusers_sde.schedulers.execution import followed
 from diffusers_sde.tables import Row, Table
 from diffusers_sde.weights import evaluation_coefficients
 
@@ -69,11 +70,10 @@ class Evaluator:
 
 
 def advance(row: Row, x: torch.Tensor, evaluations: Sequence[torch.Tensor]) -> torch.Tensor:
-    """``a x + sum_j b[j] F_{i-j}`` for a row i whose evaluation is the last of ``evaluations``."""
-    out = torch.mul(x, row.a)
-    for weight, evaluation in zip(row.b, reversed(evaluations), strict=False):
-        out.add_(evaluation, alpha=weight)
-    return out
+    """``a x + sum_j b[j] F_{i-j}`` for a row i whose evaluation is the last of ``evaluations``, an exact row as far as
+    these let it be followed, as its scheduler does."""
+    newest, *history = reversed(evaluations)
+    return followed(row.a, row.b, row.slope, row.gap, row.correction, x, newest, history)
 
 
 def roll(

@@ -76,7 +76,7 @@ def compiled_rows(
         table, path: what to run, on which process.
         kind: the network's prediction type.
         normals: for each row the normals of its z, see :func:`diffusers_sde.noise.brownian_weights`.
-        trusting: the rows are followed as they are, whatever their evaluations say.
+        trusting: the rows are followed as they are, those with a gap too.
     """
     rows: list[CompiledRow] = []
     scales: list[float] = []  # F = scale (m + kappa x)

@@ -1,4 +1,4 @@
-"""One row of a table on tensors: the mean of the next state.
+"""One row of a table on tensors: the mean of the next state, for schedulers and calibration alike.
 
 Knows what a row says and how far a run's own errors let it be followed.  Knows no run, no noise and no config.
 """
@@ -15,15 +15,10 @@ from diffusers_sde.schedulers.compiled import CompiledRow
 
 
 def next_mean(row: CompiledRow, sample: Tensor, evaluation: Tensor, history: Sequence[Tensor]) -> Tensor:
-    """``a x + sum_j weights[j] E_{i-j}``, or, where the row has a gap,
-
-        a x + first E_i + trust_slope sum_j slope[j] E_{i-j} + trust_correction correction sum_j gap[j] E_{i-j}
-
-    with the trust of each sample by its own gap (:func:`diffusers_sde.extrapolation.trust`); on the device, without
-    synchronisation.
+    """:func:`followed` for a row in terms of this model's output.
 
     Args:
-        row: with weights for this model's output.
+        row: compiled.
         sample: x (N, ...).
         evaluation: E_i (N, ...).
         history: E_{i-1}, E_{i-2}, ... as far as the row reads, (N, ...) each.
@@ -31,24 +26,49 @@ def next_mean(row: CompiledRow, sample: Tensor, evaluation: Tensor, history: Seq
     Returns:
         (N, ...), new.
     """
-    mean = torch.mul(sample, row.a)
-    if not row.gap:
-        mean.add_(evaluation, alpha=row.weights[0])
-        for weight, old in zip(row.weights[1:], history, strict=False):
-            mean.add_(old, alpha=weight)
-        return mean
-    gap = torch.add(evaluation, history[0], alpha=row.gap[1])
-    for weight, old in zip(row.gap[2:], history[1:], strict=False):
-        gap.add_(old, alpha=weight)
-    slope = torch.mul(evaluation, row.slope[0])
-    for weight, old in zip(row.slope[1:], history, strict=False):
-        slope.add_(old, alpha=weight)
-    relative = _norm(gap) / _norm(evaluation).clamp_(min=torch.finfo(gap.dtype).tiny)
-    correcting, extrapolating = (factor.reshape(-1, *[1] * (sample.ndim - 1)) for factor in trust(relative))
-    mean.add_(evaluation, alpha=row.weights[0] - row.slope[0] - row.correction)
-    return mean.addcmul_(slope, extrapolating).addcmul_(gap, correcting, value=row.correction)
+    weights = row.a, row.weights, row.slope, row.gap, row.correction
+    return followed(*weights, sample, evaluation, history)
 
 
-def _norm(x: Tensor) -> Tensor:
-    """Of each sample: (N, ...) to (N,)."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+def followed(
+    a: float,
+    weights: Sequence[float],
+    slope: Sequence[float],
+    gap: Sequence[float],
+    correction: float,
+    sample: Tensor,
+    evaluation: Tensor,
+    history: Sequence[Tensor],
+) -> Tensor:
+    """``a x + sum_j weights[j] E_{i-j}``, or, for a row with a gap,
+
+        a x + first E_i + trust_slope sum_j slope[j] E_{i-j} + trust_correction correction sum_j gap[j] E_{i-j}
+
+    with the trust of each sample by its own gap (:func:`diffusers_sde.extrapolation.trust`); on the device, without
+    synchronisation.
+
+    Args:
+        a, weights, slope, gap, correction: of :class:`diffusers_sde.tables.Row`.
+        sample, evaluation, history: see :func:`next_mean`; a sample without dimensions beside the first is one.
+
+    Returns:
+        (N, ...), new.
+    """
+    mean = torch.mul(sample, a)
+    if not gap:
+        return _plus(mean, weights, (evaluation, *history))
+    surprise = _plus(torch.add(evaluation, history[0], alpha=gap[1]), gap[2:], history[1:])
+    extrapolated = _plus(torch.mul(evaluation, slope[0]), slope[1:], history)
+    own = tuple(range(1, sample.ndim)) or 0
+    size = torch.linalg.vector_norm(evaluation, dim=own, keepdim=True).add_(torch.finfo(sample.dtype).tiny)
+    relative = torch.linalg.vector_norm(surprise, dim=own, keepdim=True).div_(size)
+    correcting, extrapolating = trust(relative)
+    mean.add_(evaluation, alpha=weights[0] - slope[0] - correction)
+    return mean.addcmul_(extrapolated, extrapolating).addcmul_(surprise, correcting, value=correction)
+
+
+def _plus(total: Tensor, weights: Sequence[float], evaluations: Sequence[Tensor]) -> Tensor:
+    """``total``, to which the weighted evaluations have been added; there may be more of them than weights."""
+    for weight, evaluation in zip(weights, evaluations, strict=False):
+        total.add_(evaluation, alpha=weight)
+    return total

@@ -189,9 +189,10 @@ class RunLayout(Noising):
     def _own_nodes(self, path: Path, n: int, mu: float | None) -> tuple[Nodes, tuple[int, float | None] | None]:
         """The nodes for ``n`` evaluations, and ``(n, mu)`` where they are not a grid that the config names."""
         config = self.config
-        if config.grid is None:
+        grid = config.grid or config.sigma_schedule
+        if grid is None:
             return self._rounded_nodes(path, self._default_grid(path, n, mu)), (n, mu)
-        times = make_grid(path, config.grid, n, rho=config.rho, mu=mu, steps_offset=config.steps_offset)
+        times = make_grid(path, grid, n, rho=config.rho, mu=mu, steps_offset=config.steps_offset)
         return self._rounded_nodes(path, times), None
 
     def _rounded_nodes(self, path: Path, times: np.ndarray) -> Nodes:

@@ -105,6 +105,29 @@ def test_balanced(n, rho):
     np.testing.assert_allclose(grid("flow", "balanced", n, rho=rho), 1000 * (np.arange(n, 0, -1) / n) ** rho)
 
 
+@counts
+def test_balanced_weighs_time_by_its_share(n):
+    """``share`` of equal steps of time, the rest of log-SNR; all of it is ``power``."""
+    lam, t = vp_levels(LINEAR), grid("vp_linear", "balanced", n, rho=1.1, share=0.8)
+    at = np.interp(t, np.arange(1000), lam)
+    mean = 0.8 * t / 999 + 0.2 * (lam[0] - at) / (lam[0] - lam[-1])
+    np.testing.assert_allclose(mean, (np.arange(n, 0, -1) / n) ** 1.1, atol=1e-6)
+    whole = grid("vp_linear", "balanced", n, rho=1.1, share=1.0)
+    np.testing.assert_allclose(whole, 999 * (np.arange(n, 0, -1) / n) ** 1.1, atol=1e-9)
+
+
+@counts
+@pytest.mark.parametrize("name", ["edm", "vp_linear", "flow"])
+def test_noise_fraction_is_a_power_of_equal_steps_of_the_fraction(name, n):
+    """``u = s/(s + 4 data_scale)`` with s = sigma/alpha: from the first level's on, trailing."""
+    path = PATHS[name]
+    t = grid(name, "noise_fraction", n, rho=1.5)
+    alpha, sigma = path.alpha_sigma(t)
+    u = sigma / (sigma + 4 * {"edm": 0.5, "vp_linear": 1.0, "flow": 1.0}[name] * alpha)
+    assert t[0] == path.noisiest
+    np.testing.assert_allclose(u / u[0], (np.arange(n, 0, -1) / n) ** 1.5, rtol=1e-3)
+
+
 def ramps(low, high, n):
     """Noise levels of each grid between the smallest and the largest."""
     u = np.linspace(0, 1, n)
@@ -180,7 +203,8 @@ def test_distilled_is_the_grid_of_lcm(n, original, strength):
 
 def test_no_named_grid_is_left_out():
     """Each has its formula above."""
-    in_time, in_noise = {"trailing", "linspace", "leading", "power"}, {"balanced", "ays", *ramps(0.1, 1.0, 2)}
+    in_time = {"trailing", "linspace", "leading", "power"}
+    in_noise = {"balanced", "noise_fraction", "ays", *ramps(0.1, 1.0, 2)}
     assert set(GRIDS) == in_time | in_noise
 
 
