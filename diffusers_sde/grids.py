@@ -1,18 +1,18 @@
-"""Time grids: where a sampler evaluates the network.
+"""Nodes of a run: the noise levels between which it steps.
 
-Knows each named grid as a pure function ``(path, n) -> n decreasing-noise times`` (float64, nothing rounded, terminal
-node excluded) and how user ``timesteps=`` or ``sigmas=`` become :class:`Nodes`.  Knows nothing of solvers.
+Knows how the times of a named grid (:mod:`diffusers_sde.named_grids`) and a user's ``timesteps=`` or ``sigmas=`` become
+:class:`Nodes` (float64).  Knows nothing of solvers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import betaincinv
 
+from diffusers_sde.named_grids import ramp_levels, times_of_noise
 from diffusers_sde.paths import Path
 
 Array = np.ndarray
@@ -40,286 +40,6 @@ class Nodes:
 
     def __getitem__(self, index: slice) -> Nodes:
         return Nodes(self.time[index], self.alpha[index], self.sigma[index])
-
-
-# -- named grids --
-#
-# Each takes equal steps, or a power of equal steps, of the path's grid clock (see Path.grid_times) or of its noise.
-
-
-def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: float = 1.0) -> Array:
-    """Trailing power grid ``t_i = T ((n-i)/n)^rho - 1``: starts at pure noise, its last step ends at clean data.
-
-    rho = 1 is diffusers' ``trailing``; rho > 1 puts steps near the data.  When that would pass t = 0 the grid ends
-    there instead, ``t_i = (T-1) ((n-1-i)/(n-1))^rho``.  Flow matching: ``u_i = ((n-i)/n)^rho``, then its shift.
-    Variance exploding: ``t_i = t_min + (t_max - t_min) ((n-1-i)/(n-1))^rho`` in the network's time.
-
-    Args:
-        path: the forward process.
-        n: evaluations, at least 2.
-        rho: exponent.
-        mu: dynamic shift of flow models.
-        start: the fraction of equal steps of time at which the grid begins, 1 at pure noise (``strength`` in image to
-            image): ``t_i = T start ((n-i)/n)^rho - 1``, and so on.
-
-    Returns:
-        (n,) float64, times.
-    """
-    _, low, clean = path.grid_range
-    first = _clock_at(path, start)
-    clock = clean + (first - clean) * (np.arange(n, 0, -1) / n) ** rho
-    if clean == low or clock[-1] < low:
-        clock = low + (first - low) * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
-    return path.grid_times(clock, mu)
-
-
-def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: float = 1.0) -> Array:
-    """Trailing power grid in the mean of time and log-SNR: ``G(t_i) = ((n-i)/n)^rho`` with
-
-        G(t) = 1/2 (t - t_min)/(t_max - t_min) + 1/2 (lambda_max - lambda(t))/(lambda_max - lambda_min)
-
-    over the training range.  Equal steps of time starve low noise, equal steps of log-SNR the middle, where pictures
-    take shape; their mean was the most robust grid measured (README, "How the defaults were chosen").  For flow
-    matching time is noise: G is the unshifted time.
-
-    Args:
-        path: the forward process.
-        n: evaluations, at least 2.
-        rho: exponent.
-        mu: dynamic shift of flow models.
-        start: as in :func:`power`, the fraction of equal steps of *time*; from there ``G(t_i) = G(t_0) ((n-i)/n)^rho``.
-
-    Returns:
-        (n,) float64, times.
-    """
-    first, target = _clock_at(path, start), (np.arange(n, 0, -1) / n) ** rho
-    if path.time_is_noise:
-        return path.grid_times(first * target, mu)
-    low, high = np.log(path.noise_range())
-    span = path.noisiest - path.cleanest
-    times = np.linspace(path.cleanest, path.noisiest, max(round(span) + 1, 1000))  # the integers where T = 1000
-    level = np.clip(-path.log_snr(times), low, high)
-    g = 0.5 * (times - path.cleanest) / span + 0.5 * (level - low) / (high - low)
-    t = np.interp(target * np.interp(first, times, g / g[-1]), g, times)
-    t[0] = first
-    return t
-
-
-def _clock_at(path: Path, start: float) -> float:
-    """The grid clock at a fraction of equal steps of time: ``T start - 1``, ``start`` for flow matching."""
-    if not 0 < start <= 1:
-        raise ValueError(f"start must lie in (0, 1], the fraction of equal steps of time to begin at, not {start}.")
-    high, low, clean = path.grid_range
-    return high if start == 1 else max(clean + (high - clean) * start, low)
-
-
-def trailing(path: Path, n: int, mu: float | None = None) -> Array:
-    """``t_i = T (n-i)/n - 1`` (Lin et al. 2023, arXiv:2305.08891, table 2).
-
-    Args:
-        path: the forward process.
-        n: evaluations.
-        mu: dynamic shift of flow models.
-
-    Returns:
-        (n,) float64, times.
-    """
-    return power(path, n, 1.0, mu)
-
-
-def linspace(path: Path, n: int, mu: float | None = None) -> Array:
-    """``n`` equally spaced times, both ends of the training range included.
-
-    Args:
-        path: the forward process.
-        n: evaluations.
-        mu: dynamic shift of flow models.
-
-    Returns:
-        (n,) float64, times.
-    """
-    high, low, _ = path.grid_range
-    return path.grid_times(np.linspace(high, low, n), mu)
-
-
-def leading(path: Path, n: int, mu: float | None = None, steps_offset: int = 0) -> Array:
-    """diffusers' ``leading``: ``t_i = (n-1-i) floor(T/n) + steps_offset``; it never sees the highest noise.
-
-    Args:
-        path: the forward process.
-        n: evaluations.
-        mu: dynamic shift of flow models.
-        steps_offset: added to each.
-
-    Returns:
-        (n,) float64, times.
-    """
-    total, (high, _, clean) = path.num_train_timesteps, path.grid_range
-    if total is None:
-        return linspace(path, n, mu)
-    steps = np.arange(n - 1, -1, -1) * max(total // n, 1) + 1 + steps_offset  # of T, counted from clean data
-    return path.grid_times(np.minimum(clean + steps * (high - clean) / total, high), mu)
-
-
-def log_snr(path: Path, n: int) -> Array:
-    """Equal steps of the log-SNR over the training range (Lu et al. 2022, arXiv:2206.00927; also ``exponential``).
-
-    Args:
-        path: the forward process.
-        n: evaluations, at least 2.
-
-    Returns:
-        (n,) float64, times.
-    """
-    return _times_of_noise(path, _ramp_levels(*path.noise_range(), np.linspace(0, 1, n), None))
-
-
-def karras(path: Path, n: int, rho: float = 7.0) -> Array:
-    """``s_i = (s_max^(1/rho) + i/(n-1) (s_min^(1/rho) - s_max^(1/rho)))^rho`` (Karras et al. 2022, eq. 5).
-
-    Args:
-        path: the forward process.
-        n: evaluations, at least 2.
-        rho: exponent.
-
-    Returns:
-        (n,) float64, times.
-    """
-    return _times_of_noise(path, _ramp_levels(*path.noise_range(), np.linspace(0, 1, n), rho))
-
-
-def _ramp_levels(low: float, high: float, ramp: Array, rho: float | None) -> Array:
-    """Noise levels from ``high`` to ``low`` along a ramp in [0, 1], linear in ``s^(1/rho)`` or, for None, in log s."""
-    if rho is None:
-        return np.exp(np.log(high) + ramp * (np.log(low) - np.log(high)))
-    return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-
-
-def beta(path: Path, n: int, a: float = 0.6, b: float = 0.6) -> Array:
-    """Quantiles of Beta(0.6, 0.6) between the smallest and the largest noise level (Lee et al., arXiv:2407.12173).
-
-    Args:
-        path: the forward process.
-        n: evaluations, at least 2.
-        a, b: of the Beta law.
-
-    Returns:
-        (n,) float64, times.
-    """
-    low, high = path.noise_range()
-    return _times_of_noise(path, low + (high - low) * betaincinv(a, b, 1 - np.linspace(0, 1, n)))
-
-
-# Noise levels of the 10-step schedule for Stable Diffusion 1.5 (Sabour et al. 2024, arXiv:2404.14507).
-_AYS_NOISE = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
-
-
-def ays(path: Path, n: int) -> Array:
-    """Align Your Steps: the published noise levels, log-linearly interpolated to ``n`` steps and mapped onto this
-    path's range of log-SNR (exact for the betas they were optimised on).
-
-    Args:
-        path: the forward process.
-        n: evaluations.
-
-    Returns:
-        (n,) float64, times.
-    """
-    published = np.log(_AYS_NOISE)
-    levels = np.interp(np.linspace(0, 1, n + 1)[:-1], np.linspace(0, 1, len(published)), published)
-    low, high = np.log(path.noise_range())
-    unit = (levels - published[-1]) / (published[0] - published[-1])
-    return _times_of_noise(path, np.exp(low + (high - low) * unit))
-
-
-def distilled(path: Path, n: int, original: int, strength: float = 1.0) -> Array:
-    """``n`` of the ``original`` equal steps ``t_j = j floor(T/original) - 1`` that a distilled network was trained on,
-    the noisiest first, among those below the fraction ``strength`` of time (Luo et al. 2023, arXiv:2310.04378, section
-    4.3; diffusers' LCMScheduler).
-
-    Args:
-        path: the forward process.
-        n: evaluations.
-        original: equal steps of the training.
-        strength: fraction of equal steps of time to begin at, in (0, 1].
-
-    Returns:
-        (n,) float64, times.
-
-    Raises:
-        ValueError: where there are fewer than ``n``.
-    """
-    trained = int(original * strength)
-    if path.num_train_timesteps is None or original > path.num_train_timesteps or trained < n:
-        raise ValueError(
-            f"{n} steps cannot be chosen among the {trained} of original_inference_steps={original} below strength "
-            f"{strength:g}: ask for fewer steps."
-        )
-    chosen = np.floor(np.linspace(0, trained, n, endpoint=False))
-    return (trained - chosen) * (path.num_train_timesteps // original) - 1
-
-
-def _times_of_noise(path: Path, levels: Array) -> Array:
-    """The times at noise levels that begin with the highest; the ends are exact up to rounding: made exact here."""
-    low, high = sorted((path.cleanest, path.noisiest))
-    t = np.clip(path.times_of_noise(levels), low, high)
-    t[0] = path.noisiest
-    return t
-
-
-# -- from a config or a user's list to nodes --
-
-GRIDS: dict[str, Callable[..., Array]] = {
-    "balanced": balanced,
-    "power": power,
-    "trailing": trailing,
-    "leading": leading,
-    "linspace": linspace,
-    "log_snr": log_snr,
-    "exponential": log_snr,
-    "karras": karras,
-    "beta": beta,
-    "ays": ays,
-}
-_OPTIONS = {
-    "balanced": ("rho", "mu", "start"),
-    "power": ("rho", "mu", "start"),
-    "trailing": ("mu",),
-    "leading": ("mu", "steps_offset"),
-    "linspace": ("mu",),
-    "karras": ("rho",),
-}
-
-
-def check_grid(name: str) -> None:
-    """Raise ``ValueError`` for a grid that does not exist."""
-    if name not in GRIDS:
-        raise ValueError(f"grid {name!r} is unknown: use one of {', '.join(GRIDS)}, or pass timesteps= or sigmas=.")
-
-
-def make_grid(path: Path, name: str, n: int, **options: Any) -> Array:
-    """The times of a named grid.
-
-    Args:
-        path: the forward process.
-        name: a key of ``GRIDS``.
-        n: evaluations, at least 1.
-        options: of the grid's function; those that it does not have, or that are None, are left out.
-
-    Returns:
-        (n,) float64, times.
-
-    Raises:
-        ValueError: for an unknown name or ``n < 1``.
-    """
-    check_grid(name)
-    if n < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, not {n}.")
-    chosen = {k: options[k] for k in _OPTIONS.get(name, ()) if options.get(k) is not None}
-    if n == 1:  # the second node keeps a shift that stretches grids to their end from moving the first
-        ends = np.array([_clock_at(path, chosen.get("start", 1.0)), path.grid_range[1]])
-        return path.grid_times(ends, options.get("mu"))[:1]
-    return GRIDS[name](path, n, **chosen)
 
 
 def distinct_integers(times: Array) -> Array:
@@ -405,7 +125,7 @@ def nodes_from_user(
         if len(labels) > 1 and labels[-1] == 0 and np.all(np.diff(labels) <= 0):
             labels = labels[:-1]
         if path.is_sigma_ramp(labels):
-            levels = _times_of_noise(path, _ramp_levels(*path.noise_range(), labels, ramp_rho))
+            levels = times_of_noise(path, ramp_levels(*path.noise_range(), labels, ramp_rho))
         else:
             levels = path.times_of_sigmas(labels, mu)
         if timesteps is not None and len(times) != len(levels):

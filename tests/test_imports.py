@@ -20,7 +20,8 @@ PACKAGE = "diffusers_sde"
 # The lowest layer first.  A room is a package, or a module of its own; the theory is one room of several modules.
 # fmt: off
 THEORY = {
-    "paths", "prediction", "dynamics", "grids", "weights", "extrapolation", "tables", "noise", "analytic", "flow_maps",
+    "paths", "prediction", "dynamics", "grids", "named_grids", "weights", "extrapolation", "tables", "noise",
+    "analytic", "flow_maps",
 }
 # fmt: on
 LAYERS = [

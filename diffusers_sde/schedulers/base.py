@@ -19,7 +19,8 @@ from diffusers.utils import BaseOutput
 
 from diffusers_sde import noise
 from diffusers_sde.configs import settled
-from diffusers_sde.grids import Nodes, check_final, check_grid
+from diffusers_sde.grids import Nodes, check_final
+from diffusers_sde.named_grids import check_grid
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import model_coefficients, split_variance
 from diffusers_sde.schedulers import traced

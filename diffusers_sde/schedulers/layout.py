@@ -16,7 +16,8 @@ import torch
 
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.defaults import measured_defaults
-from diffusers_sde.grids import Nodes, distilled, distinct_integers, make_grid, nodes_from_times, nodes_from_user
+from diffusers_sde.grids import Nodes, distinct_integers, nodes_from_times, nodes_from_user
+from diffusers_sde.named_grids import distilled, make_grid
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.noising import Noising
 from diffusers_sde.schedulers.runs import LOCK, Layout, Run, Runs, kept_rows, new_run
@@ -155,7 +156,7 @@ class RunLayout(Noising):
             sigmas, timesteps: (n,), see :func:`diffusers_sde.grids.nodes_from_user`.
             mu: the dynamic shift of flow models, ignored by models without one.
             original_inference_steps: the number of equal steps that a distilled network was trained on: the run keeps
-                to those (:func:`diffusers_sde.grids.distilled`).
+                to those (:func:`diffusers_sde.named_grids.distilled`).
             strength: the fraction of time below which all steps are spent (latent consistency's image-to-image).
 
         Raises:
