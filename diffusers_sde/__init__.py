@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from diffusers_sde.models.classifier import NoisyClassifierModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
     from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
+    from diffusers_sde.names import sampler
     from diffusers_sde.schedulers import (
         CalibratedScheduler,
         DPMSolverScheduler,
         FlowMapScheduler,
+        NamedScheduler,
         ProbabilityFlowScheduler,
         ReverseSDEScheduler,
         TableScheduler,
@@ -40,12 +42,14 @@ __all__ = [
     "FlowMapUNet2DModel",
     "GaussianMixtureModel",
     "ModelMixin",
+    "NamedScheduler",
     "NoisyClassifierModel",
     "ProbabilityFlowScheduler",
     "ReverseSDEScheduler",
     "SchedulerMixin",
     "TableScheduler",
     "calibrate",
+    "sampler",
     "write_component_modules",
 ]
 
@@ -54,6 +58,7 @@ _MODULES = {
     "ClassConditionalPipeline": "diffusers_sde.class_conditional",
     "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
     "calibrate": "diffusers_sde.calibration.run",
+    "sampler": "diffusers_sde.names",
     "write_component_modules": "diffusers_sde.hub",
     "NoisyClassifierModel": "diffusers_sde.models.classifier",
     "FlowMapUNet2DModel": "diffusers_sde.models.flow_map_unet",

@@ -21,7 +21,7 @@ PACKAGE = "diffusers_sde"
 # fmt: off
 THEORY = {
     "paths", "prediction", "dynamics", "grids", "named_grids", "weights", "extrapolation", "tables", "noise",
-    "analytic", "flow_maps",
+    "analytic", "flow_maps", "published",
 }
 # fmt: on
 LAYERS = [
@@ -34,7 +34,7 @@ LAYERS = [
     {"schedulers", "methods"},
     {"class_conditional"},
     {"assets"},
-    {"named_samplers", "loading"},
+    {"names", "named_samplers", "loading"},
     {"calibration", "comparison", "training"},
     {"benchmarks"},
     {"cli", "train"},

@@ -78,6 +78,10 @@ class TableScheduler(RunLayout, Conversion):
         """The noise level of each step of the whole grid."""
         return [0.0] * (len(nodes) - 1)
 
+    def _normals(self, nodes: Nodes, tau: list[float], data_std: float) -> list[Normals]:
+        """The normals of each row's noise and their weights."""
+        return list(noise.brownian_weights(nodes.log_snr, tau=tau, data_std=data_std))
+
     def _check(self) -> None:
         """Raise ``ValueError`` for config values that no run could use."""
         path = self.path  # raises on a process that does not exist
@@ -153,7 +157,7 @@ class TableScheduler(RunLayout, Conversion):
         table = self._table(path, nodes[begin:], tau[begin:])
         normals: list[Normals] = [()] * (len(nodes) - 1)
         if self.stochastic:
-            normals = noise.brownian_weights(nodes.log_snr, tau=tau, data_std=table.data_std)
+            normals = self._normals(nodes, tau, table.data_std)
         rows = compiled_rows(table, path, kind, normals[begin:])
         return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding), settings)
 

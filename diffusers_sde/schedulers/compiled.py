@@ -69,7 +69,7 @@ def compiled_rows(table: Table, path: Path, kind: str, normals: Sequence[Normals
     rows: list[CompiledRow] = []
     scales: list[float] = []  # F = scale (m + kappa x)
     for i, row in enumerate(table.rows):
-        evaluation = evaluation_coefficients(table.data_std, row.alpha, row.sigma)
+        evaluation = table.evaluation or evaluation_coefficients(table.data_std, row.alpha, row.sigma)
         k_x, k_m = from_model(path, kind, row.alpha, row.sigma, evaluation)
         scales.append(k_m)
         weights = tuple(b * scales[i - j] for j, b in enumerate(row.b))
