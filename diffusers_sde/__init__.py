@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.class_conditional import ClassConditionalPipeline
+    from diffusers_sde.guiders import cfg_plus_plus
     from diffusers_sde.hub import write_component_modules
     from diffusers_sde.models.classifier import NoisyClassifierModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
@@ -49,6 +50,7 @@ __all__ = [
     "SchedulerMixin",
     "TableScheduler",
     "calibrate",
+    "cfg_plus_plus",
     "sampler",
     "write_component_modules",
 ]
@@ -58,6 +60,7 @@ _MODULES = {
     "ClassConditionalPipeline": "diffusers_sde.class_conditional",
     "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
     "calibrate": "diffusers_sde.calibration.run",
+    "cfg_plus_plus": "diffusers_sde.guiders",
     "sampler": "diffusers_sde.names",
     "write_component_modules": "diffusers_sde.hub",
     "NoisyClassifierModel": "diffusers_sde.models.classifier",

@@ -32,7 +32,7 @@ LAYERS = [
     {"models"},
     {"sampling"},
     {"schedulers", "methods"},
-    {"class_conditional"},
+    {"class_conditional", "guiders"},
     {"assets"},
     {"names", "named_samplers", "loading"},
     {"calibration", "comparison", "training"},

@@ -120,7 +120,7 @@ REFUSED = {
     "sa_solver_pece": "it evaluates each corrected state a second time: use sa_solver, with more steps",
 }
 _OTHER_SPELLINGS = {
-    "ddim_cfg_pp": ("DDIM CFG++", "euler CFG++"), "dpm_adaptive": ("DPM adaptive",), "dpm_fast": ("DPM fast",),
+    "ddim_cfg_pp": ("DDIM CFG++",), "dpm_adaptive": ("DPM adaptive",), "dpm_fast": ("DPM fast",),
     "restart": ("Restart",), "plms": ("PLMS", "pndm", "PNDM"), "heunpp2": ("Heun++ 2",),
     "euler_ancestral_cfg_pp": ("Euler a CFG++",),
 }
