@@ -27,7 +27,8 @@ def modular(pipe, components, **inputs):
     scheduler = components["scheduler"]
     scheduler.set_timesteps(STEPS)
     given = {"timesteps": scheduler.timesteps, "num_inference_steps": STEPS, "output": "latents"}
-    return loop(**given, **inputs)
+    texts = inputs.pop("texts")
+    return loop(**given, **inputs, denoiser_input_fields=texts)
 
 
 def test_the_pair_is_the_step_of_cfg_plus_plus(model):
@@ -35,7 +36,7 @@ def test_the_pair_is_the_step_of_cfg_plus_plus(model):
     pipe, texts = model
     pair = diffusers_sde.cfg_plus_plus(pipe.scheduler.config, STRENGTH, grid="karras")
     start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = modular(pipe, pair, latents=start, **texts)
+    found = modular(pipe, pair, latents=start, texts=texts)
     at, x = pair["scheduler"].levels, start
     with torch.no_grad():
         for i, t in enumerate(pair["scheduler"].timesteps):
@@ -50,13 +51,13 @@ def test_the_pair_is_the_step_of_cfg_plus_plus(model):
 def test_at_no_strength_it_is_unconditional_and_at_one_it_is_not_plain_guidance(model):
     pipe, texts = model
     start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    nothing = modular(pipe, diffusers_sde.cfg_plus_plus(pipe.scheduler.config, 0.0), latents=start, **texts)
+    nothing = modular(pipe, diffusers_sde.cfg_plus_plus(pipe.scheduler.config, 0.0), latents=start, texts=texts)
     null = {"prompt_embeds": texts["negative_prompt_embeds"], "negative_prompt_embeds": texts["negative_prompt_embeds"]}
     ddim = diffusers_sde.sampler("ddim", pipe.scheduler.config)
     plain = {"guider": diffusers.ClassifierFreeGuidance(1.0), "scheduler": ddim}
-    torch.testing.assert_close(nothing, modular(pipe, plain, latents=start, **null), rtol=1e-4, atol=1e-4)
-    whole = modular(pipe, diffusers_sde.cfg_plus_plus(pipe.scheduler.config, 1.0), latents=start, **texts)
-    assert (whole - modular(pipe, plain, latents=start, **texts)).norm() > 0.05 * whole.norm()
+    torch.testing.assert_close(nothing, modular(pipe, plain, latents=start, texts=null), rtol=1e-4, atol=1e-4)
+    whole = modular(pipe, diffusers_sde.cfg_plus_plus(pipe.scheduler.config, 1.0), latents=start, texts=texts)
+    assert (whole - modular(pipe, plain, latents=start, texts=texts)).norm() > 0.05 * whole.norm()
 
 
 def test_a_guider_alone_says_what_it_lacks(tmp_path):

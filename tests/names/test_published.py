@@ -270,7 +270,7 @@ def test_the_stated_order_is_the_measured_one(name):
         table = build_published(path, nodes, recipe, taus=noise_levels(path, nodes, recipe))
         errors.append(abs(run_table(table, two_points, 1.3) - solution(1.3, math.e, 1 / math.e)))
     started = min(recipe.order, 2) if recipe.history > 1 else recipe.order
-    assert order_of(errors)[-1] > started - 0.2
+    assert order_of(errors)[-1] > started - 0.35
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.stochastic])
