@@ -10,6 +10,7 @@ from helpers import SD
 
 import diffusers_sde
 from diffusers_sde import NamedScheduler
+from diffusers_sde.assets import load_default_model
 from diffusers_sde.published import RECIPES
 
 VP = diffusers.EulerDiscreteScheduler(**SD).config
@@ -153,3 +154,17 @@ def test_noise_prediction_from_zero_terminal_snr_is_refused():
         scheduler.step(x, scheduler.timesteps[0], x)
     scheduler = laid_out("res_2s", 5, config)
     assert scheduler.step(x, scheduler.timesteps[0], x).prev_sample.isfinite().all()
+
+
+def test_a_pipeline_makes_at_most_the_evaluations_it_was_asked_for():
+    """Three steps of two stages and the last one: ``num_inference_steps=6`` is five calls of the network, twice the
+    batch for guidance."""
+    pipe = load_default_model()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers_sde.sampler("DPM++ 2S a Karras", pipe.scheduler.config)
+    calls = []
+    pipe.unet.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    images = pipe(
+        "red apple", num_inference_steps=6, output_type="np", generator=torch.Generator().manual_seed(0)
+    ).images
+    assert calls == [2] * 5 and np.isfinite(images).all()
