@@ -35,6 +35,7 @@ from diffusers_sde.named_grids._in_time import (
     lcm,
     leading,
     linspace,
+    noise_fraction,
     power,
     sgm_uniform,
     simple,
@@ -49,6 +50,7 @@ __all__ = ["GRIDS", "check_grid", "distilled", "karras", "make_grid", "ramp_leve
 GRIDS: dict[str, Callable[..., Array]] = {
     "balanced": balanced,
     "power": power,
+    "noise_fraction": noise_fraction,
     "trailing": trailing,
     "leading": leading,
     "linspace": linspace,
@@ -69,8 +71,9 @@ GRIDS: dict[str, Callable[..., Array]] = {
     "ays_svd": functools.partial(ays, published_noise=AYS_SVD),
 }
 _OPTIONS = {
-    "balanced": ("rho", "mu", "start"),
+    "balanced": ("rho", "mu", "start", "share"),
     "power": ("rho", "mu", "start"),
+    "noise_fraction": ("rho", "mu", "start"),
     "trailing": ("mu",),
     "leading": ("mu", "steps_offset"),
     "linspace": ("mu",),

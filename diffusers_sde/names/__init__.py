@@ -25,8 +25,8 @@ def sampler(sampler: str, config: Mapping[str, Any], *, schedule: str | None = N
         sampler: any name of it, with or without a schedule, as ``DPM++ 2M SDE Karras``, ``euler_ancestral``, ``Euler
             a`` or ``res_2s + bong_tangent``; case, spaces, underscores and hyphens do not matter, and ``++`` is ``pp``.
         config: ``pipe.scheduler.config``, of any diffusers scheduler.
-        schedule: the name of a grid, where ``sampler`` has none; without any the grid that ``config`` names, else equal
-            steps of time (``trailing``).
+        schedule: the name of a grid, where ``sampler`` has none; without any the grid that ``config`` names, an EDM
+            model's ``sigma_schedule``, or equal steps of time (``trailing``).
         options: further keys of the config, as ``eta=0.5``, ``noise_seed=7``, ``shift=3.0`` or ``rho=5.0``.
 
     Returns:

@@ -35,8 +35,8 @@ class NamedScheduler(TableScheduler):
         sampler: a key of :data:`diffusers_sde.published.RECIPES`.
         eta: the amount of noise of a stochastic sampler, as the tools' ``eta``; None: 1.
         noise_seed: seed of the Brownian path where a pipeline passes no generator; None: a hash of the latents.
-        kwargs: process, grid and data options, see :data:`diffusers_sde.configs.TABLE`; with no grid the steps are
-            equal in time (``trailing``).
+        kwargs: process, grid and data options, see :data:`diffusers_sde.configs.TABLE`; with no grid an EDM
+            model's ``sigma_schedule``, else steps that are equal in time (``trailing``).
     """
 
     _own_keys = ("sampler", "eta", "noise_seed")
@@ -78,7 +78,7 @@ class NamedScheduler(TableScheduler):
 
     def _default_grid(self, path: Path, n: int, mu: float | None, start: float = 1.0) -> np.ndarray:
         whole = round(n / start)
-        return make_grid(path, "trailing", whole, mu=mu)[whole - n :]
+        return make_grid(path, self.config.sigma_schedule or "trailing", whole, mu=mu)[whole - n :]
 
     def _own_nodes(self, path: Path, n: int, mu: float | None) -> tuple[Nodes, tuple[int, float | None] | None]:
         return super()._own_nodes(path, n, mu)[0], None

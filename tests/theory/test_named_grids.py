@@ -288,7 +288,7 @@ def test_distilled_is_the_grid_of_lcm(n, original, strength):
 def test_no_named_grid_is_left_out():
     """Each has its formula above."""
     in_time = {"trailing", "linspace", "leading", "power", "simple", "sgm_uniform", "beta_timesteps", "beta57", "lcm"}
-    in_noise = {"balanced", "kl_optimal", "linear_quadratic", "bong_tangent", *ramps(0.1, 1.0, 2)}
+    in_noise = {"balanced", "noise_fraction", "kl_optimal", "linear_quadratic", "bong_tangent", *ramps(0.1, 1.0, 2)}
     assert set(GRIDS) == in_time | in_noise | {"ays", "ays_sdxl", "ays_svd"}
 
 
