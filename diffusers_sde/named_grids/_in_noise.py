@@ -70,7 +70,7 @@ def beta(path: Path, n: int, a: float = 0.6, b: float = 0.6) -> Array:
 
 def kl_optimal(path: Path, n: int) -> Array:
     """Equal steps of ``atan s``: the grid of the smallest bound on the Kullback-Leibler divergence for Gaussian data
-    (Sabour et al. 2024, arXiv:2404.14507, theorem 3.1).
+    (Sabour et al. 2024, arXiv:2404.14507).
 
     Args:
         path: the forward process.

@@ -6,8 +6,11 @@ Knows how the tables of names and of recipes are printed.
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from diffusers_sde.names.catalogue import FLOW_MAPS, GUIDED, REFUSED, SAMPLERS, SCHEDULES, Entry
 
@@ -29,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
 
 def listing() -> Iterator[str]:
     """The lines of the tables."""
-    from diffusers_sde.published import RECIPES  # brings torch
+    from diffusers_sde.named_grids import GRIDS
+    from diffusers_sde.published import RECIPES  # these bring torch
 
     yield 'Samplers: diffusers_sde.sampler("name schedule", pipe.scheduler.config)'
     yield _LEGEND
@@ -46,15 +50,27 @@ def listing() -> Iterator[str]:
         yield from _names(entry)
     yield "\nSchedules"
     for name, entry in SCHEDULES.items():
+        grid = GRIDS[entry.settings["grid"]]
         yield f"\n{name}: grid {entry.settings['grid']!r}"
+        yield from _wrapped(_first_paragraph(grid.func if isinstance(grid, functools.partial) else grid))
         yield from _names(entry)
     yield "\nNot to be had"
-    for name, reason in (REFUSED | GUIDED).items():
-        yield from textwrap.wrap(f"{name}: {reason}.", 116, initial_indent="    ", subsequent_indent="        ")
+    for name, reason in (REFUSED | {", ".join(GUIDED): next(iter(GUIDED.values()))}).items():
+        yield from _wrapped(f"{name}: {reason}.")
 
 
 def _names(entry: Entry) -> Iterator[str]:
     """Who calls it what, and the note."""
     called = "; ".join(f"{tool}: {', '.join(names)}" for tool, names in entry.tools.items())
     for text in (called, entry.note):
-        yield from textwrap.wrap(text, 116, initial_indent="    ", subsequent_indent="        ") if text else ()
+        yield from _wrapped(text)
+
+
+def _first_paragraph(function: Callable[..., object]) -> str:
+    """What a docstring says of a function, without its markup."""
+    text = (inspect.getdoc(function) or "").split("\n\n")[0]
+    return re.sub(r":\w+:|`", "", " ".join(text.split()))
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 116, initial_indent="    ", subsequent_indent="        ")

@@ -95,7 +95,7 @@ _RES = "Zhang et al. 2023, arXiv:2308.02157"
 _SEEDS = "Gonzalez et al. 2023, arXiv:2305.14267"
 _BUTCHER = "Butcher, Numerical Methods for ODEs"
 
-_DOWN = "x = (s_d/s) x + (1 - s_d/s) D [{}] + sqrt(s_t^2 - s_d^2) z, s_d = s_t^2/s"
+_DOWN = "x = (s_d/s) x + (1 - s_d/s) [{}] + sqrt(s_t^2 - s_d^2) z, s_d = s_t^2/s"
 _TWO_D = "x = e^-h x + (1 - e^-h) [{}]"
 _SDE = "x = e^-2h x + (1 - e^-2h) [{}] + s_t sqrt(1 - e^-2h) z"
 
@@ -107,8 +107,8 @@ RECIPES: dict[str, Recipe] = {
         evaluates="noise", clock="sigma", stages=_HEUN),
     "dpm_2": Recipe("x = x + (s_t - s) [d at sqrt(s s_t)]", f"{_DPM}, algorithm 1; {_EDM}", 2,
         evaluates="noise", rule="midpoint", stages=_MIDDLE),
-    "dpm_2_ancestral": Recipe(_DOWN.format("D at sqrt(s s_d)"), f"{_DPM}; {_K}", 2,
-        evaluates="noise", rule="midpoint", stages=_MIDDLE, noise="ancestral"),
+    "dpm_2_ancestral": Recipe("x = x + (s_d - s) [d at sqrt(s s_d)] + sqrt(s_t^2 - s_d^2) z, s_d = s_t^2/s",
+        f"{_DPM}; {_K}", 2, evaluates="noise", rule="midpoint", stages=_MIDDLE, noise="ancestral"),
     "dpm_solver_3": Recipe("x = x + (s_t - s) [d and d(2/3) by phi_1, phi_2]", f"{_DPM}, algorithm 2", 3,
         evaluates="noise", stages=_THIRDS),
     "lms": Recipe("x = x + Int [polynomial through d, d_1, d_2, d_3] ds", _K, 4,
