@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
     from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.class_conditional import ClassConditionalPipeline
+    from diffusers_sde.guiders import cfg_plus_plus
     from diffusers_sde.hub import write_component_modules
     from diffusers_sde.models.classifier import NoisyClassifierModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
     from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
+    from diffusers_sde.names import sampler
     from diffusers_sde.schedulers import (
         CalibratedScheduler,
         DPMSolverScheduler,
         FlowMapScheduler,
+        NamedScheduler,
         ProbabilityFlowScheduler,
         ReverseSDEScheduler,
         TableScheduler,
@@ -40,12 +43,15 @@ __all__ = [
     "FlowMapUNet2DModel",
     "GaussianMixtureModel",
     "ModelMixin",
+    "NamedScheduler",
     "NoisyClassifierModel",
     "ProbabilityFlowScheduler",
     "ReverseSDEScheduler",
     "SchedulerMixin",
     "TableScheduler",
     "calibrate",
+    "cfg_plus_plus",
+    "sampler",
     "write_component_modules",
 ]
 
@@ -54,6 +60,8 @@ _MODULES = {
     "ClassConditionalPipeline": "diffusers_sde.class_conditional",
     "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
     "calibrate": "diffusers_sde.calibration.run",
+    "cfg_plus_plus": "diffusers_sde.guiders",
+    "sampler": "diffusers_sde.names",
     "write_component_modules": "diffusers_sde.hub",
     "NoisyClassifierModel": "diffusers_sde.models.classifier",
     "FlowMapUNet2DModel": "diffusers_sde.models.flow_map_unet",

@@ -1,4 +1,4 @@
-"""The command line: ``diffusers-sde compare``, ``bench``, ``calibrate`` and ``prepare``.
+"""The command line: ``diffusers-sde compare``, ``bench``, ``calibrate``, ``prepare`` and ``samplers``.
 
 Knows the names of the subcommands and the module that each one lives in, imported only when it is asked for; that
 imports torch and diffusers only when it runs, so that help and wrong arguments are answered at once.  Knows nothing of
@@ -20,12 +20,14 @@ COMMANDS = {
     "bench": "Measure this package's samplers against diffusers' own.",
     "calibrate": "Learn a 4-to-10-step sampler for one model, from forward passes only.",
     "prepare": "Make the image folders that the embedded models were trained on.",
+    "samplers": "List every sampler and schedule that can be had by name.",
 }
 MODULES = {
     "compare": "diffusers_sde.comparison.command",
     "bench": "diffusers_sde.benchmarks.command",
     "calibrate": "diffusers_sde.calibration.command",
     "prepare": "diffusers_sde.training.prepare_command",
+    "samplers": "diffusers_sde.names.command",
 }
 
 

@@ -68,8 +68,8 @@ TABLE = (
         path=True),
     Key("sigma_schedule", "str | None", None, EDM, "the model's own grid: karras or exponential"),
     Key("grid", "str | None", None, GRID, "balanced, power, noise_fraction, trailing, leading, linspace, log_snr, "
-        "exponential, karras, beta or ays; None: an EDM model's sigma_schedule, else "
-        "the measured default"),
+        "exponential, karras, beta, ays, or another of diffusers_sde.named_grids; None: an EDM model's sigma_schedule, "
+        "else the measured default"),
     Key("rho", "float | None", None, GRID, "exponent of balanced, power, noise_fraction and karras"),
     Key("steps_offset", "int", 0, GRID, "added to the timesteps of the leading grid"),
     Key("final_sigmas_type", "str", "zero", GRID, "where the last step ends: zero or sigma_min"),

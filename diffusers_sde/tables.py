@@ -20,7 +20,7 @@ import numpy as np
 from diffusers_sde.extrapolation import MAX_FEEDBACK, MAX_STIFFNESS, Method
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import DATA, convert
+from diffusers_sde.prediction import DATA, Coefficients, convert
 from diffusers_sde.weights import (
     CLOCKS,
     Point,
@@ -57,10 +57,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one run, and ``data_std``, which says what F is."""
+    """Rows of one run, and ``data_std``, which says what F is, unless ``evaluation`` does: ``(A, B)`` with
+    ``F = A x_0 + B eps``."""
 
     rows: tuple[Row, ...]
     data_std: float
+    evaluation: Coefficients | None = None
 
     def history(self, i: int) -> int:
         """How many evaluations, this row's included, later rows still read after row ``i``."""

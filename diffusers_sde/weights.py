@@ -119,12 +119,12 @@ def quadrature(start: Point, end: Point, data_std: float, tau: float) -> tuple[n
     if data_std == 0:
         if high == math.inf:  # the whole weight sits at the end: only constants are ever integrated here
             return np.array([low if math.isfinite(low) else 0.0]), np.array([end.alpha])
-        lam, w = _gauss(max(low, high - _NEGLIGIBLE / A), high)
+        lam, w = gauss_rule(max(low, high - _NEGLIGIBLE / A), high)
         return lam, end.alpha * A * w * np.exp(-A * (high - lam))
     # the kernel rises like e^(A lambda) up to the log-SNR of the data scale and falls like e^-lambda from there on
     places = [lam for lam in (low, high, -math.log(data_std)) if lam not in (-math.inf, math.inf)]
     span = min(places) - _NEGLIGIBLE / A, max(places) + _NEGLIGIBLE
-    lam, w = _gauss(*(min(max(end_of_step, span[0]), span[1]) for end_of_step in (low, high)))
+    lam, w = gauss_rule(*(min(max(end_of_step, span[0]), span[1]) for end_of_step in (low, high)))
     if math.isinf(data_std):
         return lam, end.alpha * A * w * np.exp(-lam)
     rho_t = math.hypot(data_std * end.alpha, end.sigma)
@@ -135,8 +135,15 @@ def quadrature(start: Point, end: Point, data_std: float, tau: float) -> tuple[n
     return lam, w * (cos * rho_t / (data_std * end.alpha)) ** (tau**2) if tau else w
 
 
-def _gauss(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    """A composite rule on panels of equal length, from ``low`` to ``high`` in either direction."""
+def gauss_rule(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """A composite Gauss-Legendre rule on panels of equal length.
+
+    Args:
+        low, high: finite ends, in either order.
+
+    Returns:
+        ``(nodes, weights)``.
+    """
     x, w = _GAUSS
     panels = max(1, math.ceil(abs(high - low) / _PANEL))
     edges = np.linspace(low, high, panels + 1)

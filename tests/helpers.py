@@ -121,7 +121,7 @@ def run_table(table: Table, denoise, x, noise=None, outputs=None, states: bool =
     """
     evaluations, out = [], []
     for i, row in enumerate(table.rows):
-        own = evaluation_coefficients(table.data_std, row.alpha, row.sigma)
+        own = table.evaluation or evaluation_coefficients(table.data_std, row.alpha, row.sigma)
         if outputs is None:
             said, value = (1.0, 0.0), denoise(x, row)
         else:

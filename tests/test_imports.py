@@ -20,7 +20,8 @@ PACKAGE = "diffusers_sde"
 # The lowest layer first.  A room is a package, or a module of its own; the theory is one room of several modules.
 # fmt: off
 THEORY = {
-    "paths", "prediction", "dynamics", "grids", "weights", "extrapolation", "tables", "noise", "analytic", "flow_maps",
+    "paths", "prediction", "dynamics", "grids", "named_grids", "weights", "extrapolation", "tables", "noise",
+    "analytic", "flow_maps", "published",
 }
 # fmt: on
 LAYERS = [
@@ -31,9 +32,9 @@ LAYERS = [
     {"models"},
     {"sampling"},
     {"schedulers", "methods"},
-    {"class_conditional"},
+    {"class_conditional", "guiders"},
     {"assets"},
-    {"named_samplers", "loading"},
+    {"names", "named_samplers", "loading"},
     {"calibration", "comparison", "training"},
     {"benchmarks"},
     {"cli", "train"},

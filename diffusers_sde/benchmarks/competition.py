@@ -1,4 +1,5 @@
-"""The competition: every scheduler of diffusers, deterministic or stochastic, with every grid that it offers.
+"""The competition: every scheduler of diffusers, deterministic or stochastic, with every grid that it offers, and the
+published samplers that diffusers does not have.
 
 Knows these settings, how many steps give each so many evaluations, and the best of them on a problem.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import diffusers
@@ -16,12 +17,16 @@ import torch
 from diffusers_sde.benchmarks.common import mean_error
 from diffusers_sde.calibration.stock import fitting_samplers
 from diffusers_sde.named_samplers import make_scheduler, process_family
+from diffusers_sde.names import sampler
 from diffusers_sde.sampler_names import SAMPLERS
 from diffusers_sde.sampling import Denoiser, lay_out, sample
 
 SPACINGS = [{"timestep_spacing": s} for s in ("trailing", "linspace", "leading")]
 SIGMAS = [{f"use_{s}_sigmas": True} for s in ("karras", "exponential", "beta")]
 LU = [{"use_lu_lambdas": True}]
+PUBLISHED_ODES = ("res_2m", "res_3m", "res_2s", "res_3s")
+PUBLISHED_SDES = ("er_sde", "seeds_2", "seeds_3")
+PUBLISHED_SCHEDULES = ("turbo", "karras", "exponential", "beta57")
 
 
 _ORDERS: list[dict[str, Any]] = [{"solver_order": k} for k in (2, 3)]
@@ -118,6 +123,21 @@ def best_stock_ode(
         except Exception as error:  # a stock scheduler may fail on its own grid in any way
             left_out.append(f"{name} at {n} ({type(error).__name__})")
     return *best, left_out
+
+
+def published(names: Sequence[str], config: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Published samplers that diffusers does not have, on the grids that people run them on.
+
+    Args:
+        names: of :data:`diffusers_sde.published.RECIPES`.
+        config: of the process.
+
+    Yields:
+        A setting in words, the name first, and what makes its scheduler.
+    """
+    for name in names:
+        for schedule in PUBLISHED_SCHEDULES:
+            yield f"{name} {schedule}", functools.partial(sampler, name, config, schedule=schedule)
 
 
 def stock_sdes(config: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -23,7 +23,7 @@ from diffusers_sde.benchmarks.common import mean_error, print_table, reference_s
 from diffusers_sde.benchmarks.competition import stock_odes
 from diffusers_sde.benchmarks.suite import GUIDANCE, PROCESSES, Problem, problems
 from diffusers_sde.configs import path_from_config
-from diffusers_sde.grids import make_grid
+from diffusers_sde.named_grids import make_grid
 from diffusers_sde.sampling import sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
 from diffusers_sde.stock_configs import canonical_config

@@ -24,7 +24,7 @@ from diffusers_sde.benchmarks.common import (
     prompt_start,
     reference_solution,
 )
-from diffusers_sde.benchmarks.competition import best_stock_ode
+from diffusers_sde.benchmarks.competition import PUBLISHED_ODES, best_stock_ode, published
 from diffusers_sde.comparison.problems import prompts_for
 from diffusers_sde.conditioning import takes_prompts
 from diffusers_sde.loading import load_pipeline
@@ -78,13 +78,25 @@ def ours(config: dict[str, Any], candidates: bool) -> dict[str, Any]:
     return made
 
 
+def _best_published(
+    name: str, config: dict[str, Any], n: int, denoiser: Denoiser, noise: torch.Tensor, reference: torch.Tensor
+) -> float:
+    """The error of a published sampler with its best schedule, at ``n`` evaluations or as many as its stages allow."""
+    found = []
+    for _, make in published([name], config):
+        scheduler = make()
+        scheduler.set_timesteps(n)
+        found.append(mean_error(sample(denoiser, scheduler, noise), reference))
+    return min(found)
+
+
 def errors(title: str, denoiser: Denoiser, noise: torch.Tensor, config: dict[str, Any], candidates: bool) -> None:
     """Error versus NFE: our settings against the best of all stock settings at each NFE."""
     reference = reference_solution(denoiser, noise, config, 240)
     uncertainty = mean_error(reference_solution(denoiser, noise, config, 120), reference)
     best: list[tuple[float, str]] = []
     left_out: list[str] = []
-    found: dict[str, list[float]] = {name: [] for name in ours(config, candidates)}
+    found: dict[str, list[float]] = {name: [] for name in (*ours(config, candidates), *PUBLISHED_ODES)}
     for n in tqdm(ERROR_STEPS, desc=title, leave=False):
         error, setting, missing = best_stock_ode(config, n, denoiser, noise, reference)
         best.append((error, setting))
@@ -92,6 +104,8 @@ def errors(title: str, denoiser: Denoiser, noise: torch.Tensor, config: dict[str
         for name, scheduler in ours(config, candidates).items():
             scheduler.set_timesteps(n)
             found[name].append(mean_error(sample(denoiser, scheduler, noise), reference))
+        for name in PUBLISHED_ODES:
+            found[name].append(_best_published(name, config, n, denoiser, noise, reference))
     rows = [["best of diffusers, error", *(f"{e:.4f}" for e, _ in best), ""]]
     for name, values in found.items():
         if "(default)" in name:

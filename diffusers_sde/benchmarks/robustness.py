@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from diffusers_sde.analytic import GaussianMixture
 from diffusers_sde.benchmarks.common import PROCESSES, mean_error, print_table
-from diffusers_sde.grids import GRIDS
+from diffusers_sde.named_grids import GRIDS
 from diffusers_sde.prediction import to_model
 from diffusers_sde.schedulers import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler, TableScheduler
 from diffusers_sde.weights import CLOCKS

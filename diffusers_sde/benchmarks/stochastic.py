@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_sde.benchmarks.common import PROCESSES, oracle, print_table, sliced_wasserstein
-from diffusers_sde.benchmarks.competition import stock_sdes
+from diffusers_sde.benchmarks.competition import PUBLISHED_SDES, published, stock_sdes
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.schedulers import ReverseSDEScheduler
 
@@ -19,8 +19,8 @@ SDE_STEPS = (6, 10, 20, 50)
 
 
 def sde_quality(seed: int, count: int = 3000, repeats: int = 3) -> None:
-    """Sliced Wasserstein distance to the true distribution, ours against each stock family with its best grid: means
-    over independent sets of samples."""
+    """Sliced Wasserstein distance to the true distribution, ours against each stock family and published sampler with
+    its best grid: means over independent sets of samples."""
     process_config = PROCESSES["linear"]
     model = oracle(seed=seed, process=process_config)
     denoiser, generator = network_denoiser(model), torch.Generator().manual_seed(seed + 1)
@@ -29,11 +29,12 @@ def sde_quality(seed: int, count: int = 3000, repeats: int = 3) -> None:
     noises = [torch.randn(count, *model.sample_shape, generator=generator) for _ in range(repeats)]
 
     ours = functools.partial(ReverseSDEScheduler.from_config, process_config)
+    others = [*stock_sdes(process_config), *published(PUBLISHED_SDES, process_config)]
     table: dict[str, list[float]] = {}
     skipped: dict[str, str] = {}
     for n in tqdm(SDE_STEPS, desc="SDE quality", leave=False):
         best: dict[str, float] = {}
-        samplers: list[tuple[str, Callable[[], Any]]] = [("ReverseSDE (default)", ours), *stock_sdes(process_config)]
+        samplers: list[tuple[str, Callable[[], Any]]] = [("ReverseSDE (default)", ours), *others]
         for label, make in samplers:
             family = label if label.endswith("(default)") else label.split()[0]
             try:

@@ -16,7 +16,8 @@ from diffusers_sde.calibration.job import POWERS, Job
 from diffusers_sde.calibration.refine import refine
 from diffusers_sde.calibration.stock import best_stock
 from diffusers_sde.defaults import standard_table
-from diffusers_sde.grids import Nodes, make_grid
+from diffusers_sde.grids import Nodes
+from diffusers_sde.named_grids import make_grid
 from diffusers_sde.schedulers.calibration_format import written_entry
 from diffusers_sde.tables import Table
 

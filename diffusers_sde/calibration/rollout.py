@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from diffusers_sde.calibration.sources import Batch
-from diffusers_sde.grids import distinct_integers, make_grid
+from diffusers_sde.grids import distinct_integers
+from diffusers_sde.named_grids import make_grid
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import from_model
 from diffusers_sde.schedulers.execution import followed
@@ -59,8 +60,8 @@ class Evaluator:
         return torch.mul(output.to(x.dtype), k_m).add_(x, alpha=k_x)
 
     def times(self, grid: str, n: int, **options: Any) -> np.ndarray:
-        """The ``n`` times of a grid (:func:`diffusers_sde.grids.make_grid`), distinct whole numbers for a network that
-        only knows these."""
+        """The ``n`` times of a grid (:func:`diffusers_sde.named_grids.make_grid`), distinct whole numbers for a network
+        that only knows these."""
         times = make_grid(self.path, grid, n, **options)
         return distinct_integers(times) if self.integer_times else times
 

@@ -17,7 +17,8 @@ from diffusers_sde.calibration.sources import Batch, Source
 from diffusers_sde.calibration.store import Store
 from diffusers_sde.calibration.workers import sum_over_workers
 from diffusers_sde.defaults import standard_table
-from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
+from diffusers_sde.grids import Nodes, nodes_from_times
+from diffusers_sde.named_grids import make_grid
 from diffusers_sde.tables import Table
 
 SUBSTEPS = 2  # of the teacher between two nodes

@@ -29,8 +29,9 @@ import torch
 
 from diffusers_sde.defaults import measured_defaults
 from diffusers_sde.errors import check_finite, check_whole, is_real
-from diffusers_sde.grids import Nodes, make_grid, nodes_from_times
+from diffusers_sde.grids import Nodes, nodes_from_times
 from diffusers_sde.methods.fields import Field
+from diffusers_sde.named_grids import make_grid
 from diffusers_sde.paths import Path
 from diffusers_sde.tables import build_multistep, points_of
 from diffusers_sde.weights import Point, evaluation_coefficients

@@ -4,6 +4,7 @@ from diffusers_sde.schedulers.base import SchedulerOutput, TableScheduler
 from diffusers_sde.schedulers.calibrated import CalibratedScheduler
 from diffusers_sde.schedulers.dpm_solver import DPMSolverScheduler
 from diffusers_sde.schedulers.flow_map import FlowMapScheduler
+from diffusers_sde.schedulers.named import NamedScheduler
 from diffusers_sde.schedulers.probability_flow import ProbabilityFlowScheduler
 from diffusers_sde.schedulers.reverse_sde import ReverseSDEScheduler
 
@@ -11,6 +12,7 @@ __all__ = [
     "CalibratedScheduler",
     "DPMSolverScheduler",
     "FlowMapScheduler",
+    "NamedScheduler",
     "ProbabilityFlowScheduler",
     "ReverseSDEScheduler",
     "SchedulerOutput",

@@ -19,7 +19,8 @@ from diffusers.utils import BaseOutput
 
 from diffusers_sde import noise
 from diffusers_sde.configs import settled
-from diffusers_sde.grids import Nodes, check_final, check_grid
+from diffusers_sde.grids import Nodes, check_final
+from diffusers_sde.named_grids import check_grid
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import model_coefficients, split_variance
 from diffusers_sde.schedulers import traced
@@ -82,6 +83,10 @@ class TableScheduler(RunLayout, Conversion):
     def _doubts(self) -> bool:
         """Whether a run follows its rows only as far as its own errors let it."""
         return bool(getattr(self.config, "trust", False))
+
+    def _normals(self, nodes: Nodes, tau: list[float], data_std: float) -> list[Normals]:
+        """The normals of each row's noise and their weights."""
+        return list(noise.brownian_weights(nodes.log_snr, tau=tau, data_std=data_std))
 
     def _check(self) -> None:
         """Raise ``ValueError`` for config values that no run could use."""
@@ -158,7 +163,7 @@ class TableScheduler(RunLayout, Conversion):
         table = self._table(path, nodes[begin:], tau[begin:])
         normals: list[Normals] = [()] * (len(nodes) - 1)
         if self.stochastic:
-            normals = noise.brownian_weights(nodes.log_snr, tau=tau, data_std=table.data_std)
+            normals = self._normals(nodes, tau, table.data_std)
         rows = compiled_rows(table, path, kind, normals[begin:], trusting=not self._doubts)
         return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding), settings)
 

@@ -115,9 +115,7 @@ class CalibratedScheduler(TableScheduler):
     # -- layout --
 
     def _asks_for_a_grid(self, path: Path, sigmas: Any) -> bool:
-        values = np.asarray(sigmas.cpu() if hasattr(sigmas, "cpu") else sigmas, np.float64)
-        habit = path.habitual_sigmas(len(values))
-        return habit is None or not np.allclose(values, habit, atol=1e-6)
+        return not self._is_habit(path, sigmas)
 
     def _user_nodes(self, path: Path, timesteps: Any, sigmas: Any, mu: float | None) -> Nodes:
         warnings.warn("This grid was not calibrated: the exact solver runs on it.", stacklevel=3)

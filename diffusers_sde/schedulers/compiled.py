@@ -81,7 +81,7 @@ def compiled_rows(
     rows: list[CompiledRow] = []
     scales: list[float] = []  # F = scale (m + kappa x)
     for i, row in enumerate(table.rows):
-        evaluation = evaluation_coefficients(table.data_std, row.alpha, row.sigma)
+        evaluation = table.evaluation or evaluation_coefficients(table.data_std, row.alpha, row.sigma)
         k_x, k_m = from_model(path, kind, row.alpha, row.sigma, evaluation)
         scales.append(k_m)
         weights, slope = (tuple(b * scales[i - j] for j, b in enumerate(part)) for part in (row.b, row.slope))

@@ -10,7 +10,8 @@ import torch
 
 from diffusers_sde.configs import scheduler_init
 from diffusers_sde.flow_maps import build_flow_map, gamma_targets
-from diffusers_sde.grids import Nodes, distilled, karras, make_grid
+from diffusers_sde.grids import Nodes
+from diffusers_sde.named_grids import distilled, karras, make_grid
 from diffusers_sde.paths import Path, VarianceExploding
 from diffusers_sde.schedulers.base import TableScheduler
 from diffusers_sde.stock_configs import FLOW_MAP_CLASSES, class_name

@@ -16,7 +16,8 @@ import torch
 
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.defaults import measured_defaults
-from diffusers_sde.grids import Nodes, distilled, distinct_integers, make_grid, nodes_from_times, nodes_from_user
+from diffusers_sde.grids import Nodes, distinct_integers, nodes_from_times, nodes_from_user
+from diffusers_sde.named_grids import distilled, make_grid
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.noising import Noising
 from diffusers_sde.schedulers.runs import LOCK, Layout, Run, Runs, kept_rows, new_run
@@ -155,7 +156,7 @@ class RunLayout(Noising):
             sigmas, timesteps: (n,), see :func:`diffusers_sde.grids.nodes_from_user`.
             mu: the dynamic shift of flow models, ignored by models without one.
             original_inference_steps: the number of equal steps that a distilled network was trained on: the run keeps
-                to those (:func:`diffusers_sde.grids.distilled`).
+                to those (:func:`diffusers_sde.named_grids.distilled`).
             strength: the fraction of time below which all steps are spent (latent consistency's image-to-image).
 
         Raises:
@@ -165,26 +166,41 @@ class RunLayout(Noising):
         path, n = self.path, _count(num_inference_steps)
         if sigmas is not None and timesteps is None and not self._asks_for_a_grid(path, sigmas):
             n, sigmas = n or len(sigmas), None
+        steps = None if n is None else self._steps(n)
         choice = None
         if timesteps is not None or sigmas is not None:
             nodes = self._user_nodes(path, timesteps, sigmas, mu)
             given = len(timesteps if timesteps is not None else nodes.time[:-1])
             if n not in (None, given, len(nodes) - 1):
                 raise ValueError(f"num_inference_steps is {n} but {given} steps were passed.")
-        elif n is None:
+        elif steps is None:
             raise ValueError("Pass num_inference_steps, timesteps or sigmas to set_timesteps.")
         elif original_inference_steps is not None:
-            times = distilled(path, n, _count(original_inference_steps) or 1, strength or 1.0)
+            times = distilled(path, steps, _count(original_inference_steps) or 1, strength or 1.0)
             nodes = self._rounded_nodes(path, times)
         elif strength not in (None, 1):
-            nodes = self._rounded_nodes(path, self._default_grid(path, n, mu, start=strength))
+            nodes = self._rounded_nodes(path, self._default_grid(path, steps, mu, start=strength))
         else:
-            nodes, choice = self._own_nodes(path, n, mu)
-        self._put(self._new_run(nodes, device, choice))
+            nodes, choice = self._own_nodes(path, steps, mu)
+        self._put(self._new_run(self._evaluated(nodes), device, choice))
 
     def _asks_for_a_grid(self, path: Path, sigmas: Any) -> bool:
         """Whether these sigmas are a grid that somebody wants, and not what pipelines pass whatever the user wants."""
         return True
+
+    def _is_habit(self, path: Path, sigmas: Any) -> bool:
+        """Whether these sigmas are what pipelines pass whatever the user wants."""
+        values = np.asarray(sigmas.cpu() if hasattr(sigmas, "cpu") else sigmas, np.float64)
+        habit = path.habitual_sigmas(len(values))
+        return habit is not None and bool(np.allclose(values, habit, atol=1e-6))
+
+    def _steps(self, evaluations: int) -> int:
+        """How many steps of the grid make at most so many evaluations."""
+        return evaluations
+
+    def _evaluated(self, nodes: Nodes) -> Nodes:
+        """The nodes of the evaluations that the steps of a grid make."""
+        return nodes
 
     def _own_nodes(self, path: Path, n: int, mu: float | None) -> tuple[Nodes, tuple[int, float | None] | None]:
         """The nodes for ``n`` evaluations, and ``(n, mu)`` where they are not a grid that the config names."""

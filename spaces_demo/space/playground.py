@@ -17,9 +17,9 @@ import torch
 
 from diffusers_sde import GaussianMixtureModel, ProbabilityFlowScheduler, ReverseSDEScheduler, TableScheduler
 from diffusers_sde.errors import UsageError
-from diffusers_sde.grids import GRIDS
 from diffusers_sde.methods.control import scheduler_kernel, systematic_resample, twisted_smc
 from diffusers_sde.methods.guidance import classifier_free
+from diffusers_sde.named_grids import GRIDS
 from diffusers_sde.sampling import network_denoiser, sample
 from diffusers_sde.weights import CLOCKS
 from space import inputs

@@ -15,9 +15,9 @@ from stated import stated
 
 from diffusers_sde.assets import FASHION_MODEL, load_fashion_model
 from diffusers_sde.configs import path_from_config
-from diffusers_sde.grids import make_grid
 from diffusers_sde.methods.fields import network_field
 from diffusers_sde.methods.inversion import Trajectory, inversion_points, multistep, reversible, slerp
+from diffusers_sde.named_grids import make_grid
 from diffusers_sde.weights import Point
 
 

@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 
 from diffusers_sde import DPMSolverScheduler, ProbabilityFlowScheduler, ReverseSDEScheduler
 from diffusers_sde.extrapolation import MAX_STEP_RATIO
-from diffusers_sde.grids import GRIDS, distilled, distinct_integers, make_grid, nodes_from_times, nodes_from_user
+from diffusers_sde.grids import distinct_integers, nodes_from_times, nodes_from_user
+from diffusers_sde.named_grids import GRIDS, distilled, make_grid
 from diffusers_sde.paths import FlowMatching, VarianceExploding
 from diffusers_sde.tables import SINGLESTEP_METHODS, build_multistep, build_singlestep, tau_from_eta
 from diffusers_sde.weights import (

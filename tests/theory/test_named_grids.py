@@ -10,8 +10,8 @@ from helpers import LINEAR, PATHS, SD, nodes_of
 from scipy.special import betaincinv
 
 from diffusers_sde import ProbabilityFlowScheduler
-from diffusers_sde.grids import GRIDS, distilled, make_grid
-from diffusers_sde.paths import FlowMatching
+from diffusers_sde.named_grids import GRIDS, distilled, make_grid
+from diffusers_sde.paths import FlowMatching, VarianceExploding
 from diffusers_sde.tables import build_multistep
 
 counts = pytest.mark.parametrize("n", [2, 7, 10, 33])
@@ -187,7 +187,114 @@ def test_align_your_steps(n):
     assert np.abs(timesteps - listed).max() <= 2
 
 
+def test_align_your_steps_of_other_models():
+    """The 10 steps published for SDXL, and for Stable Video Diffusion on its own process."""
+    sdxl = [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113]
+    found = PATHS["vp_scaled_linear"].log_snr(grid("vp_scaled_linear", "ays_sdxl", 10))
+    np.testing.assert_allclose(np.exp(-found), sdxl, rtol=0.01)  # up to the range: 14.615 is 14.61, 0.029 is 0.0292
+    svd = [700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034]
+    path = VarianceExploding(0.002, 700.0, 1.0)
+    np.testing.assert_allclose(np.exp(-path.log_snr(make_grid(path, "ays_svd", 10))), svd, rtol=1e-9)
+
+
+# -- of the user interfaces, as their sources lay them out: sigmas of T training times, in ascending order --
+
+
+def tabulated(path):
+    """The model's 1000 training sigmas (of a flow model with its shift) as ComfyUI tabulates them."""
+    if path.startswith("vp"):
+        return np.exp(-vp_levels(SD if "scaled" in path else LINEAR))
+    if path == "edm":
+        return np.exp(np.linspace(np.log(0.002), np.log(80), 1000))
+    u = np.arange(1, 1001) / 1000
+    return 3 * u / (1 + 2 * u) if path == "flow_shift" else u
+
+
+tables_of_sigmas = pytest.mark.parametrize("path", ["vp_linear", "vp_scaled_linear", "edm", "flow", "flow_shift"])
+
+
+def levels(path, name, n):
+    """The sigmas of a named grid."""
+    return PATHS[path].sigma_label(*PATHS[path].alpha_sigma(grid(path, name, n)))
+
+
+@counts
+@tables_of_sigmas
+def test_simple(path, n):
+    """Every (T/n)th training sigma from the highest on, the index rounded down."""
+    expected = [tabulated(path)[-(1 + int(i * 1000 / n))] for i in range(n)]
+    np.testing.assert_allclose(levels(path, "simple", n), expected, rtol=1e-9)
+
+
+@counts
+@tables_of_sigmas
+def test_sgm_uniform(path, n):
+    """n + 1 equally spaced training times from the last to the first, without the last of them."""
+    at = np.linspace(999, 0, n + 1)[:-1]
+    table = np.log(tabulated(path)) if path != "flow" else tabulated(path)
+    expected = np.interp(at, np.arange(1000), table)
+    expected = expected if path == "flow" else np.exp(expected)
+    np.testing.assert_allclose(levels(path, "sgm_uniform", n), expected, rtol=1e-6 if path != "flow_shift" else 1e-3)
+
+
+@counts
+@tables_of_sigmas
+@pytest.mark.parametrize(("name", "law"), [("beta_timesteps", (0.6, 0.6)), ("beta57", (0.5, 0.7))])
+def test_beta_of_training_times(path, n, name, law):
+    """The training sigmas at the quantiles of Beta(0.6, 0.6), of RES4LYF Beta(0.5, 0.7), rounded to whole times."""
+    at = betaincinv(*law, 1 - np.arange(n) / n) * 999
+    table = np.arange(1000), np.log(tabulated(path))
+    np.testing.assert_allclose(np.interp(np.log(levels(path, name, n)), *table[::-1]), at, atol=0.3)
+
+
+@counts
+@tables_of_sigmas
+def test_kl_optimal(path, n):
+    """``tan(i/(n-1) atan(sigma_min) + (1 - i/(n-1)) atan(sigma_max))`` (Sabour et al. 2024)."""
+    u = np.arange(n) / (n - 1)
+    sigmas = tabulated(path.replace("flow_shift", "flow"))
+    expected = np.tan(u * np.arctan(sigmas[0]) + (1 - u) * np.arctan(sigmas[-1]))
+    np.testing.assert_allclose(levels(path, "kl_optimal", n), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 7, 10, 20])
+def test_linear_quadratic(n):
+    """Mochi's: linear in the first half up to 2.5 % of the noise; ``a i^2 + b i + c`` of its published coefficients."""
+    linear, threshold = n // 2, 0.025
+    difference, rest = linear - threshold * n, n - linear
+    a = difference / (linear * rest**2)
+    b, c = threshold / linear - 2 * difference / rest**2, a * linear**2
+    y = [i * threshold / linear for i in range(linear)] + [a * i**2 + b * i + c for i in range(linear, n)]
+    np.testing.assert_allclose(levels("flow", "linear_quadratic", n), 1 - np.array(y), rtol=1e-9)
+    highest = np.exp(-vp_levels(SD)[-1])
+    np.testing.assert_allclose(
+        levels("vp_scaled_linear", "linear_quadratic", n), highest * (1 - np.array(y)), rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize("n", [2, 7, 10, 20])
+def test_bong_tangent(n):
+    """Two arctangents of slope 0.2 (at 40 places) about the place int(0.6 (n + 2)), from 1 to 0.5 and on to 0."""
+    places, slope = n + 2, 0.2 * 40 / (n + 2)
+    pivot = int(0.6 * places)
+
+    def arc(count, pivot, start, end):
+        y = [(2 / np.pi * np.arctan(-slope * (x - pivot)) + 1) / 2 for x in range(count)]
+        return [(v - y[-1]) / (y[0] - y[-1]) * (start - end) + end for v in y]
+
+    expected = np.array(arc(pivot, pivot, 1.0, 0.5)[:-1] + arc(places - pivot, 0, 0.5, 0.0)[:-1])
+    np.testing.assert_allclose(levels("flow", "bong_tangent", n), expected, rtol=1e-9)
+    highest = np.exp(-vp_levels(SD)[-1])
+    np.testing.assert_allclose(levels("vp_scaled_linear", "bong_tangent", n), highest * expected, rtol=1e-9)
+
+
 # -- of distilled networks --
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 7])
+def test_the_grid_of_latent_consistency_is_the_one_of_fifty_distilled_steps(n):
+    np.testing.assert_allclose(grid("vp_scaled_linear", "lcm", n), distilled(PATHS["vp_scaled_linear"], n, 50))
+    np.testing.assert_allclose(grid("flow", "lcm", n), 1000 * (50 - np.floor(50 * np.arange(n) / n)) / 50)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
@@ -203,9 +310,9 @@ def test_distilled_is_the_grid_of_lcm(n, original, strength):
 
 def test_no_named_grid_is_left_out():
     """Each has its formula above."""
-    in_time = {"trailing", "linspace", "leading", "power"}
-    in_noise = {"balanced", "noise_fraction", "ays", *ramps(0.1, 1.0, 2)}
-    assert set(GRIDS) == in_time | in_noise
+    in_time = {"trailing", "linspace", "leading", "power", "simple", "sgm_uniform", "beta_timesteps", "beta57", "lcm"}
+    in_noise = {"balanced", "noise_fraction", "kl_optimal", "linear_quadratic", "bong_tangent", *ramps(0.1, 1.0, 2)}
+    assert set(GRIDS) == in_time | in_noise | {"ays", "ays_sdxl", "ays_svd"}
 
 
 # -- a noise level of its own for each step --

@@ -9,7 +9,8 @@ import torch
 from helpers import PATHS
 
 from diffusers_sde.defaults import measured_defaults
-from diffusers_sde.grids import GRIDS, make_grid, nodes_from_times
+from diffusers_sde.grids import nodes_from_times
+from diffusers_sde.named_grids import GRIDS, make_grid
 from diffusers_sde.paths import FlowMatching, Path, VarianceExploding, VariancePreserving
 from diffusers_sde.prediction import model_coefficients, prediction_coefficients
 from diffusers_sde.tables import build_multistep

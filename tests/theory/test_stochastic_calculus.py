@@ -16,7 +16,7 @@ from scipy.integrate import quad
 from diffusers_sde import GaussianMixtureModel
 from diffusers_sde.analytic import GaussianMixture
 from diffusers_sde.dynamics import conditional_score, drift_and_diffusion
-from diffusers_sde.grids import make_grid
+from diffusers_sde.named_grids import make_grid
 from diffusers_sde.noise import brownian_weights
 from diffusers_sde.paths import Path
 from diffusers_sde.prediction import PREDICTION_TYPES, convert, prediction_coefficients
