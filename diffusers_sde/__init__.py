@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.class_conditional import ClassConditionalPipeline
+    from diffusers_sde.generation import sample_adaptive, sample_parallel
     from diffusers_sde.hub import write_component_modules
     from diffusers_sde.models.classifier import NoisyClassifierModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
@@ -46,6 +47,8 @@ __all__ = [
     "SchedulerMixin",
     "TableScheduler",
     "calibrate",
+    "sample_adaptive",
+    "sample_parallel",
     "write_component_modules",
 ]
 
@@ -54,6 +57,8 @@ _MODULES = {
     "ClassConditionalPipeline": "diffusers_sde.class_conditional",
     "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
     "calibrate": "diffusers_sde.calibration.run",
+    "sample_adaptive": "diffusers_sde.generation",
+    "sample_parallel": "diffusers_sde.generation",
     "write_component_modules": "diffusers_sde.hub",
     "NoisyClassifierModel": "diffusers_sde.models.classifier",
     "FlowMapUNet2DModel": "diffusers_sde.models.flow_map_unet",

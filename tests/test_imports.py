@@ -32,7 +32,7 @@ LAYERS = [
     {"sampling"},
     {"schedulers", "methods"},
     {"class_conditional"},
-    {"assets"},
+    {"assets", "generation"},
     {"named_samplers", "loading"},
     {"calibration", "comparison", "training"},
     {"benchmarks"},
