@@ -347,4 +347,5 @@ def _latent_shape(pipe: Any, latents: Any, size: Mapping[str, int]) -> tuple[int
 
 def _is_flow_map(scheduler: Any) -> bool:
     """Whether a scheduler, of this package or of diffusers, is one of networks that jump."""
-    return isinstance(scheduler, FlowMapScheduler) or class_name(scheduler.config) in FLOW_MAP_CLASSES
+    names = {type(scheduler).__name__, class_name(scheduler.config)}  # one that was constructed names no class
+    return isinstance(scheduler, FlowMapScheduler) or not names.isdisjoint(FLOW_MAP_CLASSES)

@@ -26,7 +26,7 @@ pipe.scheduler = ReverseSDEScheduler.from_config(pipe.scheduler.config)
 rows, rounds = [], []
 for tolerance in (0.5, 0.0):
     generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": 8, "guidance_scale": 4.0, "generator": generator, "tolerance": tolerance}
+    options = {"num_inference_steps": 6, "guidance_scale": 4.0, "generator": generator, "tolerance": tolerance}
     made = pipe(["red apple", "rocket"], **options)
     rows += made.images
     rounds.append(made.rounds)

@@ -9,7 +9,19 @@ from __future__ import annotations
 import argparse
 import warnings
 
-SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels", "captions", "calibration")
+SECTIONS = (
+    "speed",
+    "memory",
+    "oracle",
+    "network",
+    "sde",
+    "robustness",
+    "labels",
+    "captions",
+    "calibration",
+    "parallel",
+    "adaptive",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +67,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(section: str, args: argparse.Namespace) -> None:
     from diffusers_sde.benchmarks import (
+        adaptive,
         calibration,
         captions,
         deterministic,
         errors,
         labels,
         lora,
+        parallel,
         robustness,
         steps,
         stochastic,
@@ -90,5 +104,9 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         lora.measure(args.seed, args.training_images)
     elif section == "errors":
         errors.measure(args.seed)
+    elif section == "parallel":
+        parallel.measure(args.seed)
+    elif section == "adaptive":
+        adaptive.measure(args.seed)
     elif section == "training":
         training.measure()

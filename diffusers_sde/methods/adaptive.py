@@ -10,8 +10,8 @@ their difference
 in units of the data at the end of the run (the flow of ``N(0, data_std^2 I)`` data keeps that quantity), is held below
 ``tolerance``, and the better of the two is gone on from (local extrapolation).  Then the error at the end is in
 proportion to the tolerance (Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4).  The
-next step is ``h (tolerance/e)^(0.7/k) (e_before/tolerance)^(0.4/k)``, k = p + 1 (the PI controller of Gustafsson 1991,
-ACM Trans. Math. Softw. 17, 533), in the coordinate ``log(1 + data_std alpha/sigma)``, which is finite at alpha = 0.
+next step is ``h (aim/e)^(0.7/k) (e_before/aim)^(0.4/k)``, k = p + 1, with an aim somewhat below the tolerance (the PI
+controller of Gustafsson 1991, ACM Trans. Math. Softw. 17, 533), in the coordinate ``log(1 + data_std alpha/sigma)``, which is finite at alpha = 0.
 The order is that of which the longest step is expected: the differences e_1, e_2, ... of all orders come from the same
 evaluations.
 
@@ -39,10 +39,8 @@ from diffusers_sde.weights import Point, evaluation_coefficients, linear_coeffic
 EvaluatePoints = Callable[[torch.Tensor, Sequence[Point], Sequence[int]], torch.Tensor]
 
 MAX_ORDER = 4  # of the predictor
-LOCAL = (
-    4.0  # what a step's estimate may be, in tolerances: measured, so that the error of the result is about 1 of them
-)
-SAFETY = 0.9  # of the step that is expected to just pass
+LOCAL = 8.0  # tolerances that a step's estimate may have: measured, for an error of about one at the end
+SAFETY = 0.75  # of the step that is expected to just pass: a rejected one costs an evaluation
 SHRINK, GROW = 0.2, 4.0  # of a step to the one before
 FIRST = 0.02  # the first step, of the whole way
 RESERVE = 0.25  # of the evaluations, with which the rest of the way is gone in equal steps
@@ -225,9 +223,13 @@ class _Run:
 
     def _expected(self, order: int, error: float, before: float | None = None) -> float:
         """The step after one with this error, by the PI controller where the error ``before`` it is known."""
-        ratio, k = self._bound / max(error, 1e-12 * self._bound), order + 1
-        factor = ratio ** (1 / k) if before is None else ratio ** (0.7 / k) * (before / self._bound) ** (0.4 / k)
-        return self._step * min(max(SAFETY * factor, SHRINK), GROW)
+        k = order + 1
+        aim, floor = self._bound * SAFETY**k, 1e-12 * self._bound
+        error, before = max(error, floor), None if before is None else max(before, floor)
+        factor = (
+            (aim / error) ** (1 / k) if before is None else (aim / error) ** (0.7 / k) * (before / aim) ** (0.4 / k)
+        )
+        return self._step * min(max(factor, SHRINK), GROW)
 
     def _accept(self, order: int, new: torch.Tensor, errors: dict[int, float], passed: bool) -> None:
         corrector = self._corrector(order) if order else None
