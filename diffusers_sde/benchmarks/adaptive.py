@@ -48,10 +48,8 @@ def measure(seed: int = 0) -> None:
             rejected = statistics.mean(report.rejected for report in made.reports)
             needed = [_evaluations(errors, error) for errors in (best, default)]
             shares = [f"{n:.0f} ({statistics.mean(spent) / n:.2f})" if np.isfinite(n) else "more" for n in needed]
-            rows.append(
-                [f"{tolerance:g}", f"{error:.1e}", f"{error / tolerance:.2f}", f"{statistics.mean(spent):.0f}"]
-                + [f"{rejected:.1f}", *shares]
-            )
+            measured = [f"{tolerance:g}", f"{error:.1e}", f"{error / tolerance:.2f}", f"{statistics.mean(spent):.0f}"]
+            rows.append([*measured, f"{rejected:.1f}", *shares])
         header = ["tolerance", "error", "in tolerances", "evaluations", "rejected", "best fixed grid", "default grid"]
         print_table(f"Steps chosen by their error: mixture oracle, {name}", header, rows)
 

@@ -8,12 +8,12 @@ their difference
     e_p = data_std / sqrt(data_std^2 alpha_t^2 + sigma_t^2)  rms(corrected - predicted),
 
 in units of the data at the end of the run (the flow of ``N(0, data_std^2 I)`` data keeps that quantity), is held below
-``tolerance``, and the better of the two is gone on from (local extrapolation).  Then the error at the end is in
+a bound, and the better of the two is gone on from (local extrapolation).  Then the error at the end is in
 proportion to the tolerance (Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, section II.4).  The
-next step is ``h (aim/e)^(0.7/k) (e_before/aim)^(0.4/k)``, k = p + 1, with an aim somewhat below the tolerance (the PI
-controller of Gustafsson 1991, ACM Trans. Math. Softw. 17, 533), in the coordinate ``log(1 + data_std alpha/sigma)``, which is finite at alpha = 0.
-The order is that of which the longest step is expected: the differences e_1, e_2, ... of all orders come from the same
-evaluations.
+next step is ``h (aim/e)^(0.7/k) (e_before/aim)^(0.4/k)``, k = p + 1, with an aim somewhat below the bound (the PI
+controller of Gustafsson 1991, ACM Trans. Math. Softw. 17, 533), in the coordinate ``log(1 + data_std alpha/sigma)``,
+which is finite at alpha = 0.  The order is that of which the longest step is expected: the differences e_1, e_2, ... of
+all orders come from the same evaluations.
 
 Knows the field of a network at points of a path; knows no grid, scheduler or pipeline.
 """
@@ -146,7 +146,8 @@ class _Run:
         self._x, self.place, self.arrived = x, 0.0, False
         self._points: list[Point] = []  # where the network was evaluated, latest first, and what F was
         self._history: list[torch.Tensor] = []
-        self._step, self._order, self._before = FIRST * way.length, 1, 1.0
+        self._step, self._order = FIRST * way.length, 1
+        self._before: dict[int, float] = {}  # the errors of the step before, by order
         self._accepted = self._rejected = self._evaluations = 0
         self._met, self._log_snr = True, [way.point(0.0).log_snr]
         self.proposed, self.end = x, way.point(0.0)  # the first evaluation is where the run stands
@@ -214,21 +215,21 @@ class _Run:
             predictor, corrector = self._predictor(order), self._corrector(order)
             if predictor is None or corrector is None:
                 break
-            difference = corrector - np.append(0.0, predictor)
-            zero = torch.zeros_like(new)
-            for weight, evaluation in zip(difference.tolist(), [new, *self._history], strict=False):
-                zero.add_(evaluation, alpha=weight)
-            errors[order] = scale * float(zero.double().square().mean().sqrt())
+            difference = torch.zeros_like(new)
+            weights = (corrector - np.append(0.0, predictor)).tolist()
+            for weight, evaluation in zip(weights, [new, *self._history], strict=False):
+                difference.add_(evaluation, alpha=weight)
+            error = scale * float(difference.double().square().mean().sqrt())
+            errors[order] = error if math.isfinite(error) else math.inf
         return errors
 
     def _expected(self, order: int, error: float, before: float | None = None) -> float:
         """The step after one with this error, by the PI controller where the error ``before`` it is known."""
         k = order + 1
         aim, floor = self._bound * SAFETY**k, 1e-12 * self._bound
-        error, before = max(error, floor), None if before is None else max(before, floor)
-        factor = (
-            (aim / error) ** (1 / k) if before is None else (aim / error) ** (0.7 / k) * (before / aim) ** (0.4 / k)
-        )
+        factor = (aim / max(error, floor)) ** ((1.0 if before is None else 0.7) / k)
+        if before is not None:
+            factor *= (min(max(before, floor), self._bound) / aim) ** (0.4 / k)
         return self._step * min(max(factor, SHRINK), GROW)
 
     def _accept(self, order: int, new: torch.Tensor, errors: dict[int, float], passed: bool) -> None:
@@ -238,13 +239,9 @@ class _Run:
         self.place, self._accepted, self._met = self.place + self._step, self._accepted + 1, self._met and passed
         self._log_snr.append(self.end.log_snr)
         self.arrived = self.place >= self._way.length * (1 - 1e-12)
-        steps = {
-            p: self._expected(p, error, self._before if p == order else None)
-            for p, error in errors.items()
-            if p <= order + 1
-        }
+        before, self._before = self._before, errors
+        steps = {p: self._expected(p, error, before.get(p)) for p, error in errors.items() if p <= order + 1}
         if steps:
-            self._before = errors[order]
             self._order = max(steps, key=lambda p: steps[p])
             self._step = steps[self._order]
 

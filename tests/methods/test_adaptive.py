@@ -41,32 +41,36 @@ def solve(model, x, tolerance, **options):
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_the_error_is_the_tolerance_within_a_factor_of_3_over_four_decades(process):
-    """Mean error of three samples to the exact solution; nor is it much smaller, which would cost evaluations."""
+def test_the_tolerance_is_met_within_a_factor_of_3_over_four_decades(process):
+    """Mean error of three samples to the exact solution; nor is it below a fifth of the tolerance, which would be
+    evaluations for nothing."""
     model, _ = oracle(process)
     x = start(model, 3)
     exact = exact_flow(model, x)
     ratios = {tolerance: float(rmse(solve(model, x, tolerance)[0], exact).mean()) / tolerance for tolerance in DECADES}
     print(process, ratios)
-    assert all(1 / 10 <= ratio <= 3 for ratio in ratios.values()), ratios
+    assert all(0.2 <= ratio <= 3 for ratio in ratios.values()), ratios
 
 
-def test_no_fixed_grid_is_as_good_with_three_quarters_of_the_evaluations():
-    """The best of named grids and orders chosen with hindsight for this mixture."""
+def test_the_best_fixed_grid_for_a_mixture_saves_at_most_a_third_of_the_evaluations():
+    """The best of named grids and orders, chosen with hindsight for this mixture, has a larger error with two thirds
+    of the evaluations; the default grid has one with nine tenths of them."""
     model, scheduler = oracle()
     x = start(model, 3)
     exact = exact_flow(model, x)
     made, reports = solve(model, x, 1e-3)
-    spent = sum(report.evaluations for report in reports) / len(reports)
-    errors = {}
-    for order in (2, 3, 4):
-        for grid, rho in (("power", 1.25), ("power", 2.0), ("balanced", 1.1), ("karras", 7.0), ("log_snr", None)):
-            options = {"grid": grid, "rho": rho, "solver_order": order, "final": "second_order"}
-            scheduler = ProbabilityFlowScheduler.from_config(scheduler.config, **options)
-            scheduler.set_timesteps(math.floor(spent / 1.3))
-            errors[order, grid, rho] = float(rmse(sample(network_denoiser(model), scheduler, x), exact).mean())
-    print(spent, float(rmse(made, exact).mean()), sorted(errors.items(), key=lambda e: e[1])[:4])
-    assert min(errors.values()) > float(rmse(made, exact).mean())
+    error, spent = float(rmse(made, exact).mean()), sum(report.evaluations for report in reports) / len(reports)
+
+    def fixed(evaluations, **options):
+        grid = ProbabilityFlowScheduler.from_config(scheduler.config, **options)
+        grid.set_timesteps(math.floor(evaluations))
+        return float(rmse(sample(network_denoiser(model), grid, x), exact).mean())
+
+    grids = [("power", 1.25), ("power", 2.0), ("balanced", 1.1), ("karras", 7.0), ("log_snr", None)]
+    known = {"final": "second_order"}
+    errors = [fixed(2 / 3 * spent, solver_order=p, grid=grid, rho=rho, **known) for p in (3, 4) for grid, rho in grids]
+    print(spent, error, sorted(errors)[:3], fixed(0.9 * spent))
+    assert min(errors) > error and fixed(0.9 * spent) > error
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -79,7 +83,6 @@ def test_data_of_the_scale_of_the_exact_part_takes_the_longest_steps(process):
     made, (report, _) = solve(model, x, 1e-6)
     alpha, sigma = (float(v) for v in path.alpha_sigma(path.noisiest))
     torch.testing.assert_close(made, x * path.data_scale / math.hypot(path.data_scale * alpha, sigma))
-    print(report)
     assert report.rejected == 0 and report.evaluations == 5
 
 
@@ -158,7 +161,6 @@ def test_wrong_inputs_are_refused_without_work(wrong, message):
 def test_the_pipeline_spends_more_where_more_is_asked_for():
     """The snippet of its docstring on the embedded model: two rows of pictures, each with its number of evaluations."""
     variables = run("adaptive_sampling")
-    print(variables["evaluations"])
     coarse, fine = variables["evaluations"]
     assert all(few < many for few, many in zip(coarse, fine, strict=True))
     assert variables["image"].size == (288, 192)
