@@ -41,6 +41,9 @@ from diffusers_sde.schedulers import CalibratedScheduler, FlowMapScheduler, Prob
 from diffusers_sde.stock_configs import FLOW_MAP_CLASSES, canonical_config, class_name
 from diffusers_sde.weights import Point
 
+# The schedulers of diffusers whose networks are distilled to jump.
+JUMPING = {"LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler", *FLOW_MAP_CLASSES}
+
 
 @dataclass
 class ParallelOutput(BaseOutput):
@@ -348,4 +351,4 @@ def _latent_shape(pipe: Any, latents: Any, size: Mapping[str, int]) -> tuple[int
 def _is_flow_map(scheduler: Any) -> bool:
     """Whether a scheduler, of this package or of diffusers, is one of networks that jump."""
     names = {type(scheduler).__name__, class_name(scheduler.config)}  # one that was constructed names no class
-    return isinstance(scheduler, FlowMapScheduler) or not names.isdisjoint(FLOW_MAP_CLASSES)
+    return isinstance(scheduler, FlowMapScheduler) or not names.isdisjoint(JUMPING)

@@ -18,6 +18,7 @@ from diffusers_sde.paths import Path
 from diffusers_sde.prediction import split_variance
 from diffusers_sde.schedulers.compiled import CompiledRow
 from diffusers_sde.schedulers.data_prediction import limited
+from diffusers_sde.schedulers.execution import next_mean
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Transitions:
 
     def reach(self, i: int) -> int:
         """How many evaluations row ``i`` reads, its own included."""
-        return len(self.rows[i].weights)
+        return self.rows[i].reads
 
     def evaluation(self, i: int, sample: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
         """The evaluation E of row ``i`` at the state ``sample`` (N, ...), from what the network said there."""
@@ -81,9 +82,7 @@ class Transitions:
             chosen: which samples of the run these are.
         """
         row = self.rows[i]
-        mean = torch.mul(sample, row.a)
-        for weight, evaluation in zip(row.weights, evaluations, strict=False):
-            mean.add_(evaluation, alpha=weight)
+        mean = next_mean(row, sample, evaluations[0], evaluations[1:])
         if row.noise and row.c and self.seeds is not None:
             mean.add_(noise.combine(row.noise, self.seeds[chosen], sample.shape).to(mean.dtype), alpha=row.c)
         return mean

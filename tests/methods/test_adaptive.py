@@ -48,7 +48,6 @@ def test_the_tolerance_is_met_within_a_factor_of_3_over_four_decades(process):
     x = start(model, 3)
     exact = exact_flow(model, x)
     ratios = {tolerance: float(rmse(solve(model, x, tolerance)[0], exact).mean()) / tolerance for tolerance in DECADES}
-    print(process, ratios)
     assert all(0.2 <= ratio <= 3 for ratio in ratios.values()), ratios
 
 
@@ -69,7 +68,6 @@ def test_the_best_fixed_grid_for_a_mixture_saves_at_most_a_third_of_the_evaluati
     grids = [("power", 1.25), ("power", 2.0), ("balanced", 1.1), ("karras", 7.0), ("log_snr", None)]
     known = {"final": "second_order"}
     errors = [fixed(2 / 3 * spent, solver_order=p, grid=grid, rho=rho, **known) for p in (3, 4) for grid, rho in grids]
-    print(spent, error, sorted(errors)[:3], fixed(0.9 * spent))
     assert min(errors) > error and fixed(0.9 * spent) > error
 
 
