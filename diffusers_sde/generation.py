@@ -291,7 +291,7 @@ def _opened(
     needed = [p.name for p in inspect.signature(pipe.__call__).parameters.values() if p.default is p.empty]
     if set(needed) - {"prompt", "class_labels", "args", "kwargs"}:
         raise ValueError(f"{kind} needs {' and '.join(needed)}: use a pipeline that makes pictures from noise.")
-    network = getattr(pipe, network_name(pipe) or "", None)
+    network: Any = getattr(pipe, network_name(pipe) or "", None)
     if takes_prompts(pipe) and network is not None:
         if prompt is None or class_labels is not None:
             raise ValueError(f"{kind} makes pictures of prompts: pass a prompt and no class_labels.")

@@ -64,7 +64,7 @@ def _error(
     final: str | None = None,
 ) -> float:
     """Of a fixed grid with n evaluations."""
-    options = {"grid": grid[0], "rho": grid[1], "solver_order": order, "final": final}
+    options: dict[str, Any] = {"grid": grid[0], "rho": grid[1], "solver_order": order, "final": final}
     scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config, **options)
     scheduler.set_timesteps(n)
     return mean_error(sample(network_denoiser(pipe.unet), scheduler, noise), exact)

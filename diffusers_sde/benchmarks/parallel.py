@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window of 10": {"window": 10},
     "coarse solve of 5": {"predictor_steps": 5},
 }
-TIMED = {"num_inference_steps": 20, "guidance_scale": 3.0, "tolerance": 3e-2, "output_type": "latent"}
+TIMED: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 3.0, "tolerance": 3e-2, "output_type": "latent"}
 PROMPT = "red apple"
 
 
