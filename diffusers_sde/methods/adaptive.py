@@ -219,7 +219,7 @@ class _Run:
             weights = (corrector - np.append(0.0, predictor)).tolist()
             for weight, evaluation in zip(weights, [new, *self._history], strict=False):
                 difference.add_(evaluation, alpha=weight)
-            error = scale * float(difference.double().square().mean().sqrt())
+            error = scale * float(difference.square().mean().sqrt())
             errors[order] = error if math.isfinite(error) else math.inf
         return errors
 

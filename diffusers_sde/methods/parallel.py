@@ -6,8 +6,8 @@ these evaluations, which is a map ``x -> G(x)``; the run is its fixed point (Pic
 2023, arXiv:2305.16317, algorithm 1).  The state after the first row of a window is exact after one sweep, because its
 evaluation was made at an exact state, so that n rows take n calls at most, whatever the network.  The linear part of a
 row is taken exactly and only the nonlinear part F (:mod:`diffusers_sde.weights`) is held fixed in a sweep: for
-``N(0, data_std^2 I)`` data two calls are enough.  The noise of a stochastic row is a function of its seed and its place
-(:mod:`diffusers_sde.noise`), so that a run of an SDE is such a fixed point too.
+``N(0, data_std^2 I)`` data the first sweep arrives.  The noise of a stochastic row is a function of its seed and its
+place (:mod:`diffusers_sde.noise`), so that a run of an SDE is such a fixed point too.
 
 Two things save calls or evaluations.  Anderson acceleration mixes a sweep with those before it, each row with weights
 that read no later row (ParaTAA, Tang et al. 2024, arXiv:2402.09970, section 3.2), which keeps the bound of n calls.  A
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from diffusers_sde.errors import check_whole, is_real
+from diffusers_sde.methods.fields import wide_dtype
 from diffusers_sde.methods.images import at_least_float32
 
 # states (P, ...), the row and the sample of each -> what the network says there (P, ...)
@@ -117,7 +118,7 @@ def sample_rows(
 @dataclass(frozen=True)
 class _Sweep:
     """What one sweep did: the states ``after`` it (n + 1, N, ...), their ``residual`` in units of data (n + 1, N, D),
-    float64, and which states it renewed (n + 1, N)."""
+    in the widest type, and which states it renewed (n + 1, N)."""
 
     after: torch.Tensor
     residual: torch.Tensor
@@ -139,7 +140,7 @@ class _Run:
         self._guessed = False  # by a coarse solve, to the last row
         nodes = transitions.nodes
         scales = [data_std / math.hypot(data_std * a, s) for a, s in zip(nodes.alpha, nodes.sigma, strict=True)]
-        self._scale = torch.tensor(scales, dtype=torch.float64, device=x.device)
+        self._scale = torch.tensor(scales, dtype=wide_dtype(x.device), device=x.device)
 
     @property
     def finished(self) -> int:
@@ -172,7 +173,7 @@ class _Run:
             self._take(after, i, samples)
         place = torch.arange(self.rows + 1, device=before.device)[:, None]
         renewed = (place > self._places(self._start)) & (place <= self._places(self._stop))
-        residual = (after - before).flatten(2).double() * (self._scale[:, None] * renewed)[..., None]
+        residual = (after - before).flatten(2) * (self._scale[:, None] * renewed)[..., None]
         change = residual.square().mean(2).sqrt().tolist()
         latest = {k: self._data_prediction(self._stop[k] - 1, [k]) for k in self.samples if self._start[k] < self.rows}
         for k in latest:
@@ -244,7 +245,7 @@ def _mixed(sweep: _Sweep, past: Sequence[_Sweep]) -> torch.Tensor:
         return sweep.after
     both = torch.stack([sweep.renewed & old.renewed for old in past])[..., None]
     residuals = torch.stack([sweep.residual - old.residual for old in past]) * both
-    steps = torch.stack([(sweep.after - old.after).flatten(2).double() for old in past]) * both
+    steps = torch.stack([(sweep.after - old.after).flatten(2).to(sweep.residual.dtype) for old in past]) * both
     gram = torch.einsum("aikd,bikd->ikab", residuals, residuals).cumsum(0)
     right = torch.einsum("aikd,ikd->ika", residuals, sweep.residual).cumsum(0)
     ridge = _RIDGE * gram.diagonal(dim1=2, dim2=3).sum(2) + torch.finfo(gram.dtype).tiny
