@@ -26,7 +26,7 @@ SECTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    choices = (*SECTIONS, "training", "errors", "lora")
+    choices = (*SECTIONS, "defaults", "training", "errors", "lora")
     parser.add_argument(
         "--sections",
         nargs="+",
@@ -70,6 +70,7 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         adaptive,
         calibration,
         captions,
+        defaults,
         deterministic,
         errors,
         labels,
@@ -102,6 +103,8 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         calibration.measure(args.seed, images, args.guidance_scale, args.training_images, shipped=args.shipped)
     elif section == "lora":
         lora.measure(args.seed, args.training_images)
+    elif section == "defaults":
+        defaults.measure(candidates=args.candidates)
     elif section == "errors":
         errors.measure(args.seed)
     elif section == "parallel":

@@ -15,9 +15,9 @@ import torch
 
 from diffusers_sde.analytic import GaussianMixture
 from diffusers_sde.configs import path_from_config
-from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.prediction import to_model
 from diffusers_sde.sampling import Denoiser
+from diffusers_sde.stock_configs import canonical_config
 
 _BETAS = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
 _SCALED = {**_BETAS, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -81,14 +81,14 @@ def problems(
     """
     if half not in HALVES:
         raise ValueError(f"half must be {' or '.join(HALVES)}, not {half!r}.")
-    for number, name in itertools.product(range(2), processes or PROCESSES):
+    seed = HALVES.index(half)
+    for name in processes or PROCESSES:
         config = PROCESSES[name]
-        seed = 2 * number + HALVES.index(half)
         shift = config.get("shift", 1.0)  # models of larger pictures are shifted for them
         for data, scale in itertools.product((_low_rank(seed), _power_law(seed, shift), _separated(seed)), guidance):
             generator = torch.Generator().manual_seed(1000 + seed)
             noise = torch.randn(SAMPLES, 1, 1, data.everything.dimension, generator=generator, dtype=torch.float64)
-            title = f"{data.name} {number + 1}, {name}, guidance {scale:g}"
+            title = f"{data.name}, {name}, guidance {scale:g}"
             yield Problem(
                 title,
                 path_from_config(canonical_config(config)).family,

@@ -8,8 +8,9 @@ import torch
 from helpers import LINEAR, PATHS, SD, nodes_of
 
 from diffusers_sde import DPMSolverScheduler, GaussianMixtureModel, ProbabilityFlowScheduler, ReverseSDEScheduler
+from diffusers_sde.benchmarks.suite import problems
 from diffusers_sde.extrapolation import trust
-from diffusers_sde.sampling import network_denoiser, sample
+from diffusers_sde.sampling import network_denoiser, rmse, sample
 from diffusers_sde.tables import build_multistep, build_singlestep
 from diffusers_sde.weights import clock_values
 
@@ -98,26 +99,18 @@ def test_a_step_is_the_formula():
 
 @pytest.mark.parametrize("kind", [ProbabilityFlowScheduler, ReverseSDEScheduler, DPMSolverScheduler])
 def test_trust_is_off_with_one_option(kind):
-    """Without it a run is linear in what the network says: twice the outputs from twice the state is twice the run."""
+    """Without it a run is affine in what the network says; with it a surprise counts for less."""
     outputs = torch.randn(6, 2, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    runs = []
-    for factor in (1.0, 2.0):
-        for on in (False, True):
-            extra = {"tau": 0.0} if kind is ReverseSDEScheduler else {}
-            scheduler = kind(**LINEAR, trust=on, **extra)
-            scheduler.set_timesteps(6)
-            shift = factor * torch.cat([outputs[:3], outputs[3:] + (factor - 1) * outputs[:3]])
-            runs.append(evaluations_of(scheduler, shift)[-1])
-    plain, doubting, plain_twice, doubting_twice = runs
-    assert not torch.allclose(plain, doubting)
-    base = [evaluations_of(_laid_out(kind), factor * outputs)[-1] for factor in (0.0, 1.0, 2.0)]
-    torch.testing.assert_close(base[2] - base[1], base[1] - base[0], rtol=1e-10, atol=1e-10)
 
+    def last(factor, on):
+        scheduler = kind(**LINEAR, trust=on, **({"tau": 0.0} if kind is ReverseSDEScheduler else {}))
+        scheduler.set_timesteps(6)
+        return evaluations_of(scheduler, factor * outputs + 0.5)[-1]
 
-def _laid_out(kind):
-    scheduler = kind(**LINEAR, trust=False, **({"tau": 0.0} if kind is ReverseSDEScheduler else {}))
-    scheduler.set_timesteps(6)
-    return scheduler
+    plain = [last(factor, False) for factor in (0.0, 1.0, 2.0)]
+    torch.testing.assert_close(plain[2] - plain[1], plain[1] - plain[0], rtol=1e-10, atol=1e-10)
+    doubting = [last(factor, True) for factor in (0.0, 1.0, 2.0)]
+    assert (doubting[2] - 2 * doubting[1] + doubting[0]).abs().max() > 1e-2
 
 
 def test_trust_of_a_sample_knows_nothing_of_the_batch():
@@ -153,23 +146,19 @@ def test_trust_becomes_full_and_the_order_stays():
 
 
 def test_a_network_that_overshoots_does_not_explode():
-    """Guidance w on data of one point each: ``D = w m - (w - 1) D_0`` with a steep D_0.  At 5 and 8 evaluations the
-    corrected run without trust leaves the data by far more than DDIM does, with it it does not."""
-    generator = torch.Generator().manual_seed(0)
-    means = torch.randn(8, 16, generator=generator, dtype=torch.float64)
-    model = GaussianMixtureModel([1.0] * 8, means.tolist(), [0.02] * 8, process=LINEAR)
-    noise = torch.randn(16, *model.sample_shape, dtype=torch.float64, generator=generator)
-    guided = network_denoiser(model, torch.arange(16) % 8, 12.0)
+    """Guidance 12 on a narrow component beside broad ones: D falls where the state rises.  At 5 evaluations the table
+    as it is ends several times as far from the solution as with trust, which is not behind DDIM."""
+    problem = next(p for p in problems("development", ["cosine"], [12.0]) if p.name.startswith("separated"))
 
-    def error(n, **options):
-        scheduler = ProbabilityFlowScheduler(**LINEAR, **options)
+    def solution(n, **options):
+        scheduler = ProbabilityFlowScheduler.from_config(problem.config, clip_sample=False, **options)
         scheduler.set_timesteps(n)
-        return (sample(guided, scheduler, noise) - reference).flatten(1).norm(dim=1).mean().item()
+        return sample(problem.denoiser, scheduler, problem.noise)
 
-    reference = 0.0
-    scheduler = ProbabilityFlowScheduler(**LINEAR)
-    scheduler.set_timesteps(400)
-    reference = sample(guided, scheduler, noise)
-    for n in (5, 8):
-        ddim = error(n, solver_order=1, grid="trailing")
-        assert error(n) < 1.05 * ddim, n
+    converged = solution(200)
+    error = {name: rmse(solution(5, **options), converged).mean() for name, options in CASES.items()}
+    assert error["table as it is"] > 3 * error["default"]
+    assert error["default"] < error["DDIM"]
+
+
+CASES = {"default": {}, "table as it is": {"trust": False}, "DDIM": {"solver_order": 1, "grid": "trailing"}}
