@@ -167,7 +167,13 @@ model, scheduler = oracle()
 pipe = ClassConditionalPipeline(model, ReverseSDEScheduler.from_config(scheduler.config))
 pipe.set_progress_bar_config(disable=True)
 asked, forward = [], model.forward
-model.forward = lambda x, *args, **kwargs: asked.append(len(x)) or forward(x, *args, **kwargs)
+
+def counted(x, t, *args, **kwargs):
+    if len(t.reshape(-1).unique()) == 1:  # a batch of several times asks for each of them in turn
+        asked.append(len(x))
+    return forward(x, t, *args, **kwargs)
+
+model.forward = counted
 generator = torch.Generator().manual_seed(state.process_index)
 made = sample_parallel(pipe, num_images=3, num_inference_steps=6, tolerance=0.0, split=True, generator=generator,
                        output_type="latent")
