@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from diffusers_sde.calibration.run import calibrate
     from diffusers_sde.class_conditional import ClassConditionalPipeline
+    from diffusers_sde.generation import sample_adaptive, sample_parallel
     from diffusers_sde.guiders import cfg_plus_plus
     from diffusers_sde.hub import write_component_modules
     from diffusers_sde.models.classifier import NoisyClassifierModel
@@ -51,6 +52,8 @@ __all__ = [
     "TableScheduler",
     "calibrate",
     "cfg_plus_plus",
+    "sample_adaptive",
+    "sample_parallel",
     "sampler",
     "write_component_modules",
 ]
@@ -62,6 +65,8 @@ _MODULES = {
     "calibrate": "diffusers_sde.calibration.run",
     "cfg_plus_plus": "diffusers_sde.guiders",
     "sampler": "diffusers_sde.names",
+    "sample_adaptive": "diffusers_sde.generation",
+    "sample_parallel": "diffusers_sde.generation",
     "write_component_modules": "diffusers_sde.hub",
     "NoisyClassifierModel": "diffusers_sde.models.classifier",
     "FlowMapUNet2DModel": "diffusers_sde.models.flow_map_unet",

@@ -6,6 +6,7 @@ and how to drive any scheduler, ours or diffusers', from given noise.  Knows no 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from diffusers_sde.errors import check_finite
 from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
 
 Denoiser = Callable[[torch.Tensor, Any], torch.Tensor]
+# states (P, ...), their times (P,) and the number of the sample that each is a state of, to predictions (P, ...)
+Evaluator = Callable[[torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor]
 CLASS_NAMES = "_class_names"  # key of a network's config; diffusers keeps private keys without a word
 
 
@@ -73,7 +76,8 @@ def network_denoiser(
         guidance_scale: w.
 
     Returns:
-        ``denoiser(sample, timestep)``, (N, C, H, W) to (N, C, H, W): what the network's prediction type says.
+        ``denoiser(sample, timestep)``, (N, C, H, W) to (N, C, H, W): what the network's prediction type says.  The
+        timestep is one, or one for each sample.
 
     Raises:
         ValueError: for guidance without labels or without a null class, and for a class-conditional network without
@@ -95,7 +99,9 @@ def network_denoiser(
     labels = torch.cat([torch.full_like(class_labels, null), class_labels])
 
     def guided(sample: torch.Tensor, t: Any) -> torch.Tensor:
-        unconditional, conditional = network(torch.cat([sample, sample]), t, labels, return_dict=False)[0].chunk(2)
+        times = t.repeat(2) if isinstance(t, torch.Tensor) and t.numel() > 1 else t
+        out = network(torch.cat([sample, sample]), times, labels, return_dict=False)[0]
+        unconditional, conditional = out.chunk(2)
         mean = torch.lerp(unconditional, conditional, guidance_scale)
         channels = sample.shape[1]  # beyond them lies a learned variance, that of the label: no direction to follow
         return mean if mean.shape[1] == channels else torch.cat([mean[:, :channels], conditional[:, channels:]], dim=1)
@@ -103,9 +109,33 @@ def network_denoiser(
     return guided
 
 
-def prompt_denoiser(pipe: Any, prompts: Sequence[str], guidance_scale: float = 1.0, **size: int) -> Denoiser:
-    """The network of a text-to-image pipeline as a function of latents and time, guided as the pipeline guides:
-    ``m_empty + w (m_prompt - m_empty)`` in one batch of 2N, against the empty prompt.
+def label_evaluator(
+    network: torch.nn.Module, class_labels: torch.Tensor | None = None, guidance_scale: float = 1.0
+) -> Evaluator:
+    """:func:`network_denoiser` for states of any of the N samples at times of their own.
+
+    Args:
+        network, class_labels, guidance_scale: as there.
+
+    Returns:
+        ``evaluate(states, times, samples)``, without learned variances.
+
+    Raises:
+        ValueError: as there.
+    """
+    network_denoiser(network, class_labels, guidance_scale)  # refuses what does not fit
+    channels = network.config.in_channels
+
+    def evaluate(x: torch.Tensor, times: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+        labels = None if class_labels is None else class_labels[list(samples)]
+        return network_denoiser(network, labels, guidance_scale)(x, times)[:, :channels]
+
+    return evaluate
+
+
+def prompt_evaluator(pipe: Any, prompts: Sequence[str], guidance_scale: float = 1.0, **size: int) -> Evaluator:
+    """The network of a text-to-image pipeline as a function of latents and times, guided as the pipeline guides:
+    ``m_empty + w (m_prompt - m_empty)`` in one batch of 2P, against the empty prompt.
 
     Args:
         pipe: a pipeline whose latents are pictures, whatever its network makes of them (:mod:`.conditioning`).
@@ -114,7 +144,7 @@ def prompt_denoiser(pipe: Any, prompts: Sequence[str], guidance_scale: float = 1
         size: ``height`` and ``width`` of the pictures in pixels; none: the pipeline's own.
 
     Returns:
-        ``denoiser(latents, timestep)``, (N, C, H, W) to (N, C, H, W).
+        ``evaluate(latents, times, samples)``.
 
     Raises:
         ValueError: where the pipeline packs its latents in a way that is not known.
@@ -123,16 +153,28 @@ def prompt_denoiser(pipe: Any, prompts: Sequence[str], guidance_scale: float = 1
     how = calling(network)
     known = {prompt: capture(pipe, prompt=[prompt], **size) for prompt in dict.fromkeys([*prompts, ""])}
     scale = known[""].time_scale
-    words = list(prompts) if guidance_scale == 1.0 else [*("" for _ in prompts), *prompts]
-    condition = moved(batched(how, [known[prompt].condition for prompt in words]), network.device)
 
-    def guided(sample: torch.Tensor, t: Any) -> torch.Tensor:
-        x = sample if guidance_scale == 1.0 else torch.cat([sample, sample])
-        times = torch.as_tensor(t, device=x.device).expand(len(x))
-        out = call(how, network, x, times, scale, condition)
-        return out if guidance_scale == 1.0 else torch.lerp(*out.chunk(2), guidance_scale)
+    @functools.lru_cache(maxsize=2)  # a batch keeps its samples from call to call
+    def conditions(samples: tuple[int, ...]) -> dict[str, Any]:
+        words = [prompts[k] for k in samples]
+        words = words if guidance_scale == 1.0 else ["" for _ in words] + words
+        return moved(batched(how, [known[prompt].condition for prompt in words]), network.device)
 
-    return guided
+    def evaluate(x: torch.Tensor, times: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+        condition = conditions(tuple(samples))
+        if guidance_scale == 1.0:
+            return call(how, network, x, times, scale, condition)
+        out = call(how, network, torch.cat([x, x]), times.repeat(2), scale, condition)
+        return torch.lerp(*out.chunk(2), guidance_scale)
+
+    return evaluate
+
+
+def prompt_denoiser(pipe: Any, prompts: Sequence[str], guidance_scale: float = 1.0, **size: int) -> Denoiser:
+    """:func:`prompt_evaluator` of all N prompts at one time: ``denoiser(latents, timestep)``, (N, C, H, W) to
+    (N, C, H, W)."""
+    evaluate = prompt_evaluator(pipe, prompts, guidance_scale, **size)
+    return lambda x, t: evaluate(x, torch.as_tensor(t, device=x.device).expand(len(x)), range(len(x)))
 
 
 def flow_map_denoiser(network: torch.nn.Module, scheduler: Any, class_labels: torch.Tensor | None = None) -> Denoiser:

@@ -33,7 +33,7 @@ LAYERS = [
     {"sampling"},
     {"schedulers", "methods"},
     {"class_conditional", "guiders"},
-    {"assets"},
+    {"assets", "generation"},
     {"names", "named_samplers", "loading"},
     {"calibration", "comparison", "training"},
     {"benchmarks"},

@@ -9,7 +9,19 @@ from __future__ import annotations
 import argparse
 import warnings
 
-SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels", "captions", "calibration")
+SECTIONS = (
+    "speed",
+    "memory",
+    "oracle",
+    "network",
+    "sde",
+    "robustness",
+    "labels",
+    "captions",
+    "calibration",
+    "parallel",
+    "adaptive",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(section: str, args: argparse.Namespace) -> None:
     from diffusers_sde.benchmarks import (
+        adaptive,
         calibration,
         captions,
         defaults,
@@ -62,6 +75,7 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         errors,
         labels,
         lora,
+        parallel,
         robustness,
         steps,
         stochastic,
@@ -93,5 +107,9 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         defaults.measure(candidates=args.candidates)
     elif section == "errors":
         errors.measure(args.seed)
+    elif section == "parallel":
+        parallel.measure(args.seed)
+    elif section == "adaptive":
+        adaptive.measure(args.seed)
     elif section == "training":
         training.measure()

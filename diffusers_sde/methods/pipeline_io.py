@@ -128,6 +128,7 @@ def unit_noise(
     generator: Any = None,
     latents: torch.Tensor | None = None,
     device: torch.device | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """Unit normals.
 
@@ -137,6 +138,7 @@ def unit_noise(
         generator: one, or one for each sample.
         latents: the caller's, (N, C, H, W), in the dtype that the state shall have; None: they are drawn.
         device: where they are to be; None: where the network is.
+        shape: (C, H, W) of a sample; None: the network's own.
 
     Returns:
         (N, C, H, W).
@@ -144,7 +146,7 @@ def unit_noise(
     Raises:
         ValueError: for latents of another shape, for some that are not finite, and for another number of generators.
     """
-    shape, device = (batch, *sample_shape(network)), device or network.device
+    shape, device = (batch, *(shape or sample_shape(network))), device or network.device
     if isinstance(generator, list) and len(generator) not in (1, batch):
         raise ValueError(f"{len(generator)} generators for {batch} images: pass one, or one for each image.")
     if latents is None:

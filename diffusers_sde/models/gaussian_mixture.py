@@ -146,11 +146,11 @@ class GaussianMixtureModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"class_labels must be one or {len(sample)} numbers from 0 to {components} (none).")
             labels = labels.expand(len(sample))
         if len(times) > 1 and bool((times != times[0]).any()):
-            parts = [
-                self(sample[i : i + 1], times[i], None if labels is None else labels[i : i + 1], return_dict=False)[0]
-                for i in range(len(sample))
-            ]
-            out = torch.cat(parts)
+            out = torch.empty_like(sample)
+            for t in times.unique():
+                at = times == t
+                there = None if labels is None else labels[at]
+                out[at] = self(sample[at], t, there, return_dict=False)[0]
         else:
             alpha, sigma = (float(v) for v in self.path.alpha_sigma(float(times[0])))
             kind, x = self._process["prediction_type"], sample.double().cpu()

@@ -38,6 +38,7 @@ from diffusers_sde.schedulers.runs import (
     nearest_row,
     row_by_value,
 )
+from diffusers_sde.schedulers.transitions import Transitions
 from diffusers_sde.tables import Table
 
 HALF = (torch.float16, torch.bfloat16)
@@ -284,6 +285,20 @@ class TableScheduler(RunLayout, Conversion):
         if self.config.noise_seed is not None:
             return noise.seeds_from_int(self.config.noise_seed, batch, sample.device)
         return noise.seeds_from_latents(sample)
+
+    def transitions(self, sample: torch.Tensor, generator: Any = None) -> Transitions:
+        """The rows of the run laid out last as functions of state and evaluations, which take no turn in it.
+
+        Args:
+            sample: the state (N, ...) to start from.
+            generator: seeds the noise of a stochastic scheduler, as at the first step of :meth:`step`.
+        """
+        run, config = self._run, self.config
+        compiled = self._compile(run.layout, 0)
+        seeds = self._seeds(run.anew(0), sample, generator) if any(r.noise and r.c for r in compiled.rows) else None
+        nodes, times = self._nodes(run.layout), self.timesteps.to(sample.device)
+        limits = config if compiled.limits else None
+        return Transitions(compiled.rows, nodes, self.path, times, seeds, limits, config.variance_type)
 
     def rewind(self, index: int) -> None:
         """Go on from row ``index`` with another state: earlier evaluations and the noise path are forgotten."""
