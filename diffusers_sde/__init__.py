@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from diffusers_sde.models.classifier import NoisyClassifierModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
     from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
+    from diffusers_sde.models.token_oracle import MarkovChainModel
     from diffusers_sde.schedulers import (
         CalibratedScheduler,
         DPMSolverScheduler,
         FlowMapScheduler,
+        MaskedDiffusionScheduler,
         ProbabilityFlowScheduler,
         ReverseSDEScheduler,
         TableScheduler,
+        UniformDiffusionScheduler,
     )
 
 __version__ = "0.1.0"
@@ -39,12 +42,15 @@ __all__ = [
     "FlowMapScheduler",
     "FlowMapUNet2DModel",
     "GaussianMixtureModel",
+    "MarkovChainModel",
+    "MaskedDiffusionScheduler",
     "ModelMixin",
     "NoisyClassifierModel",
     "ProbabilityFlowScheduler",
     "ReverseSDEScheduler",
     "SchedulerMixin",
     "TableScheduler",
+    "UniformDiffusionScheduler",
     "calibrate",
     "write_component_modules",
 ]
@@ -53,6 +59,7 @@ __all__ = [
 _MODULES = {
     "ClassConditionalPipeline": "diffusers_sde.class_conditional",
     "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
+    "MarkovChainModel": "diffusers_sde.models.token_oracle",
     "calibrate": "diffusers_sde.calibration.run",
     "write_component_modules": "diffusers_sde.hub",
     "NoisyClassifierModel": "diffusers_sde.models.classifier",

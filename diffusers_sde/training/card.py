@@ -90,6 +90,14 @@ _SNIPPETS = {
 
 classifier = NoisyClassifierModel.from_pretrained({name})
 logits = classifier(noisy_images, timesteps)  # log p(class | x_t) up to a constant, (N, classes)""",
+    "masked": """import diffusers_sde
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(
+    {name}, custom_pipeline="pipelines/text_generation.py", trust_remote_code=True
+)
+pipe.scheduler = diffusers_sde.MaskedDiffusionScheduler.from_config(pipe.scheduler.config)
+print(pipe("And God said, ", gen_length=100, num_inference_steps=50).texts[0])""",
     "autoencoder": """from diffusers import AutoencoderKL
 
 vae = AutoencoderKL.from_pretrained({name})

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from diffusers_sde.class_conditional import ClassConditionalPipeline
 from diffusers_sde.errors import UsageError
-from diffusers_sde.training import autoencoders, card
+from diffusers_sde.training import autoencoders, card, language
 from diffusers_sde.training.arguments import FLOW_MAPS
 from diffusers_sde.training.checkpoints import NotWritten, publish_into
 from diffusers_sde.training.parts import save_weights
@@ -61,7 +61,7 @@ def finish(session: Session, command: str) -> None:
                 f"The weights are too large for --save_precision {settings.save_precision}: the training itself is "
                 f"complete, pass fp32 or bf16 and {session.last_good()}."
             )
-        measured = autoencoders.measure(task, session.measured) if task.name == autoencoders.NAME else {}
+        measured = measure(session)
 
         def write(folder: Path) -> None:
             save_weights(task, state, folder, lora=settings.rank is not None, dtype=dtype)
@@ -81,6 +81,17 @@ def finish(session: Session, command: str) -> None:
     print(f"Saved to {session.output} ({time.perf_counter() - start:.0f} s).", flush=True)
     if settings.push_to_hub:
         upload(session)
+
+
+def measure(session: Session) -> dict[str, str]:
+    """Further facts of the result, for its card."""
+    task = session.task
+    if task.name == autoencoders.NAME:
+        return autoencoders.measure(task, session.measured)
+    if isinstance(task, language.LanguageTask):
+        task.network.eval()
+        return language.measure(session.settings, task, session.measured)
+    return {}
 
 
 def card_content(
@@ -107,7 +118,7 @@ def card_content(
         + (f", LoRA of rank {settings.rank}" if settings.rank is not None else f", saved as {settings.save_precision}"),
         "Process": task.forward_process,
         "Objective": settings.axes,
-        "Length": f"{length.steps} steps of {length.global_batch * length.accumulate} images"
+        "Length": f"{length.steps} steps of {length.global_batch * length.accumulate} {session.measured.unit}"
         + ("" if length.epochs is None else f", {length.epochs:.3g} epochs"),
         "Weights": f"average with a power-function profile, width {settings.ema_sigma_rel}"
         if settings.use_ema
@@ -128,8 +139,7 @@ def card_content(
         "kind": kind,
         "values": {
             "name": json.dumps(name, ensure_ascii=False),
-            "channels": task.channels,
-            "size": task.network.config.get("sample_size"),
+            **task.card_values,
             "condition": condition,
             "shown": shown,
             "target": ", target_timestep=scheduler.target_timestep(t)" if settings.objective == "mean_flow" else "",
