@@ -57,7 +57,7 @@ def law_of_sampler(scheduler, oracle, process: DiscreteProcess, steps: int | lis
         scheduler.set_timesteps(steps)
         steps = scheduler._rows
     states, law = all_states(process, oracle.length), noisy_law(oracle, process, steps[0].start)
-    count, first = len(states), None
+    count, first, held = len(states), None, torch.empty(0)
     for row in steps:
         alpha = row.start if row.stage != "second" else float(scheduler._schedule.alpha(row.time))
         clean = clean_laws(oracle, process, states, alpha)
@@ -89,5 +89,3 @@ def frequencies(x: torch.Tensor, vocabulary: int) -> torch.Tensor:
 
 def entropy_of(law: torch.Tensor) -> float:
     return float(torch.special.entr(law).sum())
-
-

@@ -16,7 +16,7 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import BaseOutput
 
-from diffusers_sde.discrete.categorical import sample_categorical, shape_logits
+from diffusers_sde.discrete.categorical import shape_logits
 from diffusers_sde.discrete.leaps import log_odds, survival, tau_leap, trapezoidal_rates
 from diffusers_sde.discrete.processes import DiscreteProcess
 from diffusers_sde.discrete.schedules import NoiseSchedule, noise_schedule
@@ -41,6 +41,15 @@ class DiscreteSchedulerOutput(BaseOutput):
     transfer_index: torch.Tensor
     editing_transfer_index: torch.Tensor
     pred_logits: torch.Tensor
+
+
+def check_logits(model_output: torch.Tensor, sample: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless there are logits (N, L, S) for every token (N, L)."""
+    if model_output.shape[:-1] != sample.shape:
+        raise ValueError(
+            f"logits have shape {tuple(model_output.shape)} and tokens {tuple(sample.shape)}: pass those of the same "
+            "positions."
+        )
 
 
 @dataclass(frozen=True)
@@ -173,16 +182,6 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         rates = trapezoidal_rates(self._first, process.reverse_rates(sample, clean, middle, 1 - middle), c.theta)
         self._first = None
         return tau_leap(sample, rates * process.made(sample)[..., None], duration * (1 - c.theta))
-
-    def _drawn(
-        self,
-        process: DiscreteProcess,
-        row: Row,
-        sample: torch.Tensor,
-        clean: torch.Tensor,
-        generator: torch.Generator | None,
-    ) -> torch.Tensor:
-        return sample_categorical(self.transition(process, row, sample, clean), generator)
 
     def _output(
         self,

@@ -12,7 +12,7 @@ from diffusers_sde.discrete.leaps import remasking_probability, unmasking_probab
 from diffusers_sde.discrete.orders import ORDERS, entropy_bounded, first_of, priorities, unmasked_count
 from diffusers_sde.discrete.processes import DiscreteProcess, absorbing
 from diffusers_sde.errors import check_finite
-from diffusers_sde.schedulers.discrete import LEAPS, DiscreteScheduler, DiscreteSchedulerOutput, Row
+from diffusers_sde.schedulers.discrete import LEAPS, DiscreteScheduler, DiscreteSchedulerOutput, Row, check_logits
 
 ALGORITHMS = (*LEAPS, "first_hitting", *ORDERS[1:], "entropy_bound")
 
@@ -113,23 +113,70 @@ class MaskedDiffusionScheduler(DiscreteScheduler):
         Raises:
             ValueError: without a mask token, and for shapes that do not fit.
         """
+        shaping = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "sampling_method": sampling_method}
+        process, mask, clean = self._read(model_output, sample, mask_token_id, shaping)
+        masked, row = sample == mask, self.row(timestep)
+        if self.config.algorithm_type in LEAPS:
+            state = sample_categorical(self.transition(process, row, sample, clean), generator)
+        else:
+            state = self._ordered(row, sample, masked, clean, generator)
+        noise = torch.stack([masked, state == mask])
+        return self._output(model_output, sample, clean, state, noise, prompt_mask, return_dict)
+
+    def law(
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        *,
+        mask_token_id: int | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        **shaping: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The law of the next state, each position by itself: what steering weighs.
+
+        Args:
+            model_output, timestep, sample, mask_token_id, prompt_mask: as in :meth:`step`.
+            shaping: temperature, top_p, top_k and sampling_method, as in :meth:`clean`.
+
+        Returns:
+            ``(law of the next state, law of the clean tokens)``, each (N, L, S).
+
+        Raises:
+            ValueError: for an order, whose positions depend on each other, and as :meth:`step`.
+        """
+        if self.config.algorithm_type not in LEAPS:
+            raise ValueError(
+                f"algorithm_type {self.config.algorithm_type} draws positions together: use algorithm_type='ancestral'."
+            )
+        process, _, clean = self._read(model_output, sample, mask_token_id, shaping)
+        law = self.transition(process, self.row(timestep), sample, clean)
+        if prompt_mask is not None:
+            here = torch.nn.functional.one_hot(sample, process.states).to(law)
+            law = torch.where(prompt_mask.to(law.device)[..., None], here, law)
+        return law, clean
+
+    def transition(self, process: DiscreteProcess, row: Row, sample: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        if not self.config.remasking:
+            return super().transition(process, row, sample, clean)
+        sigma = remasking_probability(self.config.remasking, row.start, row.end)
+        unmask = unmasking_probability(row.start, row.end, sigma)
+        here = torch.nn.functional.one_hot(sample, process.states).to(clean)
+        masked = process.made(sample)[..., None]
+        again = (1 - sigma) * here + sigma * process.stationary.to(clean)
+        return torch.where(masked, unmask * clean + (1 - unmask) * here, again)
+
+    def _read(
+        self, model_output: torch.Tensor, sample: torch.Tensor, mask_token_id: int | None, shaping: dict[str, Any]
+    ) -> tuple[DiscreteProcess, int, torch.Tensor]:
+        """The process, its mask, and the law of the clean tokens."""
         mask = self.config.mask_token_id if mask_token_id is None else mask_token_id
         if mask is None:
             raise ValueError("The mask is unknown: pass mask_token_id to step, or set it in the config.")
-        if model_output.shape[:-1] != sample.shape:
-            raise ValueError(f"logits have shape {tuple(model_output.shape)}, tokens {tuple(sample.shape)}.")
+        check_logits(model_output, sample)
         forbidden = torch.arange(model_output.shape[-1], device=sample.device) == mask
-        logits = model_output.masked_fill(forbidden, -torch.inf)
-        clean, row = self.clean(logits, temperature, top_p, top_k, sampling_method), self.row(timestep)
-        masked, process = sample == mask, absorbing(model_output.shape[-1], mask)
-        if self.config.algorithm_type not in LEAPS:
-            state = self._ordered(row, sample, masked, clean, generator)
-        elif self.config.remasking:
-            state = sample_categorical(self._remasked(process, row, sample, masked, clean), generator)
-        else:
-            state = self._drawn(process, row, sample, clean, generator)
-        noise = torch.stack([masked, state == mask])
-        return self._output(model_output, sample, clean, state, noise, prompt_mask, return_dict)
+        clean = self.clean(model_output.masked_fill(forbidden, -torch.inf), **shaping)
+        return absorbing(model_output.shape[-1], mask), mask, clean
 
     def _ordered(
         self,
@@ -150,15 +197,3 @@ class MaskedDiffusionScheduler(DiscreteScheduler):
             priority = priorities(order, clean, tokens, generator)
             chosen = first_of(priority, masked, unmasked_count(masked, row.start, row.end))
         return torch.where(chosen, tokens, sample)
-
-    def _remasked(
-        self, process: DiscreteProcess, row: Row, sample: torch.Tensor, masked: torch.Tensor, clean: torch.Tensor
-    ) -> torch.Tensor:
-        """The law of an ancestral step that masks tokens again."""
-        sigma = remasking_probability(self.config.remasking, row.start, row.end)
-        unmask = unmasking_probability(row.start, row.end, sigma)
-        here = torch.nn.functional.one_hot(sample, process.states).to(clean)
-        to_mask = process.stationary.to(clean)
-        return torch.where(
-            masked[..., None], unmask * clean + (1 - unmask) * here, (1 - sigma) * here + sigma * to_mask
-        )

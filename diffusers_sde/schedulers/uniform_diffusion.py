@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from diffusers_sde.discrete.categorical import sample_categorical
 from diffusers_sde.discrete.processes import uniform
-from diffusers_sde.schedulers.discrete import LEAPS, DiscreteScheduler, DiscreteSchedulerOutput
+from diffusers_sde.schedulers.discrete import LEAPS, DiscreteScheduler, DiscreteSchedulerOutput, check_logits
 
 
 class UniformDiffusionScheduler(DiscreteScheduler):
@@ -75,10 +76,10 @@ class UniformDiffusionScheduler(DiscreteScheduler):
         Raises:
             ValueError: for shapes that do not fit.
         """
-        if model_output.shape[:-1] != sample.shape:
-            raise ValueError(f"logits have shape {tuple(model_output.shape)}, tokens {tuple(sample.shape)}.")
+        check_logits(model_output, sample)
         clean, row = self.clean(model_output, temperature, top_p, top_k), self.row(timestep)
-        state = self._drawn(uniform(model_output.shape[-1]), row, sample, clean, generator)
+        process = uniform(model_output.shape[-1])
+        state = sample_categorical(self.transition(process, row, sample, clean), generator)
         last = torch.full_like(sample, row.end == 1, dtype=torch.bool)
         noise = torch.stack([torch.ones_like(last), ~last & (state == sample)])
         return self._output(model_output, sample, clean, state, noise, prompt_mask, return_dict)
