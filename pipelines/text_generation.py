@@ -108,9 +108,9 @@ class TextGenerationPipeline(DiffusionPipeline):
             guidance_scale: 1 is none.
             temperature, top_k, top_p: of the draws, where the scheduler takes them; temperature 0 takes the likeliest.
             mask_token_id: None: the tokenizer's.
-            reward: of texts (of tokens (M, L) without a tokenizer) to (M,); texts are then drawn from the law tilted by
-                ``exp(beta reward)``, by ``num_particles`` particles for each: scheduler of this package that draws every
-                position by itself, no blocks.
+            reward: of texts (of tokens (M, L) without a tokenizer) to (M,); texts are then drawn from the law tilted
+                by ``exp(beta reward)``, with ``num_particles`` particles for each: by a scheduler of this package that
+                draws every position by itself, without blocks.
             beta: strength of the tilt.
             num_particles: for each text.
             generator: of all draws.

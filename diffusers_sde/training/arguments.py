@@ -45,7 +45,9 @@ def make_settings(values: dict[str, Any]) -> Settings:
         "snr_gamma": 5.0,
         "time_mean": -1.2 if lognormal else 0.0,
         "time_std": 1.2 if lognormal else 1.0,
-        "validation_inference_steps": 4 if values["objective"] in FLOW_MAPS else 20,
+        "validation_inference_steps": {**dict.fromkeys(FLOW_MAPS, 4), **dict.fromkeys(TEXT, 64)}.get(
+            values["objective"], 20
+        ),
     }
     settings = Settings(**{**values, **{name: value for name, value in defaults.items() if values[name] is None}})
     check(settings)

@@ -166,14 +166,16 @@ def write_card(
     """``README.md`` of a model: what it is, how it was trained, its curves, how to sample it.
 
     ``kind`` names the sampling snippet (unconditional, class, flow_map, class_flow_map, classifier, autoencoder,
-    pipeline, lora), ``values`` fill it in, strings quoted.  Without ``samples.png`` or ``loss.png`` in ``folder`` the
-    card shows none.  ``base_model`` is named to the Hub where it is a model of the Hub.  ``hide`` takes secrets out of
+    pipeline, lora, masked), ``values`` fill it in, strings quoted.  The card shows ``samples.png`` or ``samples.txt``
+    and ``loss.png`` where they are in ``folder``.  ``base_model`` is named to the Hub where it is a model of the Hub.  ``hide`` takes secrets out of
     the text.
     """
 
     def shown(title: str, file: str) -> str:
         return f"![{title}]({file})\n\n" if (folder / file).exists() else ""
 
+    texts = folder / "samples.txt"
+    samples = f"Samples:\n\n```text\n{texts.read_text(encoding='utf-8')}```\n\n" if texts.exists() else ""
     of_hub = base_model is not None and base_model.count("/") == 1 and not Path(base_model).exists()
     base = f"base_model: {json.dumps(base_model)}\n" if of_hub else ""
     tags = ", lora" if kind == "lora" else ""
@@ -183,7 +185,7 @@ def write_card(
         title=title,
         what=what,
         facts="\n".join(f"* **{key}**: {value}" for key, value in facts.items()),
-        samples=shown("Samples", "samples.png"),
+        samples=samples or shown("Samples", "samples.png"),
         loss=shown("Loss", "loss.png"),
         command=command,
         snippet=_SNIPPETS[kind].format(base_model=json.dumps(base_model), **values),

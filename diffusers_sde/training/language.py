@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,6 +20,7 @@ import transformers
 from diffusers_sde.discrete.bounds import any_order_loss
 from diffusers_sde.errors import UsageError
 from diffusers_sde.loading import load_pipeline
+from diffusers_sde.schedulers import MaskedDiffusionScheduler
 from diffusers_sde.training.networks import Task, read_model_config
 from diffusers_sde.training.randomness import generator_of, seed_of
 from diffusers_sde.training.samples import Selection, TrainingData
@@ -27,7 +29,7 @@ from diffusers_sde.training.settings import Settings
 
 OBJECTIVES = ("masked",)
 MEASURED = 512  # sequences that the bound is measured on, if there are so many
-_NOISE, _MEASURE = 1, 5  # streams of a position's random numbers
+_NOISE, _MEASURE, _SAMPLES = 1, 5, 6  # streams of random numbers
 
 
 @dataclass
@@ -64,7 +66,7 @@ def build(settings: Settings) -> tuple[LanguageTask, Sequences]:
     texts, prefixes = read_documents(settings.data_source, settings.text_column, settings.prefix_column)
     pipe = None
     if settings.pretrained_model_name_or_path:
-        pipe = load_pipeline(settings.pretrained_model_name_or_path, revision=settings.revision)
+        pipe = load_text_pipeline(settings.pretrained_model_name_or_path, settings.revision)
         if not isinstance(getattr(pipe, "model", None), torch.nn.Module) or getattr(pipe, "tokenizer", None) is None:
             raise UsageError(
                 f"{type(pipe).__name__} has no model of tokens with a tokenizer: pass a pipeline of masked diffusion."
@@ -80,6 +82,21 @@ def build(settings: Settings) -> tuple[LanguageTask, Sequences]:
         scheduler = diffusers.BlockRefinementScheduler(block_length=length, num_inference_steps=length)
         pipe = diffusers.LLaDA2Pipeline(model=network, scheduler=scheduler, tokenizer=tokenizer)
     return LanguageTask(pipe, "model", pipe.model, lambda labels, captions: {}), data
+
+
+def load_text_pipeline(name: str, revision: str | None) -> Any:
+    """A pipeline by name with its tokenizer, which diffusers' pipeline of masked diffusion does not load by itself."""
+    where = name if Path(name).is_dir() or name.count("/") == 1 else None
+    if where is None or (Path(name).is_dir() and not (Path(name) / "tokenizer").is_dir()):
+        return load_pipeline(name, revision=revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where, subfolder="tokenizer", revision=revision or "main")
+    return load_pipeline(name, revision=revision, tokenizer=tokenizer)
+
+
+def save_tokenizer(task: LanguageTask, folder: Path) -> None:
+    """Write the tokenizer beside the other components: diffusers' pipeline of masked diffusion names it in its index
+    but leaves it out."""
+    task.tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def new_tokenizer(settings: Settings, texts: Sequence[str]) -> Any:
@@ -180,7 +197,21 @@ def drawn_masks(u: torch.Tensor, keys: torch.Tensor, learned: torch.Tensor) -> t
     return (ranks < count[:, None]) & learned
 
 
-# -- what is measured --
+# -- what is sampled and measured --
+
+
+@torch.no_grad()
+def sample_texts(settings: Settings, task: LanguageTask) -> list[str]:
+    """``num_validation_images`` texts of the network's length from masks alone, in ``validation_inference_steps`` calls
+    of the first-hitting sampler; the same random numbers in every call."""
+    count, length = settings.num_validation_images, settings.sequence_length
+    mask, generator = task.tokenizer.mask_token_id, generator_of(settings.seed, 0, _SAMPLES)
+    scheduler = MaskedDiffusionScheduler(mask_token_id=mask)
+    scheduler.set_timesteps(min(settings.validation_inference_steps, length))
+    x = torch.full((count, length), mask, device=task.network.device)
+    for t in scheduler.timesteps:
+        x = scheduler.step(task.network(input_ids=x).logits, t, x, generator=generator).prev_sample
+    return task.tokenizer.batch_decode(x, skip_special_tokens=True)
 
 
 @torch.no_grad()

@@ -30,7 +30,9 @@ SHOWN_CLASSES = 3  # that a card's snippet asks for at most
 
 
 def validate(session: Session, name: str) -> Any:
-    """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker."""
+    """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker; of text, in a file of it."""
+    if isinstance(session.task, language.LanguageTask):
+        return validate_text(session, name)
     with session.averaged():
         sheet = sample_sheet(session.settings, session.task, session.classes, session.accelerator, session.measured)
     if sheet is not None and session.accelerator.is_main_process:
@@ -44,6 +46,24 @@ def validate(session: Session, name: str) -> Any:
                 image = importlib.import_module(tracker.name).Image(sheet)
                 tracker.log({"samples": image}, step=session.progress.step)
     return sheet
+
+
+def validate_text(session: Session, name: str) -> None:
+    """Texts of the (averaged) weights in ``samples/<name>.txt`` and in the tracker."""
+    network, accelerator = session.task.network, session.accelerator
+    if not session.settings.num_validation_images or not accelerator.is_main_process:
+        return
+    training = network.training
+    network.eval()
+    with session.averaged(), accelerator.autocast():
+        texts = language.sample_texts(session.settings, session.task)
+    network.train(training)
+    folder = session.output / "samples"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.txt").write_text("\n---\n".join(texts) + "\n", encoding="utf-8")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_text("samples", "\n\n".join(texts), session.progress.step)
 
 
 def finish(session: Session, command: str) -> None:
@@ -65,6 +85,11 @@ def finish(session: Session, command: str) -> None:
 
         def write(folder: Path) -> None:
             save_weights(task, state, folder, lora=settings.rank is not None, dtype=dtype)
+            if isinstance(task, language.LanguageTask):
+                language.save_tokenizer(task, folder)
+                written = session.output / "samples" / f"step-{session.progress.step:06d}.txt"
+                if written.exists():
+                    (folder / "samples.txt").write_text(written.read_text(encoding="utf-8"), encoding="utf-8")
             rows = card.read_curve(session.output / "loss.csv")
             if rows:
                 card.draw_curve(rows, folder / "loss.png")

@@ -197,8 +197,10 @@ class Settings:
         VALIDATION, None, "Optimizer steps between sample sheets. Default: only at the end.", positive=True
     )
     validation_prompts: list[str] | None = option(VALIDATION, None, "Prompts of a text-to-image model.")
-    num_validation_images: int = option(VALIDATION, 20, "Images per sheet, always the same noise; 0: no sheets.")
-    validation_inference_steps: int = option(VALIDATION, None, "Default: 20, 4 for flow maps.", positive=True)
+    num_validation_images: int = option(VALIDATION, 20, "Images per sheet (or texts), always the same noise; 0: none.")
+    validation_inference_steps: int = option(
+        VALIDATION, None, "Default: 20, 4 for flow maps, 64 for text.", positive=True
+    )
     validation_guidance_scale: float = option(VALIDATION, 2.0, "Of conditional models.")
 
     @property

@@ -16,7 +16,6 @@ from PIL import Image
 from diffusers_sde.sampling import flow_map_denoiser, network_denoiser, sample, spread_labels
 from diffusers_sde.schedulers import FlowMapScheduler, ProbabilityFlowScheduler
 from diffusers_sde.training import autoencoders
-from diffusers_sde.training.language import LanguageTask
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.randomness import generator_of
 from diffusers_sde.training.samples import TrainingData
@@ -35,7 +34,7 @@ def sample_sheet(
     above its reconstructions.
     """
     n, world, rank = settings.num_validation_images, accelerator.num_processes, accelerator.process_index
-    if not n or task.name == "classifier" or isinstance(task, LanguageTask):
+    if not n or task.name == "classifier":
         return None
     if task.name == autoencoders.NAME:
         return contact_sheet(autoencoders.before_and_after(task, measured, n))

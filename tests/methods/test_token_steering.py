@@ -51,7 +51,7 @@ def test_the_normaliser_is_the_mean_of_the_exponential_reward(particles, sampler
     """``log E[exp(beta r)]``, unbiased."""
     expected = (sampler_law.probabilities.flatten() * (BETA * reward(sampler_law.sequences)).exp()).sum().log()
     found, error = log_normalizer(particles)
-    assert abs(found - float(expected)) < 3 * error and error < 0.02
+    assert abs(found - float(expected)) < 3 * error and error < 0.04
 
 
 def test_given_tokens_are_steered_around():
