@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers_sde.models.classifier import NoisyClassifierModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
     from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
-    from diffusers_sde.models.token_oracle import MarkovChainModel
+    from diffusers_sde.models.token_oracle import EmbeddedChainModel, MarkovChainModel
     from diffusers_sde.schedulers import (
         CalibratedScheduler,
         DPMSolverScheduler,
@@ -39,6 +39,7 @@ __all__ = [
     "CalibratedScheduler",
     "ClassConditionalPipeline",
     "DPMSolverScheduler",
+    "EmbeddedChainModel",
     "FlowMapScheduler",
     "FlowMapUNet2DModel",
     "GaussianMixtureModel",
@@ -59,6 +60,7 @@ __all__ = [
 _MODULES = {
     "ClassConditionalPipeline": "diffusers_sde.class_conditional",
     "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
+    "EmbeddedChainModel": "diffusers_sde.models.token_oracle",
     "MarkovChainModel": "diffusers_sde.models.token_oracle",
     "calibrate": "diffusers_sde.calibration.run",
     "write_component_modules": "diffusers_sde.hub",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import warnings
 
-SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels", "captions", "calibration")
+SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels", "captions", "calibration", "text")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +64,7 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         robustness,
         steps,
         stochastic,
+        text,
         training,
     )
 
@@ -86,6 +87,8 @@ def _measure(section: str, args: argparse.Namespace) -> None:
     elif section == "calibration":
         images = args.num_images if args.shipped else max(args.num_images, 20)
         calibration.measure(args.seed, images, args.guidance_scale, args.training_images, shipped=args.shipped)
+    elif section == "text":
+        text.measure(args.seed)
     elif section == "lora":
         lora.measure(args.seed, args.training_images)
     elif section == "errors":

@@ -1,22 +1,28 @@
-"""A Markov chain over tokens as a model of transformers' kind: an exact network inside any pipeline of discrete
-diffusion.
+"""A Markov chain over tokens as a model: an exact network inside any pipeline of discrete diffusion and, of its
+embeddings, under any sampler of Gaussian diffusion.
 
-Knows how a pipeline calls a network of tokens and how a model is saved; the mathematics is in
-:mod:`diffusers_sde.discrete.oracles`.  Knows nothing of schedulers.
+Knows how a pipeline calls a network and how a model is saved; the mathematics is in
+:mod:`diffusers_sde.discrete.oracles` and :mod:`diffusers_sde.discrete.embeddings`.  Knows nothing of schedulers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import BaseOutput
 
+from diffusers_sde.configs import path_from_config
+from diffusers_sde.discrete.embeddings import expected_embedding, word_evidence
 from diffusers_sde.discrete.oracles import MarkovChain
 from diffusers_sde.discrete.processes import absorbing, uniform
+from diffusers_sde.paths import Path
+from diffusers_sde.prediction import to_model
 
 
 @dataclass
@@ -91,3 +97,60 @@ class MarkovChainModel(ModelMixin, ConfigMixin):
             logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
         logits = logits.to(input_ids.device)
         return TokenModelOutput(logits=logits) if return_dict else (logits,)
+
+
+class EmbeddedChainModel(ModelMixin, ConfigMixin):
+    """The embeddings of a Markov chain's tokens under Gaussian noise: the exact network of every sampler of this
+    package, ``D = sum_w p(w|x) e_w`` position by position, by forward-backward with Gaussian evidence.
+
+    Samples are (N, 1, L, d), as pictures of L rows; :func:`diffusers_sde.discrete.embeddings.rounded` reads their words.
+
+    Args:
+        initial, transition: as in :class:`MarkovChainModel`.
+        embeddings: (V, d).
+        length: L.
+        process: config of the forward process as in :func:`diffusers_sde.configs.path_from_config`; default linear
+            betas, with ``prediction_type`` (default sample).
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        initial: Sequence[float],
+        transition: Sequence[Sequence[float]],
+        embeddings: Sequence[Sequence[float]],
+        length: int,
+        process: dict[str, Any] | None = None,
+        in_channels: int = 1,
+    ):
+        super().__init__()
+        self.chain = MarkovChain(initial, transition, length)
+        self.embeddings = torch.tensor(embeddings, dtype=torch.float64)
+        if self.embeddings.ndim != 2 or len(self.embeddings) != self.chain.vocabulary:
+            raise ValueError(f"embeddings must have a row for each of the {self.chain.vocabulary} tokens.")
+        self.register_to_config(sample_size=[length, self.embeddings.shape[1]])  # pipelines read it
+        self._process = {"beta_schedule": "linear", "prediction_type": "sample", **(process or {})}
+        self.register_buffer("_anchor", torch.zeros(()))  # what diffusers reads dtype and device from
+
+    @property
+    def path(self) -> Path:
+        """The forward process that ``forward`` assumes."""
+        return path_from_config(self._process)
+
+    def laws(self, x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+        """``p(w^l | x)`` (N, L, V) of noisy embeddings (N, L, d)."""
+        return self.chain.posterior(word_evidence(x, self.embeddings, alpha, max(sigma, 1e-12)))
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float, return_dict: bool = True
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """The exact prediction of the process's type for samples (N, 1, L, d) at one time, in sample's dtype."""
+        alpha, sigma = (float(v) for v in self.path.alpha_sigma(float(torch.as_tensor(timestep).flatten()[0])))
+        x = sample.double().cpu()[:, 0]
+        data = expected_embedding(self.laws(x, alpha, sigma), self.embeddings)
+        k_x, k_d = to_model(self.path, self._process["prediction_type"], alpha, sigma)
+        out = (k_x * x + k_d * data)[:, None].to(sample.device, sample.dtype)
+        return UNet2DOutput(sample=out) if return_dict else (out,)

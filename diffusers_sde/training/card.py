@@ -167,8 +167,8 @@ def write_card(
 
     ``kind`` names the sampling snippet (unconditional, class, flow_map, class_flow_map, classifier, autoencoder,
     pipeline, lora, masked), ``values`` fill it in, strings quoted.  The card shows ``samples.png`` or ``samples.txt``
-    and ``loss.png`` where they are in ``folder``.  ``base_model`` is named to the Hub where it is a model of the Hub.  ``hide`` takes secrets out of
-    the text.
+    and ``loss.png`` where they are in ``folder``.  ``base_model`` is named to the Hub where it is a model of the Hub.
+    ``hide`` takes secrets out of the text.
     """
 
     def shown(title: str, file: str) -> str:

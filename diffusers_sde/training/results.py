@@ -30,7 +30,7 @@ SHOWN_CLASSES = 3  # that a card's snippet asks for at most
 
 
 def validate(session: Session, name: str) -> Any:
-    """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker; of text, in a file of it."""
+    """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker; of text, in a text file."""
     if isinstance(session.task, language.LanguageTask):
         return validate_text(session, name)
     with session.averaged():
