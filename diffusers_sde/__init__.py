@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers_sde.class_conditional import ClassConditionalPipeline
     from diffusers_sde.hub import write_component_modules
     from diffusers_sde.models.classifier import NoisyClassifierModel
+    from diffusers_sde.models.embedding_text import EmbeddingTextModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
     from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
     from diffusers_sde.models.token_oracle import EmbeddedChainModel, MarkovChainModel
@@ -40,6 +41,7 @@ __all__ = [
     "ClassConditionalPipeline",
     "DPMSolverScheduler",
     "EmbeddedChainModel",
+    "EmbeddingTextModel",
     "FlowMapScheduler",
     "FlowMapUNet2DModel",
     "GaussianMixtureModel",
@@ -60,6 +62,7 @@ __all__ = [
 _MODULES = {
     "ClassConditionalPipeline": "diffusers_sde.class_conditional",
     "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
+    "EmbeddingTextModel": "diffusers_sde.models.embedding_text",
     "EmbeddedChainModel": "diffusers_sde.models.token_oracle",
     "MarkovChainModel": "diffusers_sde.models.token_oracle",
     "calibrate": "diffusers_sde.calibration.run",

@@ -14,11 +14,9 @@ w = 1 is none, and more sharpens ``p(x|prompt) (p(x|prompt)/p(x))^{w-1}`` token 
 from diffusers import DiffusionPipeline
 
 from diffusers_sde import MaskedDiffusionScheduler
-from diffusers_sde.assets import TEXT_MODEL
 
-pipe = DiffusionPipeline.from_pretrained(
-    TEXT_MODEL, custom_pipeline="pipelines/text_generation.py", trust_remote_code=True
-)
+folder = "kjv_masked"  # what `diffusers_sde.train --objective masked --output_dir kjv_masked` wrote
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipelines/text_generation.py", trust_remote_code=True)
 pipe.scheduler = MaskedDiffusionScheduler.from_config(pipe.scheduler.config)
 mask = pipe.tokenizer.mask_token
 for prompt in (None, "And God said, ", "And God " + 8 * mask + " the light"):

@@ -103,7 +103,7 @@ class EmbeddedChainModel(ModelMixin, ConfigMixin):
     """The embeddings of a Markov chain's tokens under Gaussian noise: the exact network of every sampler of this
     package, ``D = sum_w p(w|x) e_w`` position by position, by forward-backward with Gaussian evidence.
 
-    Samples are (N, 1, L, d), as pictures of L rows; :func:`diffusers_sde.discrete.embeddings.rounded` reads their words.
+    Samples are (N, 1, L, d), pictures of L rows; :func:`diffusers_sde.discrete.embeddings.rounded` reads their words.
 
     Args:
         initial, transition: as in :class:`MarkovChainModel`.

@@ -17,7 +17,7 @@ from diffusers_sde.errors import UsageError
 from diffusers_sde.training.settings import Settings, build_parser
 
 FLOW_MAPS = ("consistency", "mean_flow")
-TEXT = ("masked",)  # the objectives of text
+TEXT = ("masked", "embedding")  # the objectives of text
 TAUGHT = (*FLOW_MAPS, "rectification")  # the objectives that a teacher serves
 
 
@@ -45,9 +45,7 @@ def make_settings(values: dict[str, Any]) -> Settings:
         "snr_gamma": 5.0,
         "time_mean": -1.2 if lognormal else 0.0,
         "time_std": 1.2 if lognormal else 1.0,
-        "validation_inference_steps": {**dict.fromkeys(FLOW_MAPS, 4), **dict.fromkeys(TEXT, 64)}.get(
-            values["objective"], 20
-        ),
+        "validation_inference_steps": {**dict.fromkeys(FLOW_MAPS, 4), "masked": 64}.get(values["objective"], 20),
     }
     settings = Settings(**{**values, **{name: value for name, value in defaults.items() if values[name] is None}})
     check(settings)
@@ -100,7 +98,7 @@ def find_wrong_autoencoder(settings: Settings) -> str | None:
     """What does not go together with ``--objective autoencoder``, or goes only with it."""
     if settings.objective != "autoencoder":
         if settings.num_held_out_images and settings.objective not in TEXT:
-            return "--num_held_out_images is for --objective autoencoder and masked: leave it out."
+            return "--num_held_out_images is for autoencoders and text: leave it out."
         return None
     process = {
         "--path": settings.path != "from_model",
@@ -147,6 +145,8 @@ def find_wrong_language(settings: Settings) -> str | None:
             return f"--objective {settings.objective} trains a model of text: leave out {name}."
     if settings.pretrained_model_name_or_path and settings.tokenizer_name_or_path:
         return "a pretrained model keeps its tokenizer: leave out --tokenizer_name_or_path."
+    if settings.objective == "embedding" and (settings.pretrained_model_name_or_path or settings.prefix_column):
+        return "--objective embedding trains a new network on whole texts: use --objective masked for the others."
     process = {
         "--path": settings.path != "from_model",
         "--prediction_type": settings.prediction_type is not None,

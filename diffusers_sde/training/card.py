@@ -98,6 +98,19 @@ pipe = DiffusionPipeline.from_pretrained(
 )
 pipe.scheduler = diffusers_sde.MaskedDiffusionScheduler.from_config(pipe.scheduler.config)
 print(pipe("And God said, ", gen_length=100, num_inference_steps=50).texts[0])""",
+    "embedding": """import torch
+from diffusers import DDPMPipeline
+from diffusers_sde import ProbabilityFlowScheduler
+from diffusers_sde.methods.word_embeddings import embedding_denoiser, words_of
+from diffusers_sde.sampling import sample
+from transformers import AutoTokenizer
+
+pipe = DDPMPipeline.from_pretrained({name})
+scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+scheduler.set_timesteps(20)
+made = sample(embedding_denoiser(pipe.unet), scheduler, torch.randn(4, 1, {length}, {dimension}))
+tokenizer = AutoTokenizer.from_pretrained({name}, subfolder="tokenizer")
+print(tokenizer.batch_decode(words_of(made, pipe.unet)))""",
     "autoencoder": """from diffusers import AutoencoderKL
 
 vae = AutoencoderKL.from_pretrained({name})
@@ -166,9 +179,9 @@ def write_card(
     """``README.md`` of a model: what it is, how it was trained, its curves, how to sample it.
 
     ``kind`` names the sampling snippet (unconditional, class, flow_map, class_flow_map, classifier, autoencoder,
-    pipeline, lora, masked), ``values`` fill it in, strings quoted.  The card shows ``samples.png`` or ``samples.txt``
-    and ``loss.png`` where they are in ``folder``.  ``base_model`` is named to the Hub where it is a model of the Hub.
-    ``hide`` takes secrets out of the text.
+    masked, embedding, pipeline, lora), ``values`` fill it in, strings quoted.  The card shows ``samples.png`` or
+    ``samples.txt`` and ``loss.png`` where they are in ``folder``.  ``base_model`` is named to the Hub where it is a
+    model of the Hub.  ``hide`` takes secrets out of the text.
     """
 
     def shown(title: str, file: str) -> str:

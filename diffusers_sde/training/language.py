@@ -1,14 +1,15 @@
 """The training of a masked diffusion of text: tokenizer, network, process, loss, what is measured and sampled.
 
 Knows transformers' bidirectional encoders and diffusers' pipeline of them; the bound that is trained on stands in
-:mod:`diffusers_sde.discrete.bounds`.  Knows nothing of optimizers or checkpoints.
+:mod:`diffusers_sde.discrete.bounds`, diffusion of embeddings in :mod:`.embedding_language`.  Knows nothing of
+optimizers or checkpoints.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ from diffusers_sde.training.samples import Selection, TrainingData
 from diffusers_sde.training.sequences import Sequences, character_tokenizer, pack, pair, read_documents
 from diffusers_sde.training.settings import Settings
 
-OBJECTIVES = ("masked",)
 MEASURED = 512  # sequences that the bound is measured on, if there are so many
+MEASURED_AT_ONCE = 32
 _NOISE, _MEASURE, _SAMPLES = 1, 5, 6  # streams of random numbers
 
 
 @dataclass
 class LanguageTask(Task):
-    """A network with logits of every position's clean token, trained on masked sequences."""
+    """A network with logits of every position's clean token, trained on masked sequences of its tokenizer, ``words``."""
+
+    words: Any = None
 
     @property
     def forward_process(self) -> str:
@@ -53,12 +56,43 @@ class LanguageTask(Task):
 
     @property
     def tokenizer(self) -> Any:
-        """Of the pipeline."""
-        return self.pipe.tokenizer
+        """Of the text."""
+        return self.words
+
+    def bits_per_token(self, settings: Settings, data: TrainingData, count: int) -> float:
+        """The bound on ``-log2 p`` per learned token, of ``count`` sequences of ``data`` spread evenly over it."""
+        device, total = self.network.device, 0.0
+        for rows, items in items_of(data, count):
+            x0 = torch.stack([item["input_ids"] for item in items]).to(device)
+            generators = [generator_of(settings.seed, i, _MEASURE) for i in rows]
+            keys = torch.stack([torch.rand(x0.shape[1], generator=g) for g in generators])
+            first = torch.tensor([item.get("prefix_length", 0) for item in items])
+            learned = torch.arange(x0.shape[1]) >= first[:, None]
+            # the golden ratio spreads any number of consecutive rows evenly
+            u = torch.tensor([(i * 0.6180339887498949) % 1 for i in rows], dtype=torch.float64)
+            masked = drawn_masks(u, keys, learned).to(device)
+            x = torch.where(masked, self.tokenizer.mask_token_id, x0)
+            total += float(any_order_loss(self.network(input_ids=x).logits, x0, masked).sum())
+        return total / count / math.log(2)
+
+    def sample_texts(self, settings: Settings) -> list[str]:
+        """``num_validation_images`` texts from masks alone, in ``validation_inference_steps`` calls of the
+        first-hitting sampler; the same random numbers in every call."""
+        count, length = settings.num_validation_images, settings.sequence_length
+        mask, generator = self.tokenizer.mask_token_id, generator_of(settings.seed, 0, _SAMPLES)
+        scheduler = MaskedDiffusionScheduler(mask_token_id=mask)
+        scheduler.set_timesteps(min(settings.validation_inference_steps, length))
+        x = torch.full((count, length), mask, device=self.network.device)
+        for t in scheduler.timesteps:
+            x = scheduler.step(self.network(input_ids=x).logits, t, x, generator=generator).prev_sample
+        return self.tokenizer.batch_decode(x, skip_special_tokens=True)
 
 
-def build(settings: Settings) -> tuple[LanguageTask, Sequences]:
+def build(settings: Settings, make: Callable[[Any], LanguageTask] | None = None) -> tuple[LanguageTask, Sequences]:
     """The network with its pipeline, a new one or a pretrained one, and the sequences that it is trained on.
+
+    Args:
+        make: another task of a tokenizer than that of masked text.
 
     Raises:
         UsageError: for a tokenizer without a mask, a network without logits of tokens, and data without text.
@@ -76,12 +110,14 @@ def build(settings: Settings) -> tuple[LanguageTask, Sequences]:
         raise UsageError(f"{type(tokenizer).__name__} has no mask token: pass another --tokenizer_name_or_path.")
     length = settings.sequence_length
     data = pack(tokenizer, texts, length) if prefixes is None else pair(tokenizer, prefixes, texts, length)
+    torch.manual_seed(seed_of(settings.seed))  # of the weights
+    if make is not None:
+        return make(tokenizer), data
     if pipe is None:
-        torch.manual_seed(seed_of(settings.seed))  # of the weights
         network = new_network(settings.model_config, len(tokenizer), length, tokenizer.pad_token_id)
         scheduler = diffusers.BlockRefinementScheduler(block_length=length, num_inference_steps=length)
         pipe = diffusers.LLaDA2Pipeline(model=network, scheduler=scheduler, tokenizer=tokenizer)
-    return LanguageTask(pipe, "model", pipe.model, lambda labels, captions: {}), data
+    return LanguageTask(pipe, "model", pipe.model, lambda labels, captions: {}, words=tokenizer), data
 
 
 def load_text_pipeline(name: str, revision: str | None) -> Any:
@@ -197,54 +233,22 @@ def drawn_masks(u: torch.Tensor, keys: torch.Tensor, learned: torch.Tensor) -> t
     return (ranks < count[:, None]) & learned
 
 
-# -- what is sampled and measured --
+# -- what is measured --
 
 
-@torch.no_grad()
-def sample_texts(settings: Settings, task: LanguageTask) -> list[str]:
-    """``num_validation_images`` texts of the network's length from masks alone, in ``validation_inference_steps`` calls
-    of the first-hitting sampler; the same random numbers in every call."""
-    count, length = settings.num_validation_images, settings.sequence_length
-    mask, generator = task.tokenizer.mask_token_id, generator_of(settings.seed, 0, _SAMPLES)
-    scheduler = MaskedDiffusionScheduler(mask_token_id=mask)
-    scheduler.set_timesteps(min(settings.validation_inference_steps, length))
-    x = torch.full((count, length), mask, device=task.network.device)
-    for t in scheduler.timesteps:
-        x = scheduler.step(task.network(input_ids=x).logits, t, x, generator=generator).prev_sample
-    return task.tokenizer.batch_decode(x, skip_special_tokens=True)
+def items_of(data: TrainingData, count: int) -> Iterator[tuple[range, list[Any]]]:
+    """``count`` items of ``data`` spread evenly over it, a few at a time with their numbers."""
+    for start in range(0, count, MEASURED_AT_ONCE):
+        rows = range(start, min(start + MEASURED_AT_ONCE, count))
+        yield rows, [data.item(i * len(data) // count, 0) for i in rows]
 
 
 @torch.no_grad()
 def measure(settings: Settings, task: LanguageTask, data: TrainingData) -> dict[str, str]:
-    """The bound on held-out sequences (else on training ones), for the card: bits per token, with as many masks as
-    there are sequences, evenly spread."""
+    """The bound on held-out sequences (else on training ones), for the card."""
     count = min(MEASURED, len(data))
-    bits = bits_per_token(settings, task, data, count)
     kind = "held-out" if isinstance(data, Selection) else "training"
-    unit = "character" if all(len(token) == 1 for token in set(task.tokenizer.get_vocab()) - special(task)) else "token"
+    tokens = set(task.tokenizer.get_vocab()) - set(task.tokenizer.all_special_tokens)
+    unit = "character" if all(len(token) == 1 for token in tokens) else "token"
+    bits = task.bits_per_token(settings, data, count)
     return {"Bound": f"{bits:.3f} bits per {unit} on {count} {kind} sequences"}
-
-
-def special(task: LanguageTask) -> set[str]:
-    """The tokens that are not text."""
-    return set(task.tokenizer.all_special_tokens)
-
-
-@torch.no_grad()
-def bits_per_token(settings: Settings, task: LanguageTask, data: TrainingData, count: int) -> float:
-    """The bound on ``-log2 p`` per learned token, of ``count`` sequences of ``data`` spread evenly over it."""
-    device, size = task.network.device, 32
-    items = [data.item(i * len(data) // count, 0) for i in range(count)]
-    total = 0.0
-    for start in range(0, count, size):
-        rows = range(start, min(start + size, count))
-        x0 = torch.stack([items[i]["input_ids"] for i in rows]).to(device)
-        keys = torch.stack([torch.rand(x0.shape[1], generator=generator_of(settings.seed, i, _MEASURE)) for i in rows])
-        first = torch.tensor([items[i].get("prefix_length", 0) for i in rows])
-        learned = torch.arange(x0.shape[1]) >= first[:, None]
-        # the golden ratio spreads any number of consecutive rows evenly
-        u = torch.tensor([(i * 0.6180339887498949) % 1 for i in rows], dtype=torch.float64)
-        masked = drawn_masks(u, keys, learned).to(device)
-        x = torch.where(masked, task.tokenizer.mask_token_id, x0)
-        total += float(any_order_loss(task.network(input_ids=x).logits, x0, masked).sum())
-    return total / count / math.log(2)

@@ -30,7 +30,7 @@ SHOWN_CLASSES = 3  # that a card's snippet asks for at most
 
 
 def validate(session: Session, name: str) -> Any:
-    """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker; of text, in a text file."""
+    """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker; of text, as text."""
     if isinstance(session.task, language.LanguageTask):
         return validate_text(session, name)
     with session.averaged():
@@ -55,8 +55,8 @@ def validate_text(session: Session, name: str) -> None:
         return
     training = network.training
     network.eval()
-    with session.averaged(), accelerator.autocast():
-        texts = language.sample_texts(session.settings, session.task)
+    with torch.no_grad(), session.averaged(), accelerator.autocast():
+        texts = session.task.sample_texts(session.settings)
     network.train(training)
     folder = session.output / "samples"
     folder.mkdir(exist_ok=True)

@@ -19,7 +19,9 @@ from typing import Any, Literal, get_args, get_origin
 from diffusers_sde.argument_parser import Formatter, Parser
 from diffusers_sde.training.secrets import redact
 
-Objective = Literal["denoising", "rectification", "consistency", "mean_flow", "classifier", "autoencoder", "masked"]
+Objective = Literal[
+    "denoising", "rectification", "consistency", "mean_flow", "classifier", "autoencoder", "masked", "embedding"
+]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 ForwardPath = Literal["from_model", "vp", "scaled_linear", "cosine", "ve", "edm", "flow"]
 LossWeighting = Literal["none", "min_snr", "soft_min_snr", "edm", "sigma_sqrt", "cosmap", "likelihood"]
@@ -199,7 +201,7 @@ class Settings:
     validation_prompts: list[str] | None = option(VALIDATION, None, "Prompts of a text-to-image model.")
     num_validation_images: int = option(VALIDATION, 20, "Images per sheet (or texts), always the same noise; 0: none.")
     validation_inference_steps: int = option(
-        VALIDATION, None, "Default: 20, 4 for flow maps, 64 for text.", positive=True
+        VALIDATION, None, "Default: 20, 4 for flow maps, 64 for masked text.", positive=True
     )
     validation_guidance_scale: float = option(VALIDATION, 2.0, "Of conditional models.")
 

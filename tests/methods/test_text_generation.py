@@ -1,6 +1,8 @@
 """The pipeline of text on an oracle and on a random network: what is given, guided, steered and drawn by whom."""
 
+import functools
 import importlib.util
+import sys
 import types
 from pathlib import Path
 
@@ -18,12 +20,17 @@ from diffusers_sde.training.sequences import character_tokenizer
 MODEL = MarkovChainModel(INITIAL, TRANSITION)
 
 
-def pipeline(scheduler=None, model=MODEL, tokenizer=None):
+@functools.cache
+def pipeline_module():
     path = Path(__file__).parents[2] / "pipelines" / "text_generation.py"
-    spec = importlib.util.spec_from_file_location("text_generation", path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location("text_generation_pipeline", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
-    pipe = module.TextGenerationPipeline(model, scheduler or MaskedDiffusionScheduler(), tokenizer)
+    return module
+
+
+def pipeline(scheduler=None, model=MODEL, tokenizer=None):
+    pipe = pipeline_module().TextGenerationPipeline(model, scheduler or MaskedDiffusionScheduler(), tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -94,6 +101,7 @@ def test_the_stock_block_scheduler_runs_here():
 def test_schedulers_of_uniform_noise_write_what_a_network_is_sure_of(cls):
     class Sure(torch.nn.Module):
         config, mask_token_id = types.SimpleNamespace(vocab_size=3), MASK
+        device, dtype = torch.device("cpu"), torch.float32
 
         def forward(self, input_ids):
             return types.SimpleNamespace(logits=60.0 * torch.nn.functional.one_hot(torch.arange(4) % 3, 3)[None])

@@ -95,9 +95,10 @@ def test_gaussian_samplers_write_sentences_with_their_law(cls, calls):
 
 def test_rounding_finds_the_word_and_clamping_its_point():
     embeddings = torch.from_numpy(EMBEDDINGS)
-    x = embeddings[[[2, 0], [3, 1]]] + 0.1
+    chosen = torch.tensor([[2, 0], [3, 1]])
+    x = embeddings[chosen] + 0.1
     assert rounded(x, embeddings).tolist() == [[2, 0], [3, 1]]
-    np.testing.assert_array_equal(clamped(x, embeddings), embeddings[[[2, 0], [3, 1]]])
+    np.testing.assert_array_equal(clamped(x, embeddings), embeddings[chosen])
 
 
 def test_the_joint_loss_is_the_squared_error_and_the_cross_entropy_and_moves_the_embeddings():
@@ -105,7 +106,7 @@ def test_the_joint_loss_is_the_squared_error_and_the_cross_entropy_and_moves_the
     embeddings = torch.tensor(EMBEDDINGS, dtype=torch.float32, requires_grad=True)
     laws = torch.tensor([[[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]]])
     loss = joint_loss(laws.log(), torch.tensor([[1, 0]]), embeddings, torch.tensor([2.0]))
-    error = (laws.double().numpy() @ EMBEDDINGS - EMBEDDINGS[[[1, 0]]]) ** 2
+    error = (laws.double().numpy() @ EMBEDDINGS - EMBEDDINGS[np.array([[1, 0]])]) ** 2
     assert float(loss.detach()) == pytest.approx(2 * error.mean() - (math.log(0.2) + math.log(0.7)) / 2, rel=1e-5)
     loss.sum().backward()
     assert float(embeddings.grad.abs().max()) > 0

@@ -10,7 +10,8 @@ import torch
 import transformers
 from training_helpers import common, losses, train_here
 
-from diffusers_sde import MaskedDiffusionScheduler
+from diffusers_sde import EmbeddingTextModel, MaskedDiffusionScheduler
+from diffusers_sde.methods.word_embeddings import embedding_denoiser, words_of
 from diffusers_sde.training import language
 from diffusers_sde.training.arguments import read_settings
 from diffusers_sde.training.framing import DataError
@@ -146,6 +147,7 @@ def test_the_result_writes_in_the_stock_pipeline_and_is_trained_on(texts, tmp_pa
         ({"path": "flow"}, "--path"),
         ({"loss_weighting": "min_snr"}, "--loss_weighting"),
         ({"resolution": 8}, "--resolution"),
+        ({"objective": "embedding", "prefix_column": "animal"}, "masked"),
         ({"objective": "denoising", "prefix_column": "animal"}, "--prefix_column"),
         ({"pretrained_model_name_or_path": "x", "model_config": None, "tokenizer_name_or_path": "y"}, "tokenizer"),
     ],
@@ -163,3 +165,43 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(texts, tmp_path
     output = tmp_path / "out"
     assert train_here(arguments(texts, output, config, **options)) == 2
     assert word in capsys.readouterr().err and not output.exists()
+
+
+# -- embeddings --
+
+
+def test_embeddings_train_resume_and_write(texts, tmp_path, config):
+    """From noise on embeddings, under flow matching; a resumed training is the uninterrupted one."""
+    options = {"objective": "embedding", "path": "flow", "learning_rate": 0.01, "num_held_out_images": 4}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    samples = {"num_validation_images": 2, "validation_inference_steps": 4}
+    assert train_here(arguments(texts, whole, config, 40, **options, **samples)) == 0
+    curve = list(losses(whole).values())
+    assert np.mean(curve[-8:]) < 0.8 * np.mean(curve[:4])
+    assert "bits per character on 4 held-out sequences" in (whole / "README.md").read_text()
+    assert (whole / "samples.txt").read_text().count("---") == 1
+    assert train_here(arguments(texts, halves, config, 40, **options, stop_after_steps=3)) == 0
+    resumed = arguments(texts, halves, config, 40, **options, stop_after_steps=2, resume_from_checkpoint="latest")
+    assert train_here(resumed) == 0
+    found = losses(halves)
+    assert {step: losses(whole)[step] for step in found} == found
+    pipe = diffusers.DDPMPipeline.from_pretrained(whole)
+    assert type(pipe.unet) is EmbeddingTextModel
+    np.testing.assert_allclose(pipe.unet.embeddings.detach().square().mean(-1), 1, rtol=1e-4)
+
+
+def test_a_denoiser_remembers_its_last_prediction_and_clamps_to_words():
+    embeddings = torch.eye(3) * 3**0.5
+    seen = []
+
+    def network(sample, timestep, last):
+        seen.append(last)
+        return type("Out", (), {"sample": sample + 0.1})
+
+    network.embeddings = embeddings
+    x = embeddings[torch.tensor([[0, 2]])][:, None]
+    denoise = embedding_denoiser(network)
+    assert torch.equal(denoise(x, 5), x + 0.1) and torch.equal(denoise(x, 4), x + 0.1)
+    assert seen[0] is None and torch.equal(seen[1], x + 0.1)
+    assert torch.equal(embedding_denoiser(network, clamping=True)(x, 5), x)
+    assert words_of(x + 0.1, network).tolist() == [[0, 2]]
