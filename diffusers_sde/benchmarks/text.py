@@ -19,7 +19,7 @@ from diffusers_sde.schedulers.masked_diffusion import ALGORITHMS
 
 INITIAL = [0.5, 0.3, 0.2]
 TRANSITION = [[0.8, 0.1, 0.1], [0.1, 0.2, 0.7], [0.3, 0.6, 0.1]]
-LENGTH, SAMPLES = 6, 20000
+LENGTH, SAMPLES = 6, 10000
 CALLS = (2, 3, 4, 6, 12, 24)
 
 

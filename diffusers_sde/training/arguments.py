@@ -98,7 +98,7 @@ def find_wrong_autoencoder(settings: Settings) -> str | None:
     """What does not go together with ``--objective autoencoder``, or goes only with it."""
     if settings.objective != "autoencoder":
         if settings.num_held_out_images and settings.objective not in TEXT:
-            return "--num_held_out_images is for autoencoders and text: leave it out."
+            return "--num_held_out_images is for --objective autoencoder, masked and embedding: leave it out."
         return None
     process = {
         "--path": settings.path != "from_model",
@@ -130,8 +130,8 @@ def find_wrong_language(settings: Settings) -> str | None:
         "--prefix_column": settings.prefix_column,
     }
     if settings.objective not in TEXT:
-        given = next((name for name, value in own.items() if value is not None), None)
-        return given and f"{given} is for --objective {' and '.join(TEXT)}: leave it out."
+        first = next((name for name, value in own.items() if value is not None), None)
+        return first and f"{first} is for --objective {' and '.join(TEXT)}: leave it out."
     others = {
         "--vae_model_name_or_path": settings.vae_model_name_or_path,
         "--train_text_encoder": settings.train_text_encoder or None,

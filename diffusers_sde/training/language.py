@@ -35,7 +35,7 @@ _NOISE, _MEASURE, _SAMPLES = 1, 5, 6  # streams of random numbers
 
 @dataclass
 class LanguageTask(Task):
-    """A network with logits of every position's clean token, trained on masked sequences of its tokenizer, ``words``."""
+    """A network with logits of every position's clean token, trained on masked sequences; ``words`` tokenizes."""
 
     words: Any = None
 

@@ -81,7 +81,7 @@ def test_a_reward_tilts_the_text():
     tilted = table.tilted(reward, 1.5)
     expected = float((tilted.probabilities.flatten() * reward(table.sequences)).sum())
     plain = float((table.probabilities.flatten() * reward(table.sequences)).sum())
-    assert float(reward(out.sequences).mean()) == pytest.approx(expected, abs=0.25) and expected > plain + 0.8
+    assert float(reward(out.sequences).mean()) == pytest.approx(expected, abs=0.25) and expected > plain + 0.7
     with pytest.raises(ValueError, match="ancestral"):
         pipeline(diffusers.BlockRefinementScheduler())(gen_length=3, reward=reward)
 

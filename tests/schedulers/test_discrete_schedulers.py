@@ -111,6 +111,15 @@ def test_from_pure_noise_to_data_two_stages_beat_one_with_the_same_calls(noise):
     assert two < 0.6 * one
 
 
+def test_out_of_uniform_noise_two_stages_need_half_of_the_stock_schedulers_calls():
+    """16 against 32 of DiscreteDDIMScheduler, whose law is that of ancestral steps."""
+    process, oracle = process_of("uniform"), chain(3)
+    truth = true_law(oracle, process)
+    ours = law_of_sampler(UniformDiffusionScheduler("theta_trapezoidal"), oracle, process, 16)
+    stock = law_of_sampler(UniformDiffusionScheduler("ancestral"), oracle, process, 32)
+    assert total_variation(ours, truth) < 0.8 * total_variation(stock, truth)
+
+
 # -- one call a token --
 
 
