@@ -93,10 +93,10 @@ def make_loss(settings: Settings, task: Task, teacher: Task | None, global_batch
         return _classifier_loss(settings, task, global_batch)
     if settings.objective == "autoencoder":
         return functools.partial(autoencoders.loss_of_batch, settings, task)
-    if settings.objective == "masked":
-        return functools.partial(language.masked_loss, settings, task)
-    if settings.objective == "embedding":
+    if isinstance(task, embedding_language.EmbeddingTask):
         return functools.partial(embedding_language.embedding_loss, settings, task)
+    if isinstance(task, language.LanguageTask):
+        return functools.partial(language.masked_loss, settings, task)
     if settings.objective in ("denoising", "rectification"):
         return _denoising_loss(settings, task, teacher, global_batch)
     return _flow_map_loss(settings, task, teacher, global_batch)

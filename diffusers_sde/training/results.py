@@ -32,7 +32,7 @@ SHOWN_CLASSES = 3  # that a card's snippet asks for at most
 def validate(session: Session, name: str) -> Any:
     """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker; of text, as text."""
     if isinstance(session.task, language.LanguageTask):
-        return validate_text(session, name)
+        return validate_text(session, session.task, name)
     with session.averaged():
         sheet = sample_sheet(session.settings, session.task, session.classes, session.accelerator, session.measured)
     if sheet is not None and session.accelerator.is_main_process:
@@ -48,15 +48,15 @@ def validate(session: Session, name: str) -> Any:
     return sheet
 
 
-def validate_text(session: Session, name: str) -> None:
+def validate_text(session: Session, task: language.LanguageTask, name: str) -> None:
     """Texts of the (averaged) weights in ``samples/<name>.txt`` and in the tracker."""
-    network, accelerator = session.task.network, session.accelerator
+    network, accelerator = task.network, session.accelerator
     if not session.settings.num_validation_images or not accelerator.is_main_process:
         return
     training = network.training
     network.eval()
     with torch.no_grad(), session.averaged(), accelerator.autocast():
-        texts = session.task.sample_texts(session.settings)
+        texts = task.sample_texts(session.settings)
     network.train(training)
     folder = session.output / "samples"
     folder.mkdir(exist_ok=True)
