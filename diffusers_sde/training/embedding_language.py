@@ -127,7 +127,9 @@ def embedding_task(settings: Settings, tokenizer: Any, scheduler: Any) -> Embedd
         raise UsageError("A network of embeddings predicts data, as words: leave out --prediction_type.")
     encoder = new_network(settings.model_config, len(tokenizer), settings.sequence_length, tokenizer.pad_token_id)
     config = {key: value for key, value in encoder.config.to_dict().items() if value is not None}
-    network = EmbeddingTextModel(len(tokenizer), config, (settings.sequence_length, DIMENSION))
+    shape = (settings.sequence_length, DIMENSION)
+    # by name: a copy is made of the config, from which diffusers leaves out what was passed by position
+    network = EmbeddingTextModel(vocab_size=len(tokenizer), encoder=config, sample_size=shape)
     pipe = diffusers.DDPMPipeline(unet=network, scheduler=scheduler)
     task = EmbeddingTask(pipe, "unet", network, lambda labels, captions: {}, trained=Joint(network), words=tokenizer)
     check_objective(task.path, task.prediction_type, settings.loss_weighting, settings.loss)
