@@ -22,17 +22,21 @@ if TYPE_CHECKING:
     from diffusers_sde.guiders import cfg_plus_plus
     from diffusers_sde.hub import write_component_modules
     from diffusers_sde.models.classifier import NoisyClassifierModel
+    from diffusers_sde.models.embedding_text import EmbeddingTextModel
     from diffusers_sde.models.flow_map_unet import FlowMapUNet2DModel
     from diffusers_sde.models.gaussian_mixture import GaussianMixtureModel
+    from diffusers_sde.models.token_oracle import EmbeddedChainModel, MarkovChainModel
     from diffusers_sde.names import sampler
     from diffusers_sde.schedulers import (
         CalibratedScheduler,
         DPMSolverScheduler,
         FlowMapScheduler,
+        MaskedDiffusionScheduler,
         NamedScheduler,
         ProbabilityFlowScheduler,
         ReverseSDEScheduler,
         TableScheduler,
+        UniformDiffusionScheduler,
     )
 
 __version__ = "0.1.0"
@@ -40,9 +44,13 @@ __all__ = [
     "CalibratedScheduler",
     "ClassConditionalPipeline",
     "DPMSolverScheduler",
+    "EmbeddedChainModel",
+    "EmbeddingTextModel",
     "FlowMapScheduler",
     "FlowMapUNet2DModel",
     "GaussianMixtureModel",
+    "MarkovChainModel",
+    "MaskedDiffusionScheduler",
     "ModelMixin",
     "NamedScheduler",
     "NoisyClassifierModel",
@@ -50,6 +58,7 @@ __all__ = [
     "ReverseSDEScheduler",
     "SchedulerMixin",
     "TableScheduler",
+    "UniformDiffusionScheduler",
     "calibrate",
     "cfg_plus_plus",
     "sample_adaptive",
@@ -62,6 +71,9 @@ __all__ = [
 _MODULES = {
     "ClassConditionalPipeline": "diffusers_sde.class_conditional",
     "GaussianMixtureModel": "diffusers_sde.models.gaussian_mixture",
+    "EmbeddingTextModel": "diffusers_sde.models.embedding_text",
+    "EmbeddedChainModel": "diffusers_sde.models.token_oracle",
+    "MarkovChainModel": "diffusers_sde.models.token_oracle",
     "calibrate": "diffusers_sde.calibration.run",
     "cfg_plus_plus": "diffusers_sde.guiders",
     "sampler": "diffusers_sde.names",

@@ -25,7 +25,7 @@ THEORY = {
 }
 # fmt: on
 LAYERS = [
-    {"theory"},
+    {"theory", "discrete"},
     {"errors", "argument_parser", "registration", "sampler_names", "hub", "conditioning"},
     {"configs", "defaults"},
     {"stock_configs"},
@@ -123,15 +123,18 @@ def test_arrows_are_seen():
     assert f"{PACKAGE}.calibration.command" in ARROWS[f"{PACKAGE}.cli"]
 
 
-@pytest.mark.parametrize("module", sorted(THEORY))
+PURE = sorted({f"{PACKAGE}.{m}" for m in THEORY} | {m for m in MODULES if room_of(m) == "discrete"})
+
+
+@pytest.mark.parametrize("module", PURE)
 def test_theory_stands_on_torch_and_numpy_alone(module):
-    used = {name.split(".")[0] for name in imported(TREES[f"{PACKAGE}.{module}"])}
+    used = {name.split(".")[0] for name in imported(TREES[module])}
     assert used - set(sys.stdlib_module_names) <= {PACKAGE, "torch", "numpy", "scipy"}
 
 
 def test_theory_runs_without_diffusers():
     """Nor does importing it bring diffusers in by a way that no import statement shows."""
-    names = ", ".join(f"{PACKAGE}.{m}" for m in sorted(THEORY))
+    names = ", ".join(PURE)
     code = f"import sys; sys.modules['diffusers'] = None; import {names}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

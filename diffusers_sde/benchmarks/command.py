@@ -21,6 +21,7 @@ SECTIONS = (
     "calibration",
     "parallel",
     "adaptive",
+    "text",
 )
 
 
@@ -79,6 +80,7 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         robustness,
         steps,
         stochastic,
+        text,
         training,
     )
 
@@ -101,6 +103,8 @@ def _measure(section: str, args: argparse.Namespace) -> None:
     elif section == "calibration":
         images = args.num_images if args.shipped else max(args.num_images, 20)
         calibration.measure(args.seed, images, args.guidance_scale, args.training_images, shipped=args.shipped)
+    elif section == "text":
+        text.measure(args.seed)
     elif section == "lora":
         lora.measure(args.seed, args.training_images)
     elif section == "defaults":

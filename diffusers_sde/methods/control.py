@@ -1,11 +1,12 @@
 r"""Inference-time control: sampling the tilted law ``p(x) exp(beta r(x)) / Z`` by twisted sequential Monte Carlo.
 
 Knows Feynman-Kac weights, resampling, and estimates with error bars, on tensors and callables: a *kernel* says the
-Gaussian transition of a sampler, a *reward* scores samples.  Knows no network, no path and no pipeline.
+transition of a sampler, Gaussian or of tokens, a *reward* scores samples.  Knows no network, no path and no pipeline.
 
-N particles start from noise and follow the sampler's transitions ``x' ~ N(mean(x), std^2 I)``.  A twist ``psi_k(x_k) =
-exp(beta_k r(D(x_k)))``, D the data prediction, guesses what the reward at the end will be.  Proposing from the sampler,
-or with ``gradient`` from ``N(mean + std^2 grad log psi_k(x_k), std^2 I) = q``, a step multiplies the weights by
+N particles start from noise and follow the sampler's transitions ``x' ~ N(mean(x), std^2 I)``, or those of tokens, each
+position from a law of its own.  A twist ``psi_k(x_k) = exp(beta_k r(D(x_k)))``, D the data prediction, guesses what the
+reward at the end will be.  Proposing from the sampler, or of Gaussian transitions with ``gradient`` from ``N(mean +
+std^2 grad log psi_k(x_k), std^2 I) = q``, a step multiplies the weights by
 
     psi_{k+1}(x') / psi_k(x) * N(x'; mean, std^2) / q(x'),
 
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from diffusers_sde.discrete.categorical import sample_categorical
+
 Reward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -36,8 +39,39 @@ class Transition(NamedTuple):
     std: float
     clean: torch.Tensor
 
+    def of(self, index: torch.Tensor) -> Transition:
+        """Of some of the particles, by their numbers."""
+        return self._replace(mean=self.mean[index])
 
-Kernel = Callable[[int, torch.Tensor], Transition]
+    def draw(self, shift: torch.Tensor | None, generator: torch.Generator | None) -> tuple[torch.Tensor, Any]:
+        """A draw of ``N(mean + shift, std^2)`` and ``log N(mean, std^2) - log N(mean + shift, std^2)`` there."""
+        if self.std == 0:
+            return self.mean, 0.0
+        z = _normals(self.mean, generator)
+        if shift is None:
+            return self.mean + self.std * z, 0.0
+        flat, noise = shift.double().flatten(1), z.double().flatten(1)
+        correction = -(0.5 * flat.square().sum(1) + self.std * (noise * flat).sum(1)) / self.std**2
+        return self.mean + shift + self.std * z, correction
+
+
+class TokenTransition(NamedTuple):
+    """One step of a sampler of tokens, each position by itself: ``law`` (M, L, S) of the next state, and ``clean``
+    (M, L), tokens that the data are guessed to have."""
+
+    law: torch.Tensor
+    clean: torch.Tensor
+
+    def of(self, index: torch.Tensor) -> TokenTransition:
+        """Of some of the particles, by their numbers."""
+        return self._replace(law=self.law[index])
+
+    def draw(self, shift: torch.Tensor | None, generator: torch.Generator | None) -> tuple[torch.Tensor, Any]:
+        """A draw; its law is not shifted."""
+        return sample_categorical(self.law, generator), 0.0
+
+
+Kernel = Callable[[int, torch.Tensor], Transition | TokenTransition]
 
 
 @dataclass(frozen=True)
@@ -162,7 +196,7 @@ def twisted_smc(
     past = torch.zeros(populations * n, dtype=torch.float64, device=x.device)  # log psi at the parent, minus correction
     sizes, resampled = [], []
     for k in range(steps):
-        mean, std, log_psi, shift = _twisted(kernel, reward, k, x, beta * scales[k], gradient)
+        step, log_psi, shift = _twisted(kernel, reward, k, x, beta * scales[k], gradient)
         log_weights = log_weights + (log_psi - past).reshape(populations, n)
         sizes.append(effective_sample_size(log_weights))
         low = sizes[-1] < threshold * n
@@ -171,14 +205,14 @@ def twisted_smc(
             chosen, same = systematic_resample(log_weights, generator), torch.arange(n, device=x.device)
             ancestors = torch.where(low[:, None], chosen, same)
             index = (ancestors + offsets).flatten()
-            mean, log_psi = mean[index], log_psi[index]
+            step, log_psi = step.of(index), log_psi[index]
             shift = None if shift is None else shift[index]
             if reorder is not None:
                 reorder(index)
             total = log_weights.logsumexp(-1)
             log_normalizer = torch.where(low, log_normalizer + total, log_normalizer)
             log_weights = torch.where(low[:, None], torch.full_like(log_weights, -math.log(n)), log_weights)
-        x, correction = _propose(mean, std, shift, generator)
+        x, correction = step.draw(shift, generator)
         past = log_psi - correction
         if callback is not None:
             callback()
@@ -198,38 +232,27 @@ def twisted_smc(
 
 def _twisted(
     kernel: Kernel, reward: Reward, k: int, x: torch.Tensor, beta: float, gradient: bool
-) -> tuple[torch.Tensor, float, torch.Tensor, torch.Tensor | None]:
-    """Mean, std, ``log psi`` and, if wanted, the shift ``std^2 grad log psi`` of step k."""
+) -> tuple[Transition | TokenTransition, torch.Tensor, torch.Tensor | None]:
+    """The transition, ``log psi`` and, if wanted, the shift ``std^2 grad log psi`` of step k."""
     if beta == 0 or not gradient:
         with torch.no_grad():
-            mean, std, clean = kernel(k, x)
+            step = kernel(k, x)
             # evaluated at the first step in any case: a wrong reward is to be found before the work is done
-            value = evaluate_reward(reward, clean) if beta or k == 0 else torch.zeros(len(x), device=x.device)
-        return mean, std, beta * value.double(), None
+            value = evaluate_reward(reward, step.clean) if beta or k == 0 else torch.zeros(len(x), device=x.device)
+        return step, beta * value.double(), None
+    if not x.is_floating_point():
+        raise ValueError("Tokens have no gradient: use gradient=False.")
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        mean, std, clean = kernel(k, x)
-        log_psi = beta * evaluate_reward(reward, clean)
+        step = kernel(k, x)
+        assert isinstance(step, Transition)
+        log_psi = beta * evaluate_reward(reward, step.clean)
         if not log_psi.requires_grad:
             raise ValueError(
                 "The reward has no gradient: make it differentiable in its samples, or use gradient=False."
             )
         (slope,) = torch.autograd.grad(log_psi.sum(), x)
-    return mean.detach(), std, log_psi.detach(), std**2 * slope
-
-
-def _propose(
-    mean: torch.Tensor, std: float, shift: torch.Tensor | None, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """A draw of ``N(mean + shift, std^2)`` and ``log N(mean, std^2) - log N(mean + shift, std^2)`` there."""
-    if std == 0:
-        return mean, 0.0
-    z = _normals(mean, generator)
-    if shift is None:
-        return mean + std * z, 0.0
-    flat, noise = shift.double().flatten(1), z.double().flatten(1)
-    correction = -(0.5 * flat.square().sum(1) + std * (noise * flat).sum(1)) / std**2
-    return mean + shift + std * z, correction
+    return step._replace(mean=step.mean.detach()), log_psi.detach(), step.std**2 * slope
 
 
 # -- results --
@@ -317,6 +340,32 @@ def scheduler_kernel(denoiser: Callable[[torch.Tensor, Any], torch.Tensor], sche
         out = scheduler.step(denoiser(scheduler.scale_model_input(x, t), t), t, x)
         scheduler.reorder(slice(None))  # the graph of this step is not that of the next
         return Transition(out.prev_sample_mean, out.noise_std, out.pred_original_sample)
+
+    return kernel
+
+
+def token_kernel(
+    logits: Callable[[torch.Tensor, Any], torch.Tensor],
+    scheduler: Any,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Kernel:
+    """The exact transition of a scheduler of tokens as a kernel; the data are guessed by a draw of each clean token.
+
+    Args:
+        logits: ``logits(tokens, timestep)`` (M, L, S).
+        scheduler: one of this package whose steps draw each position by itself (not an order), timesteps set.
+        generator: of the guesses.
+        options: of its ``law``: the mask, temperature, given tokens.
+
+    Returns:
+        ``kernel(k, x)``.
+    """
+
+    def kernel(k: int, x: torch.Tensor) -> TokenTransition:
+        t = scheduler.timesteps[k]
+        law, clean = scheduler.law(logits(x, t), t, x, **options)
+        return TokenTransition(law, sample_categorical(clean, generator))
 
     return kernel
 

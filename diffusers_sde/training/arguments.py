@@ -17,6 +17,7 @@ from diffusers_sde.errors import UsageError
 from diffusers_sde.training.settings import Settings, build_parser
 
 FLOW_MAPS = ("consistency", "mean_flow")
+TEXT = ("masked", "embedding")  # the objectives of text
 TAUGHT = (*FLOW_MAPS, "rectification")  # the objectives that a teacher serves
 
 
@@ -44,7 +45,7 @@ def make_settings(values: dict[str, Any]) -> Settings:
         "snr_gamma": 5.0,
         "time_mean": -1.2 if lognormal else 0.0,
         "time_std": 1.2 if lognormal else 1.0,
-        "validation_inference_steps": 4 if values["objective"] in FLOW_MAPS else 20,
+        "validation_inference_steps": {**dict.fromkeys(FLOW_MAPS, 4), "masked": 64}.get(values["objective"], 20),
     }
     settings = Settings(**{**values, **{name: value for name, value in defaults.items() if values[name] is None}})
     check(settings)
@@ -86,6 +87,7 @@ def find_problem(settings: Settings) -> str | None:
         return "--objective classifier trains a small network of its own: leave out --rank and --model_config."
     return (
         find_wrong_autoencoder(settings)
+        or find_wrong_language(settings)
         or find_wrong_text_model(settings)
         or find_wrong_number(settings)
         or find_wrong_output(settings)
@@ -95,8 +97,8 @@ def find_problem(settings: Settings) -> str | None:
 def find_wrong_autoencoder(settings: Settings) -> str | None:
     """What does not go together with ``--objective autoencoder``, or goes only with it."""
     if settings.objective != "autoencoder":
-        if settings.num_held_out_images:
-            return "--num_held_out_images is for --objective autoencoder: leave it out."
+        if settings.num_held_out_images and settings.objective not in TEXT:
+            return "--num_held_out_images is for --objective autoencoder, masked and embedding: leave it out."
         return None
     process = {
         "--path": settings.path != "from_model",
@@ -118,6 +120,43 @@ def find_wrong_autoencoder(settings: Settings) -> str | None:
     for name, value in model.items():
         if value is not None:
             return f"--objective autoencoder trains a new autoencoder on images: leave out {name}."
+    return None
+
+
+def find_wrong_language(settings: Settings) -> str | None:
+    """What does not go together with an objective of text, or goes only with one."""
+    own = {
+        "--tokenizer_name_or_path": settings.tokenizer_name_or_path,
+        "--prefix_column": settings.prefix_column,
+    }
+    if settings.objective not in TEXT:
+        first = next((name for name, value in own.items() if value is not None), None)
+        return first and f"{first} is for --objective {' and '.join(TEXT)}: leave it out."
+    others = {
+        "--vae_model_name_or_path": settings.vae_model_name_or_path,
+        "--train_text_encoder": settings.train_text_encoder or None,
+        "--rank": settings.rank,
+        "--resolution": settings.resolution,
+        "--cache_latents": settings.cache_latents or None,
+        "--streaming": settings.streaming or None,
+    }
+    for name, value in others.items():
+        if value is not None:
+            return f"--objective {settings.objective} trains a model of text: leave out {name}."
+    if settings.pretrained_model_name_or_path and settings.tokenizer_name_or_path:
+        return "a pretrained model keeps its tokenizer: leave out --tokenizer_name_or_path."
+    if settings.objective == "embedding" and (settings.pretrained_model_name_or_path or settings.prefix_column):
+        return "--objective embedding trains a new network on whole texts: use --objective masked for the others."
+    process = {
+        "--path": settings.path != "from_model",
+        "--prediction_type": settings.prediction_type is not None,
+        "--loss_weighting": settings.loss_weighting != "none",
+        "--loss": settings.loss != "l2",
+        "--time_sampling (but stratified)": settings.time_sampling not in ("uniform", "stratified"),
+    }
+    for name, given in process.items():
+        if given and settings.objective == "masked":
+            return f"the bound of masked text is the same for every process and weighting: leave out {name}."
     return None
 
 

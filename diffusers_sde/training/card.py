@@ -90,6 +90,27 @@ _SNIPPETS = {
 
 classifier = NoisyClassifierModel.from_pretrained({name})
 logits = classifier(noisy_images, timesteps)  # log p(class | x_t) up to a constant, (N, classes)""",
+    "masked": """import diffusers_sde
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(
+    {name}, custom_pipeline="pipelines/text_generation.py", trust_remote_code=True
+)
+pipe.scheduler = diffusers_sde.MaskedDiffusionScheduler.from_config(pipe.scheduler.config)
+print(pipe("And God said, ", gen_length=100, num_inference_steps=50).texts[0])""",
+    "embedding": """import torch
+from diffusers import DDPMPipeline
+from diffusers_sde import ProbabilityFlowScheduler
+from diffusers_sde.methods.word_embeddings import embedding_denoiser, words_of
+from diffusers_sde.sampling import sample
+from transformers import AutoTokenizer
+
+pipe = DDPMPipeline.from_pretrained({name})
+scheduler = ProbabilityFlowScheduler.from_config(pipe.scheduler.config)
+scheduler.set_timesteps(20)
+made = sample(embedding_denoiser(pipe.unet), scheduler, torch.randn(4, 1, {length}, {dimension}))
+tokenizer = AutoTokenizer.from_pretrained({name}, subfolder="tokenizer")
+print(tokenizer.batch_decode(words_of(made, pipe.unet)))""",
     "autoencoder": """from diffusers import AutoencoderKL
 
 vae = AutoencoderKL.from_pretrained({name})
@@ -158,14 +179,16 @@ def write_card(
     """``README.md`` of a model: what it is, how it was trained, its curves, how to sample it.
 
     ``kind`` names the sampling snippet (unconditional, class, flow_map, class_flow_map, classifier, autoencoder,
-    pipeline, lora), ``values`` fill it in, strings quoted.  Without ``samples.png`` or ``loss.png`` in ``folder`` the
-    card shows none.  ``base_model`` is named to the Hub where it is a model of the Hub.  ``hide`` takes secrets out of
-    the text.
+    masked, embedding, pipeline, lora), ``values`` fill it in, strings quoted.  The card shows ``samples.png`` or
+    ``samples.txt`` and ``loss.png`` where they are in ``folder``.  ``base_model`` is named to the Hub where it is a
+    model of the Hub.  ``hide`` takes secrets out of the text.
     """
 
     def shown(title: str, file: str) -> str:
         return f"![{title}]({file})\n\n" if (folder / file).exists() else ""
 
+    texts = folder / "samples.txt"
+    samples = f"Samples:\n\n```text\n{texts.read_text(encoding='utf-8')}```\n\n" if texts.exists() else ""
     of_hub = base_model is not None and base_model.count("/") == 1 and not Path(base_model).exists()
     base = f"base_model: {json.dumps(base_model)}\n" if of_hub else ""
     tags = ", lora" if kind == "lora" else ""
@@ -175,7 +198,7 @@ def write_card(
         title=title,
         what=what,
         facts="\n".join(f"* **{key}**: {value}" for key, value in facts.items()),
-        samples=shown("Samples", "samples.png"),
+        samples=samples or shown("Samples", "samples.png"),
         loss=shown("Loss", "loss.png"),
         command=command,
         snippet=_SNIPPETS[kind].format(base_model=json.dumps(base_model), **values),

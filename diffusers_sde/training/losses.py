@@ -1,5 +1,5 @@
 """The loss of a batch for each ``--objective``: denoising, rectification, flow maps (consistency, mean flow), noisy
-classification, autoencoders.
+classification, autoencoders, text, masked or of embeddings.
 
 Knows how a batch becomes noised states, targets and weights (:mod:`.objectives`, :mod:`diffusers_sde.flow_maps`), each
 sample from its own generator (:mod:`.randomness`), and how the network is called.  Knows nothing of optimizers,
@@ -19,7 +19,7 @@ import torch
 from diffusers_sde.flow_maps import average_prediction, jump
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
-from diffusers_sde.training import autoencoders
+from diffusers_sde.training import autoencoders, embedding_language, language
 from diffusers_sde.training.encoding import drawn, encoder_output, units_of
 from diffusers_sde.training.networks import Task, call_network
 from diffusers_sde.training.objectives import draw_times, loss_weights, prediction_targets, regression_loss
@@ -93,6 +93,10 @@ def make_loss(settings: Settings, task: Task, teacher: Task | None, global_batch
         return _classifier_loss(settings, task, global_batch)
     if settings.objective == "autoencoder":
         return functools.partial(autoencoders.loss_of_batch, settings, task)
+    if isinstance(task, embedding_language.EmbeddingTask):
+        return functools.partial(embedding_language.embedding_loss, settings, task)
+    if isinstance(task, language.LanguageTask):
+        return functools.partial(language.masked_loss, settings, task)
     if settings.objective in ("denoising", "rectification"):
         return _denoising_loss(settings, task, teacher, global_batch)
     return _flow_map_loss(settings, task, teacher, global_batch)

@@ -16,6 +16,7 @@ from pathlib import Path as File
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
 from diffusers_sde.class_conditional import ClassConditionalPipeline
@@ -163,6 +164,19 @@ class Task:
     def forward_process(self) -> str:
         """The process and what is predicted, in words."""
         return "none" if self.scheduler is None else f"{type(self.path).__name__}, {self.prediction_type}"
+
+    @property
+    def process_facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the process: its class and noise levels, whatever names it has."""
+        path = self.path
+        levels = ", ".join(f"{level:.3f}" for level in path.log_snr(np.linspace(path.noisiest, path.cleanest, 5)))
+        known = f"{type(path).__name__} with log_snr {levels}"
+        return {"--prediction_type": self.prediction_type, "--path": known}
+
+    @property
+    def card_values(self) -> dict[str, Any]:
+        """What the card's snippet is filled in with."""
+        return {"channels": self.channels, "size": self.network.config.get("sample_size")}
 
     @property
     def prediction_type(self) -> str:

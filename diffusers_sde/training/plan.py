@@ -6,6 +6,7 @@ not fit.  Knows nothing of processes but their number, and nothing of optimizers
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from diffusers_sde.conditioning import takes_prompts
 from diffusers_sde.errors import UsageError
 from diffusers_sde.loading import load_pipeline
 from diffusers_sde.sampling import CLASS_NAMES
-from diffusers_sde.training import autoencoders, networks, text, text_pipelines
+from diffusers_sde.training import autoencoders, embedding_language, language, networks, text, text_pipelines
+from diffusers_sde.training.arguments import TEXT
 from diffusers_sde.training.data import Images, TrainingData, load_images
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.objectives import check_objective
@@ -30,6 +32,12 @@ MAX_SHOWN_CLASSES = 100
 
 def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
     """The network with its pipeline, the data, and the number of classes that it is conditioned on (0: none)."""
+    if settings.objective in TEXT:
+        make = None
+        if settings.objective == "embedding":
+            process = networks.process_scheduler("vp" if settings.path == "from_model" else settings.path, "sample")
+            make = functools.partial(embedding_language.embedding_task, settings, scheduler=process)
+        return *language.build(settings, make), 0
     pipe = vae = None
     if settings.pretrained_model_name_or_path:
         pipe = load_pipeline(
@@ -219,10 +227,10 @@ def describe(settings: Settings, task: Task, images: TrainingData, classes: int,
         "pipeline": pipeline,
         "process": task.forward_process,
         "objective": settings.axes,
-        "data": f"{length.images if length.images is not None else 'a stream of'} images, {classes or 'no'} classes, "
-        f"{'with' if images.captions else 'no'} captions, {getattr(images, 'skipped', 0)} unreadable ones skipped",
+        "data": images.describe(classes),
         **({"classes": count_classes(images)} if images.class_names else {}),
-        "length": f"{length.steps} optimizer steps of {length.global_batch} x {length.accumulate} images{epochs}",
+        "length": f"{length.steps} optimizer steps of {length.global_batch} x {length.accumulate} "
+        f"{images.unit}{epochs}",
         "processes": f"{processes}",
         "memory": f"about {floats * 4 / 2**20:.0f} MB for weights, average, gradients and moments, per process",
         "learning rate": describe_rate(settings, length),

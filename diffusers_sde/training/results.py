@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from diffusers_sde.class_conditional import ClassConditionalPipeline
 from diffusers_sde.errors import UsageError
-from diffusers_sde.training import autoencoders, card
+from diffusers_sde.training import autoencoders, card, language
 from diffusers_sde.training.arguments import FLOW_MAPS
 from diffusers_sde.training.checkpoints import NotWritten, publish_into
 from diffusers_sde.training.parts import save_weights
@@ -30,7 +30,9 @@ SHOWN_CLASSES = 3  # that a card's snippet asks for at most
 
 
 def validate(session: Session, name: str) -> Any:
-    """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker."""
+    """A sample sheet of the (averaged) weights in ``samples/<name>.png`` and in the tracker; of text, as text."""
+    if isinstance(session.task, language.LanguageTask):
+        return validate_text(session, session.task, name)
     with session.averaged():
         sheet = sample_sheet(session.settings, session.task, session.classes, session.accelerator, session.measured)
     if sheet is not None and session.accelerator.is_main_process:
@@ -44,6 +46,24 @@ def validate(session: Session, name: str) -> Any:
                 image = importlib.import_module(tracker.name).Image(sheet)
                 tracker.log({"samples": image}, step=session.progress.step)
     return sheet
+
+
+def validate_text(session: Session, task: language.LanguageTask, name: str) -> None:
+    """Texts of the (averaged) weights in ``samples/<name>.txt`` and in the tracker."""
+    network, accelerator = task.network, session.accelerator
+    if not session.settings.num_validation_images or not accelerator.is_main_process:
+        return
+    training = network.training
+    network.eval()
+    with torch.no_grad(), session.averaged(), accelerator.autocast():
+        texts = task.sample_texts(session.settings)
+    network.train(training)
+    folder = session.output / "samples"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.txt").write_text("\n---\n".join(texts) + "\n", encoding="utf-8")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_text("samples", "\n\n".join(texts), session.progress.step)
 
 
 def finish(session: Session, command: str) -> None:
@@ -61,10 +81,15 @@ def finish(session: Session, command: str) -> None:
                 f"The weights are too large for --save_precision {settings.save_precision}: the training itself is "
                 f"complete, pass fp32 or bf16 and {session.last_good()}."
             )
-        measured = autoencoders.measure(task, session.measured) if task.name == autoencoders.NAME else {}
+        measured = measure(session)
 
         def write(folder: Path) -> None:
             save_weights(task, state, folder, lora=settings.rank is not None, dtype=dtype)
+            if isinstance(task, language.LanguageTask):
+                language.save_tokenizer(task, folder)
+                written = session.output / "samples" / f"step-{session.progress.step:06d}.txt"
+                if written.exists():
+                    (folder / "samples.txt").write_text(written.read_text(encoding="utf-8"), encoding="utf-8")
             rows = card.read_curve(session.output / "loss.csv")
             if rows:
                 card.draw_curve(rows, folder / "loss.png")
@@ -81,6 +106,17 @@ def finish(session: Session, command: str) -> None:
     print(f"Saved to {session.output} ({time.perf_counter() - start:.0f} s).", flush=True)
     if settings.push_to_hub:
         upload(session)
+
+
+def measure(session: Session) -> dict[str, str]:
+    """Further facts of the result, for its card."""
+    task = session.task
+    if task.name == autoencoders.NAME:
+        return autoencoders.measure(task, session.measured)
+    if isinstance(task, language.LanguageTask):
+        task.network.eval()
+        return language.measure(session.settings, task, session.measured)
+    return {}
 
 
 def card_content(
@@ -107,7 +143,7 @@ def card_content(
         + (f", LoRA of rank {settings.rank}" if settings.rank is not None else f", saved as {settings.save_precision}"),
         "Process": task.forward_process,
         "Objective": settings.axes,
-        "Length": f"{length.steps} steps of {length.global_batch * length.accumulate} images"
+        "Length": f"{length.steps} steps of {length.global_batch * length.accumulate} {session.measured.unit}"
         + ("" if length.epochs is None else f", {length.epochs:.3g} epochs"),
         "Weights": f"average with a power-function profile, width {settings.ema_sigma_rel}"
         if settings.use_ema
@@ -128,8 +164,7 @@ def card_content(
         "kind": kind,
         "values": {
             "name": json.dumps(name, ensure_ascii=False),
-            "channels": task.channels,
-            "size": task.network.config.get("sample_size"),
+            **task.card_values,
             "condition": condition,
             "shown": shown,
             "target": ", target_timestep=scheduler.target_timestep(t)" if settings.objective == "mean_flow" else "",

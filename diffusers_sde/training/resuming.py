@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from transformers import PreTrainedConfig
 
 from diffusers_sde.errors import UsageError
 from diffusers_sde.training.folders import find_files, is_image
@@ -28,10 +28,12 @@ from diffusers_sde.training.settings import OUTPUT, VALIDATION, Settings
 FIXED = {
     *("objective", "seed", "rank", "train_text_encoder", "use_ema", "guidance_scale", "revision"),
     *("num_held_out_images", "streaming", "image_column", "caption_column", "label_column"),
+    *("text_column", "prefix_column"),
 }
 # Told by a fact instead (`_facts`), or without any influence on the numbers.
 LEFT_OUT = {
     *("train_data_dir", "dataset_name", "resolution", "prediction_type", "path", "model_config", "ema_sigma_rel"),
+    *("tokenizer_name_or_path", "sequence_length"),
     *("pretrained_model_name_or_path", "vae_model_name_or_path", "teacher_model_name_or_path"),
     *("train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers", "gradient_checkpointing"),
 }
@@ -86,13 +88,12 @@ def _facts(settings: Settings, task: Task, images: TrainingData, length: Length)
     """What was resolved: two ways to say the same are the same."""
     facts: dict[str, Any] = {
         "data of": describe_data(settings, images),
-        "--resolution": images.framing.resolution,
-        "images per step": length.global_batch * length.accumulate,
+        **images.facts(),
+        f"{images.unit} per step": length.global_batch * length.accumulate,
         **{f"{key} of the network": value for key, value in describe_network(task).items()},
     }
     if task.scheduler is not None:
-        facts["--prediction_type"] = task.prediction_type
-        facts["--path"] = describe_process(task)
+        facts |= task.process_facts
     if settings.use_ema:
         facts["--ema_sigma_rel"] = settings.ema_sigma_rel
     for name in ("pretrained_model_name_or_path", "vae_model_name_or_path", "teacher_model_name_or_path"):
@@ -103,20 +104,15 @@ def _facts(settings: Settings, task: Task, images: TrainingData, length: Length)
 
 def describe_network(task: Task) -> dict[str, Any]:
     """Class and config of what is trained."""
-    config = {key: value for key, value in dict(task.network.config).items() if not key.startswith("_")}
+    config = task.network.config
+    values = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
+    config = {key: value for key, value in values.items() if not key.startswith("_")}
     return {"class": type(task.network).__name__, **config}
-
-
-def describe_process(task: Task) -> str:
-    """The forward process by its class and noise levels, whatever names it has."""
-    path = task.path
-    levels = path.log_snr(np.linspace(path.noisiest, path.cleanest, 5))
-    return f"{type(path).__name__} with log_snr {', '.join(f'{level:.3f}' for level in levels)}"
 
 
 def describe_data(settings: Settings, images: TrainingData) -> str:
     """The training images by number and content, wherever they lie."""
-    count = "a stream" if settings.streaming else f"{len(images)} images"
+    count = "a stream" if settings.streaming else f"{len(images)} {images.unit}"
     classes = f", {len(images.class_names)} classes" if images.class_names else ""
     folder = Path(settings.data_source).expanduser()
     if not folder.is_dir():

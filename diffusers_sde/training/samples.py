@@ -60,11 +60,12 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 class TrainingData(torch.utils.data.Dataset):
     """What can be trained on: numbered items, each a function of its number and a seed.
 
-    ``class_names`` is None without labels; ``captions`` says whether items have a caption; ``damage`` knows the images
-    that cannot be read (None: there can be none); ``max_workers`` bounds the processes that may read at once (None: any
-    number).
+    ``unit`` is what items are called.  ``class_names`` is None without labels; ``captions`` says whether items have a
+    caption; ``damage`` knows the images that cannot be read (None: there can be none); ``max_workers`` bounds the
+    processes that may read at once (None: any number).
     """
 
+    unit = "images"
     framing: Framing
     class_names: list[str] | None = None
     captions: bool = False
@@ -75,6 +76,19 @@ class TrainingData(torch.utils.data.Dataset):
     def skipped(self) -> int:
         """How many images could not be read."""
         return self.damage.count if self.damage else 0
+
+    def facts(self) -> dict[str, Any]:
+        """What of the data gives a checkpoint's numbers their meaning, besides number and content."""
+        return {"--resolution": self.framing.resolution}
+
+    def describe(self, classes: int) -> str:
+        """A line of the plan."""
+        try:
+            count = str(len(self))
+        except TypeError:  # its length is not known
+            count = "a stream of"
+        captions = "with" if self.captions else "no"
+        return f"{count} images, {classes or 'no'} classes, {captions} captions, {self.skipped} unreadable ones skipped"
 
     def class_counts(self) -> list[int] | None:
         """How many images each class has; None where that is not known."""
@@ -220,8 +234,21 @@ class Selection(TrainingData):
 
     def __init__(self, source: TrainingData, numbers: np.ndarray) -> None:
         self.source, self.numbers = source, numbers
-        self.framing, self.class_names, self.captions = source.framing, source.class_names, source.captions
-        self.damage, self.max_workers = source.damage, source.max_workers
+        self.class_names, self.captions = source.class_names, source.captions
+        self.damage, self.max_workers, self.unit = source.damage, source.max_workers, source.unit
+
+    @property
+    def framing(self) -> Framing:  # type: ignore[override]
+        """Of the source."""
+        return self.source.framing
+
+    def facts(self) -> dict[str, Any]:
+        """Those of the source."""
+        return self.source.facts()
+
+    def describe(self, classes: int) -> str:
+        """A line of the plan."""
+        return f"{len(self)} of {self.source.describe(classes)}"
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -239,7 +266,7 @@ def hold_out(source: TrainingData, count: int) -> tuple[TrainingData, TrainingDa
     """
     if count >= len(source):
         raise DataError(
-            f"--num_held_out_images {count} leaves nothing of {len(source)} images to train on: pass fewer."
+            f"--num_held_out_images {count} leaves nothing of {len(source)} {source.unit} to train on: pass fewer."
         )
     held = (np.arange(count) * len(source) + len(source) // 2) // count
     return Selection(source, np.setdiff1d(np.arange(len(source)), held)), Selection(source, held)

@@ -19,7 +19,9 @@ from typing import Any, Literal, get_args, get_origin
 from diffusers_sde.argument_parser import Formatter, Parser
 from diffusers_sde.training.secrets import redact
 
-Objective = Literal["denoising", "rectification", "consistency", "mean_flow", "classifier", "autoencoder"]
+Objective = Literal[
+    "denoising", "rectification", "consistency", "mean_flow", "classifier", "autoencoder", "masked", "embedding"
+]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 ForwardPath = Literal["from_model", "vp", "scaled_linear", "cosine", "ve", "edm", "flow"]
 LossWeighting = Literal["none", "min_snr", "soft_min_snr", "edm", "sigma_sqrt", "cosmap", "likelihood"]
@@ -97,6 +99,12 @@ class Settings:
     streaming: bool = option(DATA, False, "Stream the Hub data set; needs --max_train_steps.")
     image_column: str = option(DATA, "image", "Column of a Hub data set.")
     caption_column: str = option(DATA, "text", "Column of a Hub data set or of metadata.jsonl or .csv.")
+    text_column: str = option(DATA, "text", "Text: column of a data set; of a folder with text files, those.")
+    prefix_column: str | None = option(DATA, None, "Text: column of what stands before it and is given, as a prompt.")
+    tokenizer_name_or_path: str | None = option(
+        DATA, None, "Text: tokenizer of transformers. Default: one of the characters that the data has."
+    )
+    sequence_length: int = option(DATA, 128, "Text: tokens of a sequence.", positive=True)
     label_column: str = option(DATA, "label", "Column of a Hub data set.")
     resolution: int | None = option(
         DATA, None, "Side of the training images. Default: the model's, else 64.", positive=True
@@ -104,7 +112,9 @@ class Settings:
     center_crop: bool = option(DATA, False, "Crop at the centre instead of anywhere.")
     random_flip: bool = option(DATA, False, "Flip half of the images horizontally.")
     cache_latents: bool = option(DATA, False, "Latent models: encode every image once, into --output_dir.")
-    num_held_out_images: int = option(DATA, 0, "Autoencoders: images never trained on, to measure the result on.")
+    num_held_out_images: int = option(
+        DATA, 0, "Autoencoders and text: images or sequences never trained on, to measure the result on."
+    )
     dataloader_num_workers: int = option(DATA, 0, "Processes that read images; 0: the training process.")
 
     objective: Objective = option(OBJECTIVE, "denoising", "What to train.")
@@ -189,8 +199,10 @@ class Settings:
         VALIDATION, None, "Optimizer steps between sample sheets. Default: only at the end.", positive=True
     )
     validation_prompts: list[str] | None = option(VALIDATION, None, "Prompts of a text-to-image model.")
-    num_validation_images: int = option(VALIDATION, 20, "Images per sheet, always the same noise; 0: no sheets.")
-    validation_inference_steps: int = option(VALIDATION, None, "Default: 20, 4 for flow maps.", positive=True)
+    num_validation_images: int = option(VALIDATION, 20, "Images per sheet (or texts), always the same noise; 0: none.")
+    validation_inference_steps: int = option(
+        VALIDATION, None, "Default: 20, 4 for flow maps, 64 for masked text.", positive=True
+    )
     validation_guidance_scale: float = option(VALIDATION, 2.0, "Of conditional models.")
 
     @property
@@ -203,6 +215,8 @@ class Settings:
         """The objective in words."""
         if self.objective == "autoencoder":
             return f"autoencoder, loss {self.loss}, sharpness {self.sharpness_weight}, KL {self.kl_weight}"
+        if self.objective == "masked":
+            return f"masked, any-order bound, numbers of masks {self.time_sampling}"
         return f"{self.objective}, weighting {self.loss_weighting}, times {self.time_sampling}, loss {self.loss}"
 
     def public(self) -> dict[str, Any]:
