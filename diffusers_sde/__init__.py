@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ProbabilityFlowScheduler,
         ReverseSDEScheduler,
         TableScheduler,
+        transition,
     )
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "SchedulerMixin",
     "TableScheduler",
     "calibrate",
+    "transition",
     "write_component_modules",
 ]
 

@@ -21,6 +21,7 @@ PACKAGE = "diffusers_sde"
 # fmt: off
 THEORY = {
     "paths", "prediction", "dynamics", "grids", "weights", "extrapolation", "tables", "noise", "analytic", "flow_maps",
+    "transitions",
 }
 # fmt: on
 LAYERS = [

@@ -6,6 +6,7 @@ from diffusers_sde.schedulers.dpm_solver import DPMSolverScheduler
 from diffusers_sde.schedulers.flow_map import FlowMapScheduler
 from diffusers_sde.schedulers.probability_flow import ProbabilityFlowScheduler
 from diffusers_sde.schedulers.reverse_sde import ReverseSDEScheduler
+from diffusers_sde.schedulers.scoring import transition
 
 __all__ = [
     "CalibratedScheduler",
@@ -15,4 +16,5 @@ __all__ = [
     "ReverseSDEScheduler",
     "SchedulerOutput",
     "TableScheduler",
+    "transition",
 ]
