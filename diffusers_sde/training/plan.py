@@ -80,7 +80,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         task.network.enable_gradient_checkpointing()
     if takes_prompts(task.pipe):
         return task, images, 0
-    if classes:
+    if classes and not settings.rewarded:  # else it has the names that it came with
         task.network.register_to_config(**{CLASS_NAMES: images.class_names})
     return task, images, classes
 
@@ -272,8 +272,8 @@ def describe_rollouts(settings: Settings, task: Task, wishes: TrainingData) -> s
     tau = settings.rollout_tau if settings.rollout_tau is not None else float(settings.objective != "nft")
     return (
         f"{len(wishes)} {kind}{groups}, {settings.rollout_steps} evaluations at tau {tau:g}, data scale "
-        f"{settings.rollout_data_std:g}, {settings.parts} losses a picture, {settings.updates_per_rollout} optimizer "
-        "steps a rollout"
+        f"{settings.rollout_data_std:g}, {settings.parts} losses a picture, optimizer steps a rollout: "
+        f"{settings.updates_per_rollout}"
     )
 
 
