@@ -14,7 +14,7 @@ SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    choices = (*SECTIONS, "training", "errors", "lora")
+    choices = (*SECTIONS, "training", "errors", "lora", "rewards")
     parser.add_argument(
         "--sections",
         nargs="+",
@@ -61,6 +61,7 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         errors,
         labels,
         lora,
+        rewards,
         robustness,
         steps,
         stochastic,
@@ -88,6 +89,8 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         calibration.measure(args.seed, images, args.guidance_scale, args.training_images, shipped=args.shipped)
     elif section == "lora":
         lora.measure(args.seed, args.training_images)
+    elif section == "rewards":
+        rewards.measure(args.seed)
     elif section == "errors":
         errors.measure(args.seed)
     elif section == "training":
