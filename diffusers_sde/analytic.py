@@ -42,6 +42,8 @@ class GaussianMixture:
         values, self._vectors = torch.linalg.eigh(c)
         self._values = values.clamp(min=0)
         self.weights, self.means, self.dimension = w / w.sum(), m, d
+        self._to_bases = self._vectors.permute(1, 0, 2).reshape(d, -1)  # all eigenbases side by side, (d, K d)
+        self._centres = torch.einsum("kij,ki->kj", self._vectors, m)
 
     @property
     def covariances(self) -> torch.Tensor:
@@ -56,7 +58,7 @@ class GaussianMixture:
     def _components(self, x: torch.Tensor, alpha: float, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
         """log w_k N(x; alpha m_k, S_k) as (N, K), and the centred x in each eigenbasis as (N, K, d)."""
         variances = alpha**2 * self._values + sigma**2
-        z = torch.einsum("kij,nki->nkj", self._vectors, x[:, None] - alpha * self.means)
+        z = (x @ self._to_bases).reshape(len(x), *self.means.shape) - alpha * self._centres
         log_det = torch.log(2 * math.pi * variances).sum(-1)
         return self.weights.log() - 0.5 * ((z**2 / variances).sum(-1) + log_det), z
 
@@ -83,8 +85,8 @@ class GaussianMixture:
             allowed |= (components == len(self))[:, None]
             log_weights = log_weights.masked_fill(~allowed, -math.inf)
         gain = alpha * self._values / (alpha**2 * self._values + sigma**2).clamp(min=1e-300)
-        means = self.means + torch.einsum("kij,nkj->nki", self._vectors, gain * z)
-        return torch.einsum("nk,nki->ni", log_weights.softmax(-1), means)
+        chosen = log_weights.softmax(-1)
+        return chosen @ self.means + (chosen[..., None] * gain * z).flatten(1) @ self._to_bases.T
 
     def score(
         self, x: torch.Tensor, alpha: float, sigma: float, components: torch.Tensor | None = None

@@ -1,7 +1,7 @@
 """When a step may extrapolate from earlier evaluations: weights that are safe, or none.
 
-Knows how a solver weighs evaluations (:class:`Method`) and the limits beyond which that amplifies errors more than
-another order gains.  Floats on the host only; knows one step, no grid and no table.
+Knows how a solver weighs evaluations (:class:`Method`), the limits beyond which that amplifies errors more than another
+order gains, and how much a run's own errors leave of it (:func:`trust`).  Knows one step, no grid and no table.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ MAX_AMPLIFICATION = {2: 5.0, 3: 8.0, 4: 14.0, 5: 14.0}  # sum |b| / |sum b|, by 
 MAX_STIFFNESS = 2.0  # of a stochastic step, see Method.stiffness
 MAX_FRESH = (6.2, 1.5)  # amplification times fresh noise, for data prediction and for an F that contains the noise
 MAX_FEEDBACK = 1.1  # of a correction, see Method.feedback
+DOUBT = 1.0, 0.25  # of a correction and of an extrapolation, see trust
 MAX_CANCELLATION = 0.3  # of MAX_AMPLIFICATION: what errors of x_0 may grow to when noise predictions are subtracted
 
 
@@ -96,3 +98,25 @@ class Method:
             errors = np.abs(weights) @ [min(1.0, p.alpha / p.sigma) for p in basis]
             safe &= errors <= MAX_CANCELLATION * MAX_AMPLIFICATION[order] * math.hypot(end.alpha, end.sigma)
         return weights if safe else None
+
+
+def trust(gap: Any) -> tuple[Any, Any]:
+    """How far a row may follow its earlier evaluations, by what they had expected of the newest one.
+
+    With ``gap = |F_i - P_i| / |F_i|``, P_i the value that the last extrapolation implied for F_i:
+
+        correction by ``1/(1 + gap^2)``, extrapolation by ``1/(1 + gap/4)``.
+
+    A network under strong guidance answers a change of the state with a change of F several times as large: corrected
+    and extrapolated states then overshoot, each step further, and the gap says so one step ahead.  It shrinks with the
+    square of the step for order 2, so that trust becomes full and the order stays.  The two numbers were chosen with
+    the grids (:mod:`diffusers_sde.defaults`).
+
+    Args:
+        gap: the relative gap, a number, an array or a tensor (N,), 0 or more.
+
+    Returns:
+        The factors of the correction and of the slope (:class:`diffusers_sde.tables.Row`), in (0, 1].
+    """
+    correction, slope = DOUBT
+    return 1 / (1 + correction * gap**2), 1 / (1 + slope * gap)

@@ -24,6 +24,8 @@ from diffusers_sde.prediction import DATA, convert
 from diffusers_sde.weights import (
     CLOCKS,
     Point,
+    basis_values,
+    clock_values,
     evaluation_coefficients,
     linear_coefficients,
 )
@@ -36,7 +38,10 @@ MAX_TAU = 4.0  # beyond it the state forgets itself within a step and the noise 
 class Row:
     """One model evaluation: at ``(time, alpha, sigma)`` form F, then ``x <- a x + sum_j b[j] F_{i-j} + c z``.
 
-    ``b[0]`` multiplies the evaluation of this row, ``b[j]`` the one j rows earlier.
+    ``b[0]`` multiplies the evaluation of this row, ``b[j]`` the one j rows earlier.  What in b leans on earlier
+    evaluations is also said apart, for a run that trusts them less (:func:`diffusers_sde.extrapolation.trust`):
+    ``b = first + slope + correction gap``.  ``first`` is the weight of this row's evaluation alone; ``gap`` are the
+    weights of ``F_i - P_i``, with ``P_i`` what the step before expected here; empty where b is first alone.
     """
 
     time: float
@@ -45,6 +50,9 @@ class Row:
     a: float
     b: tuple[float, ...]
     c: float
+    slope: tuple[float, ...] = ()
+    gap: tuple[float, ...] = ()
+    correction: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -125,13 +133,15 @@ def build_multistep(
         else:
             top = order if end.sigma > 0 else 1 + (final == "second_order")
             a, c, forward = _explicit(method, start, end, points[max(i - top + 1, 0) : i + 1][::-1], taus[i])
-        b = forward
+        b, correction = forward, 0.0
         if i and corrector and not (end.sigma == 0 and final == "denoise"):
             count = len(previous) + 1 if corrector is True else min(int(corrector), i + 1)
             redone = _implicit(method, points[max(i - count + 1, 0) : i + 1][::-1], points[i - 1], taus[i - 1])
             if redone is not None:  # the corrected state is x + sum (redone - previous) F
-                b = _add(b, a * _add(redone, -np.append(0.0, previous)))
-        rows.append(Row(float(nodes.time[i]), start.alpha, start.sigma, a, tuple(map(float, b)), c))
+                b, correction = _add(b, a * _add(redone, -np.append(0.0, previous))), float(a * redone[0])
+        row = Row(float(nodes.time[i]), start.alpha, start.sigma, a, _floats(b), c)
+        expected = points[i - len(previous) : i][::-1]
+        rows.append(_with_parts(method, row, start, end, taus[i], expected, correction))
         previous = forward
     return Table(tuple(rows), float(data_std))
 
@@ -206,7 +216,8 @@ def build_singlestep(
             else:
                 (a, c), forward = linear_coefficients(start, end, data_std, taus[i]), weights[::-1]
             b = _add(forward, -a * np.append(0.0, previous))
-            rows.append(Row(float(nodes.time[i]), start.alpha, start.sigma, a, tuple(map(float, b)), c))
+            row = Row(float(nodes.time[i]), start.alpha, start.sigma, a, _floats(b), c)
+            rows.append(_with_parts(weigh, row, start, end, taus[i], points[i - len(previous) : i][::-1], 0.0))
             previous = forward
     return Table(tuple(rows), float(data_std))
 
@@ -376,6 +387,29 @@ def _denoise(method: Method, start: Point, end: Point) -> tuple[float, float, np
     evaluation = evaluation_coefficients(method.data_std, start.alpha, start.sigma)
     k_x, k_f = convert(evaluation, DATA, start.alpha, start.sigma)
     return end.alpha * k_x, 0.0, np.array([end.alpha * k_f])
+
+
+def _with_parts(
+    method: Method, row: Row, start: Point, end: Point, tau: float, expected: Sequence[Point], correction: float
+) -> Row:
+    """The row, from ``start`` to ``end``, with the parts of b that lean on earlier evaluations: see :class:`Row`.
+
+    Args:
+        expected: where the evaluations were made that the step before used, newest first.
+        correction: the weight of the new evaluation in the correction of that step.
+    """
+    if len(row.b) == 1:
+        return row
+    at = [p.log_snr for p in (start, *expected)]
+    clock = clock_values(method.path, method.clock, np.array(at), method.data_std) if len(at) > 2 else np.zeros(2)
+    gap = np.append(1.0, -basis_values(clock[:1], clock[1:])[:, 0])
+    first = _explicit(method, start, end, [start], tau)[2] if end.sigma else _denoise(method, start, end)[2]
+    slope = _add(np.array(row.b), -_add(first, correction * gap))
+    return replace(row, slope=_floats(slope), gap=_floats(gap), correction=correction)
+
+
+def _floats(weights: np.ndarray) -> tuple[float, ...]:
+    return tuple(map(float, weights))
 
 
 def _add(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -193,8 +193,13 @@ def lagrange_weights(
         return np.array([w.sum()])
     u = clock_values(path, clock, lam, data_std)
     at = clock_values(path, clock, np.array([p.log_snr for p in basis]), data_std)
-    weights = [np.prod([(u - o) / (me - o) for k, o in enumerate(at) if k != j], axis=0) @ w for j, me in enumerate(at)]
-    return np.array(weights)
+    return basis_values(u, at) @ w
+
+
+def basis_values(u: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The Lagrange basis on the nodes ``at`` (k,), distinct, at the coordinates ``u`` (m,): (k, m)."""
+    others = [np.delete(at, j) for j in range(len(at))]
+    return np.array([np.prod((u - o[:, None]) / (me - o)[:, None], axis=0) for me, o in zip(at, others, strict=True)])
 
 
 def midpoint_weights(

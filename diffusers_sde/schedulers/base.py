@@ -26,6 +26,7 @@ from diffusers_sde.schedulers import traced
 from diffusers_sde.schedulers.compiled import Compiled, CompiledRow, Normals, compiled_rows
 from diffusers_sde.schedulers.conversion import Conversion
 from diffusers_sde.schedulers.data_prediction import limited
+from diffusers_sde.schedulers.execution import next_mean
 from diffusers_sde.schedulers.layout import RunLayout
 from diffusers_sde.schedulers.per_token import per_token_step
 from diffusers_sde.schedulers.runs import (
@@ -76,6 +77,11 @@ class TableScheduler(RunLayout, Conversion):
     def _taus(self, nodes: Nodes) -> list[float]:
         """The noise level of each step of the whole grid."""
         return [0.0] * (len(nodes) - 1)
+
+    @property
+    def _doubts(self) -> bool:
+        """Whether a run follows its rows only as far as its own errors let it."""
+        return bool(getattr(self.config, "trust", False))
 
     def _check(self) -> None:
         """Raise ``ValueError`` for config values that no run could use."""
@@ -153,7 +159,7 @@ class TableScheduler(RunLayout, Conversion):
         normals: list[Normals] = [()] * (len(nodes) - 1)
         if self.stochastic:
             normals = noise.brownian_weights(nodes.log_snr, tau=tau, data_std=table.data_std)
-        rows = compiled_rows(table, path, kind, normals[begin:])
+        rows = compiled_rows(table, path, kind, normals[begin:], trusting=not self._doubts)
         return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding), settings)
 
     # -- the step --
@@ -184,7 +190,8 @@ class TableScheduler(RunLayout, Conversion):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> SchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Execute one row: ``x <- a x + sum_j b_j F_j + c z`` with F the model output in the table's terms.
+        """Execute one row: ``x <- a x + sum_j b_j F_j + c z`` with F the model output in the table's terms, followed as
+        far as the run's own errors let it (:func:`diffusers_sde.extrapolation.trust`).
 
         Args:
             model_output: what the network says, of the config's prediction_type; float, shape of ``sample`` (or twice
@@ -242,10 +249,7 @@ class TableScheduler(RunLayout, Conversion):
             x0 = torch.mul(evaluation, row.d_m)
             if row.d_rest:
                 x0.add_(sample, alpha=row.d_rest)
-        mean = torch.mul(sample, row.a).add_(evaluation, alpha=row.weights[0])
-        for weight, old in zip(row.weights[1:], history, strict=False):
-            mean.add_(old, alpha=weight)
-
+        mean = next_mean(row, sample, evaluation, history)
         prev, seeds = mean, run.seeds
         if row.noise and row.c:
             seeds = self._seeds(run, sample, generator)

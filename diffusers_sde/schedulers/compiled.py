@@ -24,11 +24,15 @@ class CompiledRow:
 
     E is the row's evaluation F up to a factor, which the weights carry: forming it is one operation.
     ``x_0 = d_x x + d_m m = d_rest x + d_m E``; ``keep``: how many E later rows read;
-    ``noise``: the normals of z and their weights.
+    ``noise``: the normals of z and their weights.  slope, gap, correction: as in :class:`diffusers_sde.tables.Row`, in
+    terms of E, the gap in units of this row's; no gap where the row is followed as it is.
     """
 
     a: float
     weights: tuple[float, ...]
+    slope: tuple[float, ...]
+    gap: tuple[float, ...]
+    correction: float
     c: float
     kappa: float
     d_x: float
@@ -54,7 +58,9 @@ class Compiled:
         return not any(row.keep or (row.noise and row.c) for row in self.rows)
 
 
-def compiled_rows(table: Table, path: Path, kind: str, normals: Sequence[Normals]) -> list[CompiledRow]:
+def compiled_rows(
+    table: Table, path: Path, kind: str, normals: Sequence[Normals], trusting: bool = True
+) -> list[CompiledRow]:
     """The rows of ``table`` for a network whose ``prediction_type`` is ``kind``.
 
     A row of a table weighs F, which costs two operations on the state and the output m: ``F = k_x x + k_m m``.  Weights
@@ -65,6 +71,7 @@ def compiled_rows(table: Table, path: Path, kind: str, normals: Sequence[Normals
         table, path: what to run, on which process.
         kind: the network's prediction type.
         normals: for each row the normals of its z, see :func:`diffusers_sde.noise.brownian_weights`.
+        trusting: the rows are followed as they are, whatever their evaluations say.
     """
     rows: list[CompiledRow] = []
     scales: list[float] = []  # F = scale (m + kappa x)
@@ -72,8 +79,10 @@ def compiled_rows(table: Table, path: Path, kind: str, normals: Sequence[Normals
         evaluation = evaluation_coefficients(table.data_std, row.alpha, row.sigma)
         k_x, k_m = from_model(path, kind, row.alpha, row.sigma, evaluation)
         scales.append(k_m)
-        weights = tuple(b * scales[i - j] for j, b in enumerate(row.b))
+        weights, slope = (tuple(b * scales[i - j] for j, b in enumerate(part)) for part in (row.b, row.slope))
+        gap = () if trusting else tuple(b * scales[i - j] / k_m for j, b in enumerate(row.gap))
         d_x, d_m = from_model(path, kind, row.alpha, row.sigma)
         d_rest = d_x - d_m * k_x / k_m if table.data_std else 0.0
-        rows.append(CompiledRow(row.a, weights, row.c, k_x / k_m, d_x, d_m, d_rest, table.history(i), normals[i]))
+        parts = weights, slope, gap, row.correction * k_m
+        rows.append(CompiledRow(row.a, *parts, row.c, k_x / k_m, d_x, d_m, d_rest, table.history(i), normals[i]))
     return rows

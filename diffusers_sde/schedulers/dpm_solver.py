@@ -36,11 +36,12 @@ class DPMSolverScheduler(TableScheduler):
         solver_type: heun (diffusers' name for the exact integral of the interpolating line; exact is accepted and kept
             as heun), or midpoint (the published default of order 2).  Order 3 always has exact weights.
         singlestep: restart each step from its anchor instead of keeping a history.
+        trust: as in :class:`ProbabilityFlowScheduler`; the published methods have none.
         noise_seed: as in :class:`ReverseSDEScheduler`.
         kwargs: process, grid and data options, see :data:`diffusers_sde.configs.TABLE`.
     """
 
-    _own_keys = ("solver_order", "algorithm_type", "solver_type", "singlestep", "noise_seed")
+    _own_keys = ("solver_order", "algorithm_type", "solver_type", "singlestep", "trust", "noise_seed")
 
     @scheduler_init
     def __init__(
@@ -49,6 +50,7 @@ class DPMSolverScheduler(TableScheduler):
         algorithm_type: str = "dpmsolver++",
         solver_type: str = "heun",
         singlestep: bool = False,
+        trust: bool = False,
         noise_seed: int | None = None,
     ):
         if solver_type == "exact":  # the name that diffusers' classes accept for the same weights

@@ -24,10 +24,12 @@ class ProbabilityFlowScheduler(TableScheduler):
         clock: coordinate of the extrapolation: log_snr, sigma, angle or time; None: the measured default.
         final: the step to sigma = 0: denoise, corrected, exact or second_order (:func:`build_multistep`); None:
             corrected, or denoise where the data prediction is limited.
+        trust: follow corrections and extrapolations only as far as the run's own errors let it
+            (:func:`diffusers_sde.extrapolation.trust`); False: the table as it is, which is linear in the evaluations.
         kwargs: process, grid and data options, see :data:`diffusers_sde.configs.TABLE`.
     """
 
-    _own_keys = ("solver_order", "corrector", "data_std", "clock", "final")
+    _own_keys = ("solver_order", "corrector", "data_std", "clock", "final", "trust")
 
     @scheduler_init
     def __init__(
@@ -37,6 +39,7 @@ class ProbabilityFlowScheduler(TableScheduler):
         data_std: float | None = None,
         clock: str | None = None,
         final: str | None = None,
+        trust: bool = True,
     ):
         self._setup()
 

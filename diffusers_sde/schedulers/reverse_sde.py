@@ -31,11 +31,12 @@ class ReverseSDEScheduler(TableScheduler):
         clock: coordinate of the extrapolation: log_snr, sigma, angle or time; None: the measured default.
         final: the step to sigma = 0: denoise or corrected (no noise is left), exact or second_order; None: corrected,
             or denoise where the data prediction is limited.
+        trust: as in :class:`ProbabilityFlowScheduler`.
         noise_seed: seed of the Brownian path where a pipeline passes no generator; None: a hash of the latents.
         kwargs: process, grid and data options, see :data:`diffusers_sde.configs.TABLE`.
     """
 
-    _own_keys = ("tau", "eta", "solver_order", "corrector", "data_std", "clock", "final", "noise_seed")
+    _own_keys = ("tau", "eta", "solver_order", "corrector", "data_std", "clock", "final", "trust", "noise_seed")
 
     @scheduler_init
     def __init__(
@@ -47,6 +48,7 @@ class ReverseSDEScheduler(TableScheduler):
         data_std: float | None = None,
         clock: str | None = None,
         final: str | None = None,
+        trust: bool = True,
         noise_seed: int | None = None,
     ):
         self._setup()
