@@ -13,6 +13,7 @@ from diffusers_sde.prediction import split_variance
 from diffusers_sde.schedulers.base import HALF, TableScheduler, _unchanged
 from diffusers_sde.schedulers.compiled import Compiled
 from diffusers_sde.schedulers.data_prediction import limited
+from diffusers_sde.schedulers.execution import next_mean
 from diffusers_sde.tables import points_of
 from diffusers_sde.transitions import GaussianTransition
 
@@ -66,7 +67,7 @@ def transition(
         x0 = limited(torch.mul(model_output, row.d_m).add_(sample, alpha=row.d_x), scheduler.config)
         model_output = torch.sub(x0, sample, alpha=row.d_x).div_(row.d_m)
     evaluation = torch.add(model_output, sample, alpha=row.kappa)
-    mean = torch.mul(sample, row.a).add_(evaluation, alpha=row.weights[0])
+    mean = next_mean(row, sample, evaluation, ())
     start, end = points_of(scheduler._nodes(run.layout)[i : i + 2])
     return GaussianTransition(mean, row.c if row.noise else 0.0, row.weights[0], start, end)
 
