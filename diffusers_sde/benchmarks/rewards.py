@@ -28,7 +28,7 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 PATHS = {"flow": FLOW, "VP": PROCESSES["linear"]}
 BETAS = (0.5, 0.2, 0.08)
 METHODS = ("grpo", "adjoint matching", "nft")
-STEPS, DATA_STD, BATCH, GROUP, UPDATES, RATE = 8, 0.7, 256, 16, 300, 5e-3
+STEPS, DATA_STD, BATCH, GROUP, UPDATES, RATE = 16, 0.7, 256, 16, 100, 8e-3
 DRAWN, POPULATIONS, PARTICLES, BEST_OF = 4096, 16, 64, (2, 4, 8, 16, 64)
 _CLIP = 0.2
 
