@@ -168,7 +168,8 @@ def best_of(n: int, seed: int) -> tuple[float, float]:
 
 def measure(seed: int = 0) -> None:
     """Learn and search at three strengths of the tilt, on a flow and on a variance preserving path."""
-    rows, points = [], {}
+    rows: list[list[str]] = []
+    points: dict[str, list[tuple[float, float]]] = {}
     for path, process in PATHS.items():
         for beta in BETAS:
             kl, mean = frontier(beta)
@@ -203,7 +204,8 @@ def draw(points: dict[str, list[tuple[float, float]]], file: str) -> None:
     colours = {"grpo": "#1f77b4", "adjoint matching": "#d62728", "nft": "#2ca02c", "steering": "#9467bd"}
     for name, found in points.items():
         method, _, path = name.partition(", ")
-        style = {"marker": "o" if path != "VP" else "s", "markerfacecolor": "none" if path == "VP" else None}
+        flow = path != "VP"
+        style: dict[str, Any] = {"marker": "o" if flow else "s", "markerfacecolor": None if flow else "none"}
         ax.plot(*zip(*found, strict=True), linestyle="", color=colours.get(method, "#ff7f0e"), label=name, **style)
     ax.set(xlabel="KL to the start, nats", ylabel="mean reward", xlim=(0, None))
     ax.legend(fontsize=8)

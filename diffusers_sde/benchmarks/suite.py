@@ -88,7 +88,14 @@ def problems(
             generator = torch.Generator().manual_seed(1000 + seed)
             noise = torch.randn(SAMPLES, 1, 1, data.everything.dimension, generator=generator, dtype=torch.float64)
             title = f"{data.name} {number + 1}, {name}, guidance {scale:g}"
-            yield Problem(title, path_from_config(canonical_config(config)).family, config, scale, guided(data, config, scale), noise)
+            yield Problem(
+                title,
+                path_from_config(canonical_config(config)).family,
+                config,
+                scale,
+                guided(data, config, scale),
+                noise,
+            )
 
 
 def guided(data: Data, config: dict[str, Any], scale: float) -> Denoiser:

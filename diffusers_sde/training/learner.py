@@ -82,7 +82,7 @@ class Learner:
         prompts, scale = batch.get("caption"), self.settings.guidance_scale
 
         def predict(network: Any, x: torch.Tensor, time: Any) -> torch.Tensor:
-            times = np.broadcast_to(np.asarray(time, np.float64), len(x))
+            times = np.full(len(x), time, np.float64)
             with self.autocast():
                 return ask_guided(task, network, self.path, x, times, labels, prompts, None, scale)
 
