@@ -66,10 +66,11 @@ TABLE = (
         "sigma/alpha of those grids", path=True),
     Key("noise_conditioning", "str", "log", EDM, "the network's time: log (log(sigma)/4) or atan (2 atan(sigma)/pi)",
         path=True),
-    Key("sigma_schedule", "str | None", None, EDM, "the model's own grid: karras or exponential"),
-    Key("grid", "str | None", None, GRID, "balanced, power, trailing, leading, linspace, log_snr, exponential, karras, "
-        "beta or ays; None: an EDM model's sigma_schedule, else the measured default"),
-    Key("rho", "float | None", None, GRID, "exponent of balanced, power and karras"),
+    Key("sigma_schedule", "str | None", None, EDM, "the law along which ramps of sigmas "
+        "that pipelines pass are laid: karras or exponential"),
+    Key("grid", "str | None", None, GRID, "balanced, power, noise_fraction, trailing, leading, linspace, log_snr, "
+        "exponential, karras, beta or ays; None: the measured default"),
+    Key("rho", "float | None", None, GRID, "exponent of balanced, power, noise_fraction and karras"),
     Key("steps_offset", "int", 0, GRID, "added to the timesteps of the leading grid"),
     Key("final_sigmas_type", "str", "zero", GRID, "where the last step ends: zero or sigma_min"),
     Key("round_timesteps", "bool", False, GRID, "for networks that only know integer timesteps"),

@@ -7,8 +7,7 @@ of evaluations (README, "How the defaults were chosen", says on what and with wh
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,36 +19,34 @@ from diffusers_sde.tables import Table, build_multistep, check_solver
 
 @dataclass(frozen=True)
 class Defaults:
-    """``grid`` and its exponent ``rho``; ``clock`` and ``data_std`` of the table."""
+    """``grid`` and its ``options``; ``clock`` and ``data_std`` of the table."""
 
     grid: str
-    rho: float
+    options: dict[str, float]
     clock: str
     data_std: float
 
 
-_ROBUST = (math.inf, "balanced", 1.0)  # also of a family that was not measured
-# stochastic -> family -> (below this number of evaluations, grid, rho)
-_MEASURED: dict[bool, dict[str, list[tuple[float, str, float]]]] = {
-    False: {
-        "variance preserving": [(8, "power", 1.25), (math.inf, "balanced", 1.1)],
-        "flow matching": [(math.inf, "power", 1.25)],
-        "EDM": [_ROBUST],
-    },
-    True: {
-        "variance preserving": [(12, "power", 1.5), (math.inf, "power", 2.0)],
-        "flow matching": [(12, "power", 1.5), (math.inf, "power", 2.0)],
-        "EDM": [_ROBUST],
-    },
+# The law of each family's grid in n, the number of evaluations: smooth, so that one step more is no other sampler.
+_Law = Callable[[int], tuple[str, dict[str, float]]]
+_ODE: dict[str, _Law] = {
+    "variance preserving": lambda n: ("balanced", {"rho": 1.1, "share": min(0.45 + 1.7 / n, 1.0)}),
+    "flow matching": lambda n: ("power", {"rho": max(1.3 - 1 / n, 1.0)}),
+    "EDM": lambda n: ("noise_fraction", {"rho": 1.5}),
+}
+_SDE: dict[str, _Law] = {
+    "variance preserving": lambda n: ("power", {"rho": 1.5 if n < 12 else 2.0}),
+    "flow matching": lambda n: ("power", {"rho": 1.5 if n < 12 else 2.0}),
+    "EDM": lambda n: ("balanced", {"rho": 1.0}),
 }
 
 
 def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     """Defaults for ``n`` evaluations with a solver of order 2 or more.
 
-    ODE, variance preserving: with few evaluations nearly equal steps of time, from 8 on the grid half-way between equal
-    steps of time and of log-SNR.  Flow matching: the angle clock stays finite at alpha = 0, so that the first steps
-    keep their order.  Variance exploding: the data scale is known.
+    ODE, variance preserving: a mean of time and log-SNR, more of time the fewer steps there are.  Flow matching: nearly
+    equal steps of noise; the angle clock stays finite at alpha = 0, so that the first steps keep their order.  Variance
+    exploding: the same steps in the fraction of noise; the data scale is known.
 
     SDE: data_std 0.  A positive one is exact for data of that scale and reaches the sampling floor of a smooth mixture
     at 10 steps, but it draws noise that data concentrated on images does not absorb: the embedded network's pictures
@@ -63,9 +60,8 @@ def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     Returns:
         :class:`Defaults`.
     """
-    laws = _MEASURED[stochastic].get(path.family, [_ROBUST])
-    grid, rho = next((grid, rho) for below, grid, rho in laws if n < below)
-    return Defaults(grid, rho, path.default_clock, 0.0 if stochastic else path.data_scale)
+    grid, options = (_SDE if stochastic else _ODE)[path.family](n)
+    return Defaults(grid, options, path.default_clock, 0.0 if stochastic else path.data_scale)
 
 
 def check_multistep(config: Any, orders: Sequence[int] = (1, 2, 3, 4)) -> None:

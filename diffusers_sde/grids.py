@@ -73,14 +73,16 @@ def power(path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: 
     return path.grid_times(clock, mu)
 
 
-def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: float = 1.0) -> Array:
-    """Trailing power grid in the mean of time and log-SNR: ``G(t_i) = ((n-i)/n)^rho`` with
+def balanced(
+    path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: float = 1.0, share: float = 0.5
+) -> Array:
+    """Trailing power grid in a mean of time and log-SNR: ``G(t_i) = ((n-i)/n)^rho`` with
 
-        G(t) = 1/2 (t - t_min)/(t_max - t_min) + 1/2 (lambda_max - lambda(t))/(lambda_max - lambda_min)
+        G(t) = share (t - t_min)/(t_max - t_min) + (1 - share) (lambda_max - lambda(t))/(lambda_max - lambda_min)
 
     over the training range.  Equal steps of time starve low noise, equal steps of log-SNR the middle, where pictures
-    take shape; their mean was the most robust grid measured (README, "How the defaults were chosen").  For flow
-    matching time is noise: G is the unshifted time.
+    take shape; with few steps, and under guidance, the middle needs more of them.  For flow matching time is noise: G
+    is the unshifted time.
 
     Args:
         path: the forward process.
@@ -88,6 +90,7 @@ def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None, star
         rho: exponent.
         mu: dynamic shift of flow models.
         start: as in :func:`power`, the fraction of equal steps of *time*; from there ``G(t_i) = G(t_0) ((n-i)/n)^rho``.
+        share: of time in the mean, 0 to 1.
 
     Returns:
         (n,) float64, times.
@@ -99,10 +102,37 @@ def balanced(path: Path, n: int, rho: float = 1.0, mu: float | None = None, star
     span = path.noisiest - path.cleanest
     times = np.linspace(path.cleanest, path.noisiest, max(round(span) + 1, 1000))  # the integers where T = 1000
     level = np.clip(-path.log_snr(times), low, high)
-    g = 0.5 * (times - path.cleanest) / span + 0.5 * (level - low) / (high - low)
+    g = share * (times - path.cleanest) / span + (1 - share) * (level - low) / (high - low)
     t = np.interp(target * np.interp(first, times, g / g[-1]), g, times)
     t[0] = first
     return t
+
+
+def noise_fraction(path: Path, n: int, rho: float = 1.0, mu: float | None = None, start: float = 1.0) -> Array:
+    """Trailing power grid in the fraction of noise: ``u_i = u_0 ((n-i)/n)^rho`` with ``u = s/(s + 4 data_scale)``, s =
+    sigma/alpha: for networks of any noise range the grid that flow matching models use, shifted by 4 data scales.
+
+    When that would pass the lowest noise the grid ends there instead, as :func:`power` does.
+
+    Args:
+        path: the forward process.
+        n: evaluations, at least 2.
+        rho: exponent.
+        mu: dynamic shift of flow models, of the first time.
+        start: as in :func:`power`, the fraction of equal steps of *time* at which the grid begins.
+
+    Returns:
+        (n,) float64, times.
+    """
+    scale, begin = 4 * path.data_scale, path.grid_times(np.array([_clock_at(path, start), path.grid_range[1]]), mu)
+    first, low = (1 / (1 + scale * np.exp(path.log_snr(t))) for t in (begin[0], path.cleanest))
+    u = first * (np.arange(n, 0, -1) / n) ** rho
+    if u[-1] < low:
+        u = low + (first - low) * (np.arange(n - 1, -1, -1) / (n - 1)) ** rho
+    with np.errstate(divide="ignore"):
+        times = path.time(np.log1p(-u) - np.log(scale * u))
+    times[0] = begin[0]
+    return times
 
 
 def _clock_at(path: Path, start: float) -> float:
@@ -272,6 +302,7 @@ def _times_of_noise(path: Path, levels: Array) -> Array:
 GRIDS: dict[str, Callable[..., Array]] = {
     "balanced": balanced,
     "power": power,
+    "noise_fraction": noise_fraction,
     "trailing": trailing,
     "leading": leading,
     "linspace": linspace,
@@ -282,8 +313,9 @@ GRIDS: dict[str, Callable[..., Array]] = {
     "ays": ays,
 }
 _OPTIONS = {
-    "balanced": ("rho", "mu", "start"),
+    "balanced": ("rho", "mu", "start", "share"),
     "power": ("rho", "mu", "start"),
+    "noise_fraction": ("rho", "mu", "start"),
     "trailing": ("mu",),
     "leading": ("mu", "steps_offset"),
     "linspace": ("mu",),

@@ -404,7 +404,9 @@ def _with_parts(
     clock = clock_values(method.path, method.clock, np.array(at), method.data_std) if len(at) > 2 else np.zeros(2)
     gap = np.append(1.0, -basis_values(clock[:1], clock[1:])[:, 0])
     first = _explicit(method, start, end, [start], tau)[2] if end.sigma else _denoise(method, start, end)[2]
-    slope = _add(np.array(row.b), -_add(first, correction * gap))
+    slope = np.array(row.b)
+    slope[: len(first)] -= first
+    slope = _add(slope, -correction * gap) if correction else slope
     return replace(row, slope=_floats(slope), gap=_floats(gap), correction=correction)
 
 

@@ -14,7 +14,7 @@ SECTIONS = ("speed", "memory", "oracle", "network", "sde", "robustness", "labels
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    choices = (*SECTIONS, "training", "errors", "lora", "rewards")
+    choices = (*SECTIONS, "defaults", "training", "errors", "lora", "rewards")
     parser.add_argument(
         "--sections",
         nargs="+",
@@ -57,6 +57,7 @@ def _measure(section: str, args: argparse.Namespace) -> None:
     from diffusers_sde.benchmarks import (
         calibration,
         captions,
+        defaults,
         deterministic,
         errors,
         labels,
@@ -91,6 +92,8 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         lora.measure(args.seed, args.training_images)
     elif section == "rewards":
         rewards.measure(args.seed)
+    elif section == "defaults":
+        defaults.measure(candidates=args.candidates)
     elif section == "errors":
         errors.measure(args.seed)
     elif section == "training":

@@ -6,6 +6,7 @@ Knows these settings, how many steps give each so many evaluations, and the best
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,19 +24,37 @@ SIGMAS = [{f"use_{s}_sigmas": True} for s in ("karras", "exponential", "beta")]
 LU = [{"use_lu_lambdas": True}]
 
 
+_ORDERS: list[dict[str, Any]] = [{"solver_order": k} for k in (2, 3)]
+# named sampler, grids, solvers: what these offer beyond their defaults
+_OF_FLOW: list[tuple[str, list[dict], list[dict]]] = [
+    ("euler", SIGMAS, [{}]),
+    ("dpm++2m", [{}, *SIGMAS], _ORDERS),
+    ("unipc", [{}, *SIGMAS], _ORDERS),
+]
+_OF_EDM: list[tuple[str, list[dict], list[dict]]] = [
+    ("euler", [{"sigma_schedule": "exponential"}], [{}]),
+    ("dpm++2m", [{"sigma_schedule": s} for s in ("karras", "exponential")], _ORDERS),
+]
+
+
 def stock_odes(config: dict[str, Any], n: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every deterministic scheduler of diffusers with every grid it offers, for flow matching the named ones.
+    """Every deterministic scheduler of diffusers with every grid it offers.
 
     Args:
-        config: of the process, variance preserving or flow matching.
+        config: of the process.
         n: evaluations.
 
     Yields:
         A setting in words, and what makes its scheduler, laid out for ``n`` evaluations; that may raise anything.
     """
-    if process_family(config) == "flow matching":
+    family = process_family(config)
+    if family != "variance preserving":
         for name in fitting_samplers(config, stochastic=False)[0]:
             yield name, functools.partial(_named, name, config, n)
+        for name, grids, solvers in _OF_FLOW if family == "flow matching" else _OF_EDM:
+            for solver, grid in itertools.product(solvers, grids):
+                options = {**solver, **grid}
+                yield f"{name} {_words(options)}", functools.partial(_named, name, config, n, **options)
         return
     families: list[tuple[str, list[dict], list[dict]]] = [
         ("DDIMScheduler", SPACINGS, [{}]),
@@ -61,8 +80,10 @@ def _words(grid: dict[str, Any]) -> str:
     return "/".join(str(key if value is True else value) for key, value in grid.items())
 
 
-def _named(name: str, config: dict[str, Any], n: int) -> Any:
+def _named(name: str, config: dict[str, Any], n: int, **options: Any) -> Any:
     scheduler = make_scheduler(name, config)
+    if options:
+        scheduler = type(scheduler).from_config(scheduler.config, **options)
     lay_out(scheduler, SAMPLERS[name].steps(n))
     return scheduler
 

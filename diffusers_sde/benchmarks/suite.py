@@ -15,9 +15,9 @@ import torch
 
 from diffusers_sde.analytic import GaussianMixture
 from diffusers_sde.configs import path_from_config
-from diffusers_sde.stock_configs import canonical_config
 from diffusers_sde.prediction import to_model
 from diffusers_sde.sampling import Denoiser
+from diffusers_sde.stock_configs import canonical_config
 
 _BETAS = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
 _SCALED = {**_BETAS, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -84,7 +84,8 @@ def problems(
     for number, name in itertools.product(range(2), processes or PROCESSES):
         config = PROCESSES[name]
         seed = 2 * number + HALVES.index(half)
-        for data, scale in itertools.product((_low_rank(seed), _power_law(seed), _separated(seed)), guidance):
+        shift = config.get("shift", 1.0)  # models of larger pictures are shifted for them
+        for data, scale in itertools.product((_low_rank(seed), _power_law(seed, shift), _separated(seed)), guidance):
             generator = torch.Generator().manual_seed(1000 + seed)
             noise = torch.randn(SAMPLES, 1, 1, data.everything.dimension, generator=generator, dtype=torch.float64)
             title = f"{data.name} {number + 1}, {name}, guidance {scale:g}"
@@ -158,13 +159,15 @@ def _low_rank(seed: int) -> Data:
     return _data("low rank", means, torch.einsum("kij,kj,klj->kil", basis, spread, basis), _weights(10, g), 3)
 
 
-def _power_law(seed: int) -> Data:
-    """Eight overlapping components in 64 dimensions whose spectra fall as those of photographs."""
+def _power_law(seed: int, scale: float = 1.0) -> Data:
+    """Eight overlapping components in 64 dimensions whose spectra fall as those of photographs: a few directions, which
+    all pixels share, hold most of the variance.  ``scale`` enlarges these, as more pixels do."""
     g = _generator(seed + 100)
-    spectrum = torch.arange(1, 65, dtype=torch.float64) ** (-1.0 - torch.rand(8, 1, generator=g, dtype=torch.float64))
-    means = 1.2 * spectrum.mean(0).sqrt() * torch.randn(8, 64, generator=g, dtype=torch.float64)
+    k = torch.arange(1, 65, dtype=torch.float64)
+    std = 5 * scale * k ** (-1.0 - 0.5 * torch.rand(8, 1, generator=g, dtype=torch.float64))
+    means = std.mean(0) * torch.randn(8, 64, generator=g, dtype=torch.float64)
     turn = torch.linalg.matrix_exp(0.1 * _antisymmetric(8, 64, g))
-    return _data("power law", means, torch.einsum("kij,kj,klj->kil", turn, spectrum, turn), _weights(8, g), 2)
+    return _data("power law", means, torch.einsum("kij,kj,klj->kil", turn, std**2, turn), _weights(8, g), 2)
 
 
 def _antisymmetric(count: int, dimension: int, generator: torch.Generator) -> torch.Tensor:

@@ -124,7 +124,7 @@ class Job:
     def default_nodes(self, n: int, stochastic: bool = False) -> Nodes:
         """The grid of the exact solver's measured defaults at ``n`` evaluations."""
         default = measured_defaults(self.evaluator.path, n, stochastic)
-        times = self.evaluator.times(default.grid, n, rho=default.rho, mu=self.source.mu)
+        times = self.evaluator.times(default.grid, n, mu=self.source.mu, **default.options)
         return nodes_from_times(self.evaluator.path, times)
 
     @property

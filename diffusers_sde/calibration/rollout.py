@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,10 +57,10 @@ class Evaluator:
         self.tick()
         return torch.mul(output.to(x.dtype), k_m).add_(x, alpha=k_x)
 
-    def times(self, grid: str, n: int, *, rho: float, mu: float | None) -> np.ndarray:
+    def times(self, grid: str, n: int, **options: Any) -> np.ndarray:
         """The ``n`` times of a grid (:func:`diffusers_sde.grids.make_grid`), distinct whole numbers for a network that
         only knows these."""
-        times = make_grid(self.path, grid, n, rho=rho, mu=mu)
+        times = make_grid(self.path, grid, n, **options)
         return distinct_integers(times) if self.integer_times else times
 
     def normaliser(self, alpha: float, sigma: float) -> float:

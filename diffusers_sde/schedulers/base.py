@@ -139,7 +139,7 @@ class TableScheduler(RunLayout, Conversion):
         compiled = run.compiled
         if compiled is not None and not _unchanged(compiled.settings, self._internal_dict):
             compiled, run = None, run.anew(row)._replace(seeds=run.seeds)
-        if compiled is None or len(compiled.rows[row - compiled.begin].weights) > len(run.history) + 1:
+        if compiled is None or compiled.rows[row - compiled.begin].reads > len(run.history) + 1:
             run = run._replace(compiled=self._compile(run.layout, row), history=())
         return run
 

@@ -7,7 +7,7 @@ no config.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers_sde.paths import Path
@@ -40,6 +40,11 @@ class CompiledRow:
     d_rest: float
     keep: int
     noise: tuple[tuple[int, float], ...]
+
+    @property
+    def reads(self) -> int:
+        """How many evaluations, its own included, the row reads."""
+        return max(len(self.weights), len(self.gap))
 
 
 @dataclass(frozen=True)
@@ -84,5 +89,6 @@ def compiled_rows(
         d_x, d_m = from_model(path, kind, row.alpha, row.sigma)
         d_rest = d_x - d_m * k_x / k_m if table.data_std else 0.0
         parts = weights, slope, gap, row.correction * k_m
-        rows.append(CompiledRow(row.a, *parts, row.c, k_x / k_m, d_x, d_m, d_rest, table.history(i), normals[i]))
-    return rows
+        rows.append(CompiledRow(row.a, *parts, row.c, k_x / k_m, d_x, d_m, d_rest, 0, normals[i]))
+    kept = [max((row.reads - 1 - k for k, row in enumerate(rows[i + 1 :])), default=0) for i in range(len(rows))]
+    return [replace(row, keep=keep) for row, keep in zip(rows, kept, strict=True)]

@@ -40,7 +40,7 @@ class RunLayout(Noising):
     def _default_grid(self, path: Path, n: int, mu: float | None, start: float = 1.0) -> np.ndarray:
         """``n`` times where the config names no grid, from a fraction ``start`` of equal steps of time on."""
         default = measured_defaults(path, round(n / start), self.stochastic)
-        return make_grid(path, default.grid, n, rho=default.rho, mu=mu, start=start)
+        return make_grid(path, default.grid, n, mu=mu, start=start, **default.options)
 
     # -- attributes that pipelines and training scripts read --
 
@@ -195,10 +195,9 @@ class RunLayout(Noising):
     def _own_nodes(self, path: Path, n: int, mu: float | None) -> tuple[Nodes, tuple[int, float | None] | None]:
         """The nodes for ``n`` evaluations, and ``(n, mu)`` where they are not a grid that the config names."""
         config = self.config
-        grid = config.grid or config.sigma_schedule
-        if grid is None:
+        if config.grid is None:
             return self._rounded_nodes(path, self._default_grid(path, n, mu)), (n, mu)
-        times = make_grid(path, grid, n, rho=config.rho, mu=mu, steps_offset=config.steps_offset)
+        times = make_grid(path, config.grid, n, rho=config.rho, mu=mu, steps_offset=config.steps_offset)
         return self._rounded_nodes(path, times), None
 
     def _rounded_nodes(self, path: Path, times: np.ndarray) -> Nodes:
