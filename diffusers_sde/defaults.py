@@ -32,7 +32,7 @@ _Law = Callable[[int], tuple[str, dict[str, float]]]
 _ODE: dict[str, _Law] = {
     "variance preserving": lambda n: ("balanced", {"rho": 1.1, "share": min(0.45 + 1.7 / n, 1.0)}),
     "flow matching": lambda n: ("power", {"rho": max(1.3 - 1 / n, 1.0)}),
-    "EDM": lambda n: ("noise_fraction", {"rho": 1.5}),
+    "EDM": lambda n: ("noise_fraction", {"rho": max(2 - 2.5 / n, 1.0)}),
 }
 _SDE: dict[str, _Law] = {
     "variance preserving": lambda n: ("power", {"rho": 1.5 if n < 12 else 2.0}),

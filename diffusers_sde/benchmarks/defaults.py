@@ -58,6 +58,7 @@ CANDIDATES: dict[str, dict[str, Grid]] = {
     },
     "EDM": {
         **{f"noise_fraction {rho:g}": _fixed("noise_fraction", rho=rho) for rho in (1.0, 1.25, 1.5, 2.0)},
+        "noise_fraction 2 - 2.5/n": lambda n: ("noise_fraction", {"rho": max(2 - 2.5 / n, 1.0)}),
         "balanced": _fixed("balanced"),
         "karras": _fixed("karras"),
     },
@@ -68,16 +69,12 @@ def measure(processes: Sequence[str] | None = None, candidates: bool = False) ->
     """Print the ratios of the defaults on the held-out half; with ``candidates`` the search on the development half."""
     if candidates:
         return search(processes)
-    ratios = {
-        (problem, n): found["default"] / best
-        for problem, n, best, found in _results("held-out", processes, lambda family: {"default": None})
-    }
-    for title, key in (("process", lambda p: p.name.split(", ", 1)[1].rsplit(",", 1)[0]), ("guidance", _guidance)):
-        groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for (problem, n), ratio in ratios.items():
-            groups[key(problem)][n].append(ratio)
-            if title == "process":
-                groups["all"][n].append(ratio)
+    tables: dict[str, Any] = {title: defaultdict(lambda: defaultdict(list)) for title in ("process", "guidance")}
+    for problem, n, best, found in _results("held-out", processes, lambda family: {"default": None}):
+        process = problem.name.split(", ", 1)[1].rsplit(",", 1)[0]
+        for title, group in (("process", process), ("process", "all"), ("guidance", f"{problem.guidance:g}")):
+            tables[title][group][n].append(found["default"] / best)
+    for title, groups in tables.items():
         rows = [[name, *(_cell(by_n[n]) for n in STEPS), _cell(_joined(by_n))] for name, by_n in groups.items()]
         header = [title, *(f"{n} NFE" for n in STEPS), "all"]
         print_table(
@@ -105,7 +102,7 @@ def _results(
 ) -> Iterable[tuple[Problem, int, float, dict[str, float]]]:
     """Of each problem at each number of evaluations the best stock error, and those of the candidates."""
     stock: dict[tuple[str, int], list[Any]] = {}
-    count = 6 * len(processes or PROCESSES) * len(GUIDANCE)
+    count = 3 * len(processes or PROCESSES) * len(GUIDANCE)
     for problem in tqdm(problems(half, processes), total=count, desc=f"{half} problems", leave=False):
         reference = reference_solution(problem.denoiser, problem.noise, problem.config, REFERENCE_STEPS)
         for n in STEPS:
@@ -160,7 +157,3 @@ def _cell(ratios: Sequence[float]) -> str:
     if not ratios:
         return "-"
     return f"{statistics.geometric_mean(ratios):.2f} ({max(ratios):.1f})"
-
-
-def _guidance(problem: Problem) -> str:
-    return f"{problem.guidance:g}"

@@ -81,14 +81,14 @@ def problems(
     """
     if half not in HALVES:
         raise ValueError(f"half must be {' or '.join(HALVES)}, not {half!r}.")
-    for number, name in itertools.product(range(2), processes or PROCESSES):
+    seed = HALVES.index(half)
+    for name in processes or PROCESSES:
         config = PROCESSES[name]
-        seed = 2 * number + HALVES.index(half)
         shift = config.get("shift", 1.0)  # models of larger pictures are shifted for them
         for data, scale in itertools.product((_low_rank(seed), _power_law(seed, shift), _separated(seed)), guidance):
             generator = torch.Generator().manual_seed(1000 + seed)
             noise = torch.randn(SAMPLES, 1, 1, data.everything.dimension, generator=generator, dtype=torch.float64)
-            title = f"{data.name} {number + 1}, {name}, guidance {scale:g}"
+            title = f"{data.name}, {name}, guidance {scale:g}"
             yield Problem(
                 title,
                 path_from_config(canonical_config(config)).family,
