@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         ReverseSDEScheduler,
         TableScheduler,
         UniformDiffusionScheduler,
+        transition,
     )
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "sample_adaptive",
     "sample_parallel",
     "sampler",
+    "transition",
     "write_component_modules",
 ]
 

@@ -21,7 +21,7 @@ PACKAGE = "diffusers_sde"
 # fmt: off
 THEORY = {
     "paths", "prediction", "dynamics", "grids", "named_grids", "weights", "extrapolation", "tables", "noise",
-    "analytic", "flow_maps", "published",
+    "analytic", "flow_maps", "published", "transitions",
 }
 # fmt: on
 LAYERS = [

@@ -27,7 +27,7 @@ SECTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    choices = (*SECTIONS, "defaults", "training", "errors", "lora")
+    choices = (*SECTIONS, "defaults", "training", "errors", "lora", "rewards")
     parser.add_argument(
         "--sections",
         nargs="+",
@@ -77,6 +77,7 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         labels,
         lora,
         parallel,
+        rewards,
         robustness,
         steps,
         stochastic,
@@ -107,6 +108,8 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         text.measure(args.seed)
     elif section == "lora":
         lora.measure(args.seed, args.training_images)
+    elif section == "rewards":
+        rewards.measure(args.seed)
     elif section == "defaults":
         defaults.measure(candidates=args.candidates)
     elif section == "errors":

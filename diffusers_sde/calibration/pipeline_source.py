@@ -45,6 +45,7 @@ class _QuestionScheduler(ProbabilityFlowScheduler):
         timesteps: Any = None,
         original_inference_steps: Any = None,
         strength: Any = None,
+        levels: Any = None,
     ) -> None:
         grid = next((v for v in (sigmas, timesteps) if v is not None), ())
         times = np.full((num_inference_steps or len(grid)) + 1, self.path.noisiest)

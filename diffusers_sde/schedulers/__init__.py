@@ -9,6 +9,7 @@ from diffusers_sde.schedulers.masked_diffusion import MaskedDiffusionScheduler
 from diffusers_sde.schedulers.named import NamedScheduler
 from diffusers_sde.schedulers.probability_flow import ProbabilityFlowScheduler
 from diffusers_sde.schedulers.reverse_sde import ReverseSDEScheduler
+from diffusers_sde.schedulers.scoring import transition
 from diffusers_sde.schedulers.uniform_diffusion import UniformDiffusionScheduler
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "SchedulerOutput",
     "TableScheduler",
     "UniformDiffusionScheduler",
+    "transition",
 ]

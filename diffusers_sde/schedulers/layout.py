@@ -147,8 +147,9 @@ class RunLayout(Noising):
         timesteps: Sequence[float] | torch.Tensor | None = None,
         original_inference_steps: int | None = None,
         strength: float | None = None,
+        levels: Nodes | None = None,
     ) -> None:
-        """Lay out a run: on the config's grid, or on the user's ``timesteps`` and/or ``sigmas``.
+        """Lay out a run: on the config's grid, on the user's ``timesteps`` and/or ``sigmas``, or as another run was.
 
         Args:
             num_inference_steps: evaluations of the network.
@@ -158,6 +159,7 @@ class RunLayout(Noising):
             original_inference_steps: the number of equal steps that a distilled network was trained on: the run keeps
                 to those (:func:`diffusers_sde.named_grids.distilled`).
             strength: the fraction of time below which all steps are spent (latent consistency's image-to-image).
+            levels: those of another run (:attr:`levels`), taken exactly as they are.
 
         Raises:
             ValueError: for no, wrong or contradictory arguments, and for a config that no run could use.
@@ -168,7 +170,11 @@ class RunLayout(Noising):
             n, sigmas = n or len(sigmas), None
         steps = None if n is None else self._steps(n)
         choice = None
-        if timesteps is not None or sigmas is not None:
+        if levels is not None:
+            if timesteps is not None or sigmas is not None or n not in (None, len(levels) - 1):
+                raise ValueError("levels are a whole run: pass them alone.")
+            nodes = levels
+        elif timesteps is not None or sigmas is not None:
             nodes = self._user_nodes(path, timesteps, sigmas, mu)
             given = len(timesteps if timesteps is not None else nodes.time[:-1])
             if n not in (None, given, len(nodes) - 1):

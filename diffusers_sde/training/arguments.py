@@ -61,7 +61,8 @@ def check(settings: Settings) -> None:
 
 def find_problem(settings: Settings) -> str | None:
     """What is wrong with the settings by themselves: a sentence with the remedy, or None."""
-    if (settings.train_data_dir is None) == (settings.dataset_name is None):
+    sources = [s for s in (settings.train_data_dir, settings.dataset_name) if s is not None]
+    if len(sources) != 1 and not (settings.rewarded and not sources):
         return "pass either --train_data_dir, a folder of images, or --dataset_name, a data set of the Hub."
     if settings.streaming and settings.max_train_steps is None:
         return "a streamed data set has no known length: pass --max_train_steps."
@@ -81,7 +82,7 @@ def find_problem(settings: Settings) -> str | None:
         )
     if settings.objective == "rectification" and not distilled:
         return "--objective rectification straightens the ODE of a teacher: pass --teacher_model_name_or_path."
-    if settings.guidance_scale != 1.0 and not distilled:
+    if settings.guidance_scale != 1.0 and not distilled and not settings.rewarded:
         return "--guidance_scale builds the guidance of a teacher into its student: pass --teacher_model_name_or_path."
     if settings.objective == "classifier" and (settings.rank is not None or settings.model_config):
         return "--objective classifier trains a small network of its own: leave out --rank and --model_config."
@@ -89,6 +90,7 @@ def find_problem(settings: Settings) -> str | None:
         find_wrong_autoencoder(settings)
         or find_wrong_language(settings)
         or find_wrong_text_model(settings)
+        or find_wrong_reward(settings)
         or find_wrong_number(settings)
         or find_wrong_output(settings)
     )
@@ -176,6 +178,54 @@ def find_wrong_text_model(settings: Settings) -> str | None:
     return None
 
 
+def find_wrong_reward(settings: Settings) -> str | None:
+    """What does not go together with an objective that learns from rewards, or goes only with one."""
+    if not settings.rewarded:
+        for name, given in {"--reward": settings.reward, "--prompt_file": settings.prompt_file}.items():
+            if given is not None:
+                return f"{name} is for --objective grpo, adjoint_matching and nft: leave it out, or choose one of them."
+        return None
+    kind, batch, group = settings.objective, settings.train_batch_size, settings.group_size
+    if not settings.reward:
+        return f"--objective {kind} needs something to learn from: pass --reward."
+    if settings.reward_weights is not None and len(settings.reward_weights) != len(settings.reward):
+        return f"--reward_weights has {len(settings.reward_weights)} numbers for {len(settings.reward)} rewards."
+    if not settings.pretrained_model_name_or_path:
+        return f"--objective {kind} fine-tunes a model: pass --pretrained_model_name_or_path."
+    if settings.max_train_steps is None:
+        return f"--objective {kind} makes its own pictures and has no epochs: pass --max_train_steps."
+    if settings.streaming or settings.cache_latents:
+        return f"--objective {kind} reads no pictures: leave out --streaming and --cache_latents."
+    if settings.prompt_file and settings.data_source:
+        return "pass either --prompt_file or data whose captions are the prompts."
+    if settings.prompt_file and not Path(settings.prompt_file).is_file():
+        return f"--prompt_file {settings.prompt_file} does not exist: pass a text file with one prompt a line."
+    if kind != "adjoint_matching" and batch % group:
+        return (
+            f"--train_batch_size {batch} would split groups of {group}: pass a multiple of --group_size, of which "
+            "every process makes whole groups."
+        )
+    if kind != "adjoint_matching" and group < 2:
+        return "--group_size must be at least 2: pictures are compared with others of their group."
+    if kind == "adjoint_matching" and settings.rollout_tau not in (None, 1.0):
+        return "adjoint matching is biased unless the rollout forgets its first noise: leave out --rollout_tau."
+    if kind == "grpo" and settings.rollout_tau == 0:
+        return "grpo learns from noise that the rollout draws: pass a positive --rollout_tau."
+    if kind == "nft" and settings.guidance_scale != 1.0:
+        return "nft trains the network as it is sampled, without guidance: leave out --guidance_scale."
+    if kind != "nft" and settings.parts > settings.stochastic_steps:
+        return (
+            f"only {settings.stochastic_steps} steps of the rollout draw noise: pass a smaller --window_size or more "
+            "--rollout_steps."
+        )
+    if kind != "nft" and settings.stochastic_steps < 1:
+        return "a rollout of one step draws no noise to learn from: pass more --rollout_steps."
+    for name in ("max_train_steps", "checkpointing_steps", "stop_after_steps", "validation_steps"):
+        if (getattr(settings, name) or 0) % settings.updates_per_rollout:
+            return f"--{name} must be a multiple of --updates_per_rollout, between whose steps a rollout is in use."
+    return None
+
+
 def find_wrong_number(settings: Settings) -> str | None:
     """What is wrong with a number by itself."""
     for field in dataclasses.fields(settings):
@@ -192,9 +242,15 @@ def find_wrong_number(settings: Settings) -> str | None:
         "dataloader_num_workers",
         "sharpness_weight",
         "kl_weight",
+        "kl_coefficient",
+        "rollout_data_std",
     ):
         if getattr(settings, name) < 0:
             return f"--{name} cannot be negative."
+    if settings.objective == "adjoint_matching" and settings.kl_coefficient == 0:
+        return "--kl_coefficient must be positive for adjoint matching, whose target it divides."
+    if settings.rollout_tau is not None and not 0 <= settings.rollout_tau <= 4:
+        return f"--rollout_tau must be a number from 0 to 4, not {settings.rollout_tau:g}."
     if settings.lr_warmup_steps is not None and settings.lr_warmup_steps < 0:
         return "--lr_warmup_steps cannot be negative."
     return None

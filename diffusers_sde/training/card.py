@@ -7,43 +7,45 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 CURVE = ("step", "loss", "learning_rate")
 
 
-def start_curve(file: Path, resumed_step: int) -> None:
-    """Begin ``loss.csv``, or cut it to the steps that a resumed training does not make again."""
+def start_curve(file: Path, resumed_step: int, columns: Sequence[str] = CURVE) -> None:
+    """Begin ``loss.csv``, or cut it to the steps that a resumed training does not make again; likewise a file with
+    other columns, the first of which is the step."""
     rows = [row for row in read_curve(file) if row[0] <= resumed_step] if file.exists() else []
     unfinished = file.with_name(f".{file.name}.unfinished")
     with open(unfinished, "w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(CURVE)
+        writer.writerow(columns)
         writer.writerows(rows)
     unfinished.replace(file)
 
 
-def extend_curve(file: Path, step: int, loss: float, rate: float) -> None:
-    """Append a row: the step, the mean loss since the row before, the learning rate."""
+def extend_curve(file: Path, step: int, *values: float) -> None:
+    """Append a row: the step, then of ``loss.csv`` the mean loss since the row before and the learning rate."""
     with open(file, "a", newline="") as stream:
-        csv.writer(stream).writerow((step, f"{loss:.8g}", f"{rate:.6g}"))
+        csv.writer(stream).writerow((step, *(f"{value:.8g}" for value in values)))
 
 
-def read_curve(file: Path) -> list[tuple[int, float, float]]:
-    """Rows ``(step, loss, learning rate)``; a line cut off by a kill is left out."""
-    rows = []
+def read_curve(file: Path) -> list[tuple[Any, ...]]:
+    """Rows ``(step, number, ...)``; a line cut off by a kill is left out."""
+    rows: list[tuple[Any, ...]] = []
     with open(file, newline="") as stream:
-        for row in list(csv.reader(stream))[1:]:
+        head, *lines = csv.reader(stream)
+        for row in lines:
             try:
-                rows.append((int(row[0]), float(row[1]), float(row[2])))
+                rows.append((int(row[0]), *(float(value) for value in row[1:])))
             except (ValueError, IndexError):
                 continue
-    return rows
+    return [row for row in rows if len(row) == len(head)]
 
 
-def draw_curve(rows: list[tuple[int, float, float]], file: Path) -> None:
+def draw_curve(rows: list[tuple[Any, ...]], file: Path) -> None:
     """Loss against steps, in means of up to 200 equal stretches."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -56,6 +58,25 @@ def draw_curve(rows: list[tuple[int, float, float]], file: Path) -> None:
     ax.set(xlabel="optimizer step", ylabel="loss", yscale="log")
     ax.grid(alpha=0.25, which="both")
     ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+
+
+def draw_rewards(rows: list[tuple[Any, ...]], file: Path) -> None:
+    """The mean reward of each rollout with its spread, and the divergence from the start beneath it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.4), facecolor="white", layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    steps, rewards, spreads, divergences = zip(*rows, strict=True)
+    low, high = ([r + sign * s for r, s in zip(rewards, spreads, strict=True)] for sign in (-1, 1))
+    above.fill_between(steps, low, high, color="#1f77b4", alpha=0.2, linewidth=0)
+    above.plot(steps, rewards, color="#1f77b4", linewidth=1.4)
+    below.plot(steps, divergences, color="#d62728", linewidth=1.4)
+    above.set(ylabel="reward, mean and spread")
+    below.set(xlabel="optimizer step", ylabel="KL to the start, nats")
+    for ax in (above, below):
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)
 
 
@@ -78,7 +99,7 @@ Command:
 {command}
 ```
 
-{loss}## Use
+{rewards}{loss}## Use
 
 ```python
 {snippet}
@@ -180,8 +201,8 @@ def write_card(
 
     ``kind`` names the sampling snippet (unconditional, class, flow_map, class_flow_map, classifier, autoencoder,
     masked, embedding, pipeline, lora), ``values`` fill it in, strings quoted.  The card shows ``samples.png`` or
-    ``samples.txt`` and ``loss.png`` where they are in ``folder``.  ``base_model`` is named to the Hub where it is a
-    model of the Hub.  ``hide`` takes secrets out of the text.
+    ``samples.txt``, ``rewards.png`` and ``loss.png`` where they are in ``folder``.  ``base_model`` is named to the Hub
+    where it is a model of the Hub.  ``hide`` takes secrets out of the text.
     """
 
     def shown(title: str, file: str) -> str:
@@ -199,6 +220,7 @@ def write_card(
         what=what,
         facts="\n".join(f"* **{key}**: {value}" for key, value in facts.items()),
         samples=samples or shown("Samples", "samples.png"),
+        rewards=shown("Reward", "rewards.png"),
         loss=shown("Loss", "loss.png"),
         command=command,
         snippet=_SNIPPETS[kind].format(base_model=json.dumps(base_model), **values),

@@ -19,13 +19,16 @@ from accelerate.utils import ProjectConfiguration
 
 from diffusers_sde.training.arguments import check, read_settings
 from diffusers_sde.training.checkpoints import clean_up, find_candidates, first_whole
+from diffusers_sde.training.experience import teach
+from diffusers_sde.training.learner import Learner
 from diffusers_sde.training.locking import alone
 from diffusers_sde.training.loop import run_steps
 from diffusers_sde.training.losses import make_loss
 from diffusers_sde.training.parts import place
 from diffusers_sde.training.plan import build_task, build_teacher, describe, training_length
 from diffusers_sde.training.processes import on_main
-from diffusers_sde.training.results import UploadFailed, check_repository, finish
+from diffusers_sde.training.results import UploadFailed, check_repository, finish, validate
+from diffusers_sde.training.rewards import find_rewards
 from diffusers_sde.training.samples import hold_out
 from diffusers_sde.training.session import prepare
 from diffusers_sde.training.settings import Settings
@@ -65,7 +68,7 @@ def train(settings: Settings, command: str) -> int:
     """Start Accelerate, train, and part in an orderly way; returns the exit status."""
     output = Path(settings.output_dir)
     accelerator = Accelerator(
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps * settings.parts,
         mixed_precision=settings.mixed_precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / settings.logging_dir)),
@@ -86,6 +89,7 @@ def work(settings: Settings, command: str, accelerator: Accelerator) -> int:
         find_candidates(output, resume_from)  # before anything is loaded
     if settings.push_to_hub:
         check_repository(settings)
+    rewards = find_rewards(settings.reward, settings.reward_weights) if settings.reward else []
     task, images, classes = build_task(settings)
     held_out = None
     if settings.num_held_out_images:
@@ -103,6 +107,12 @@ def work(settings: Settings, command: str, accelerator: Accelerator) -> int:
     with alone(accelerator, output):
         resumed = on_main(accelerator, lambda: enter(settings, output))
         session, stream = prepare(settings, accelerator, task, images, classes, length, resumed, held_out)
+        if settings.rewarded:
+            assert teacher is not None
+            learner = Learner(settings, task, teacher, accelerator.autocast)
+            stream = teach(session, stream, learner, rewards)
+            if session.progress.step == 0:
+                validate(session, "step-000000")  # what it is to be compared with
         loss_of = make_loss(settings, task, teacher, length.global_batch)
         status = run_steps(session, stream, loss_of)
         if status == 0 and session.progress.step >= length.steps:

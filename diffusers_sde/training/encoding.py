@@ -1,4 +1,4 @@
-"""What an autoencoder of diffusers makes of pictures, in the units of the network that is trained on it.
+"""What an autoencoder of diffusers makes of pictures and of latents, in the units of the network that is trained on it.
 
 Knows the encoders with a distribution and without, those of videos, whose latents have an axis of frames, and the
 conventions of shift and scale.  Knows nothing of files, data sets or losses.
@@ -53,6 +53,11 @@ class Units:
         shift, scale = (torch.tensor(v).view(-1, 1, 1).to(latents) for v in (self.shift, self.scale))
         return (latents - shift) * scale
 
+    def inverse(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the autoencoder has them."""
+        shift, scale = (torch.tensor(v).view(-1, 1, 1).to(latents) for v in (self.shift, self.scale))
+        return latents / scale + shift
+
 
 def units_of(vae: Any) -> Units:
     """The units of the network of an autoencoder, from its config: ``(z - shift_factor) scaling_factor`` or, with
@@ -62,3 +67,10 @@ def units_of(vae: Any) -> Units:
         return Units((vae.config.get("shift_factor") or 0.0,), (scale,))
     mean, std = vae.config["latents_mean"], vae.config["latents_std"]
     return Units(tuple(map(float, mean)), tuple(scale / float(s) for s in std))
+
+
+def decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures (N, C, H, W) of latents (N, c, h, w) in the units of the network, float32, differentiable."""
+    z, frames = units_of(vae).inverse(latents).to(vae.dtype), has_frames(vae)
+    pictures = vae.decode(z.unsqueeze(2) if frames else z).sample
+    return (pictures.squeeze(2) if frames else pictures).float()

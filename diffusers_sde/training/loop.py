@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_sde.training import card
+from diffusers_sde.training.experience import RewardFailed
 from diffusers_sde.training.losses import Loss
 from diffusers_sde.training.randomness import seed_of
 from diffusers_sde.training.results import validate
@@ -63,7 +64,10 @@ def run_steps(session: Session, stream: Iterator[dict[str, Any]], loss_of: Loss)
         last = min(last, progress.step + settings.stop_after_steps)
     if progress.step >= last:
         return 0
-    first = next(stream)
+    try:
+        first = next(stream)
+    except RewardFailed as error:
+        raise RewardFailed(f"{error}; mend it, then {session.last_good()}.") from error
     stream = itertools.chain([first], stream)
     losses: list[float] = []  # since the last line of the tracker
     unchecked: list[float] = []  # since the last check
@@ -71,7 +75,14 @@ def run_steps(session: Session, stream: Iterator[dict[str, Any]], loss_of: Loss)
     with StopRequest() as stop, bar:
         while progress.step < last:
             rate = session.lr_scheduler.get_last_lr()[0]
-            loss, stopping = optimizer_step(session, stream, loss_of, stop)
+            try:
+                loss, stopping = optimizer_step(session, stream, loss_of, stop)
+            except RewardFailed as error:
+                if unchecked:  # since the last checkpoint
+                    check(session, loss_of, first, unchecked)
+                    session.save_checkpoint()
+                raise RewardFailed(f"{error}; mend it, then {session.last_good()}.") from error
+            stopping = stopping and progress.step % session.length.updates == 0
             losses.append(loss)
             unchecked.append(loss)
             bar.update()
@@ -107,12 +118,10 @@ def optimizer_step(
         Diverged: before the weights are touched, if a loss or the gradient is not finite.
     """
     settings, accelerator, progress = session.settings, session.accelerator, session.progress
-    total, stopping = 0.0, False
-    for k in range(session.length.accumulate):
+    total, stopping, losses = 0.0, False, session.length.accumulate * session.length.parts
+    for k in range(losses):
         batch = next(stream)
-        torch.manual_seed(
-            seed_of(settings.seed, progress.step * session.length.accumulate + k, accelerator.process_index, _DROPOUT)
-        )
+        torch.manual_seed(seed_of(settings.seed, progress.step * losses + k, accelerator.process_index, _DROPOUT))
         with accelerator.accumulate(session.network):
             with accelerator.autocast():
                 loss = loss_of(session.network, batch)
@@ -120,7 +129,7 @@ def optimizer_step(
             mean, requests = accelerator.reduce(own, reduction="mean").tolist()
             if not math.isfinite(mean):
                 raise diverged(session, f"The loss is {mean} at step {progress.step + 1}")
-            total, stopping = total + mean / session.length.accumulate, stopping or requests > 0
+            total, stopping = total + mean / losses, stopping or requests > 0
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(session.network.parameters(), settings.max_grad_norm)

@@ -1,5 +1,5 @@
 """The loss of a batch for each ``--objective``: denoising, rectification, flow maps (consistency, mean flow), noisy
-classification, autoencoders, text, masked or of embeddings.
+classification, autoencoders, text, masked or of embeddings, and those that learn from rewards (:mod:`.reinforcement`).
 
 Knows how a batch becomes noised states, targets and weights (:mod:`.objectives`, :mod:`diffusers_sde.flow_maps`), each
 sample from its own generator (:mod:`.randomness`), and how the network is called.  Knows nothing of optimizers,
@@ -20,6 +20,7 @@ from diffusers_sde.flow_maps import average_prediction, jump
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
 from diffusers_sde.training import autoencoders, embedding_language, language
+from diffusers_sde.training.asking import ask, ask_guided, at_times
 from diffusers_sde.training.encoding import drawn, encoder_output, units_of
 from diffusers_sde.training.networks import Task, call_network
 from diffusers_sde.training.objectives import draw_times, loss_weights, prediction_targets, regression_loss
@@ -76,11 +77,6 @@ def times_of(settings: Settings, task: Task, u: np.ndarray) -> tuple[np.ndarray,
     return draw_times(task.path, settings.time_sampling, u, mean=mean, std=std, mu=task.mu)
 
 
-def at_times(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """Host floats (N,) as a float32 tensor (N, 1, 1, 1) beside ``like``."""
-    return torch.from_numpy(np.asarray(values)).to(like.device, torch.float32).reshape(-1, *[1] * (like.ndim - 1))
-
-
 def noised(d: Drawn, path: Path, times: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """``(alpha x_0 + sigma eps, sigma)`` at times (N,), sigma of shape (N, 1, 1, 1)."""
     alpha, sigma = (at_times(v, d.x0) for v in path.alpha_sigma(times))
@@ -97,6 +93,8 @@ def make_loss(settings: Settings, task: Task, teacher: Task | None, global_batch
         return functools.partial(embedding_language.embedding_loss, settings, task)
     if isinstance(task, language.LanguageTask):
         return functools.partial(language.masked_loss, settings, task)
+    if settings.rewarded:
+        return _rewarded_loss
     if settings.objective in ("denoising", "rectification"):
         return _denoising_loss(settings, task, teacher, global_batch)
     return _flow_map_loss(settings, task, teacher, global_batch)
@@ -137,24 +135,12 @@ def rectified(settings: Settings, teacher: Task, d: Drawn) -> Drawn:
     return replace(d, x0=x)
 
 
-def _ask(
-    task: Task, network: Any, path: Path, x: torch.Tensor, t: np.ndarray, condition: dict[str, Any]
-) -> torch.Tensor:
-    """The prediction at states x of times t (N,), float32."""
-    sigma = at_times(path.alpha_sigma(t)[1], x)
-    return call_network(task, network, x, at_times(t, x).flatten(), sigma, condition).float()
-
-
 def _teacher_output(
     settings: Settings, teacher: Task, path: Path, x: torch.Tensor, t: np.ndarray, d: Drawn
 ) -> torch.Tensor:
     """What the teacher says at states x of times t (N,), with its guidance."""
-    m = _ask(teacher, teacher.network, path, x, t, teacher.given(d.labels, d.captions, d.frames))
-    if settings.guidance_scale == 1.0:
-        return m
-    none = [None] * len(x)
-    null = _ask(teacher, teacher.network, path, x, t, teacher.given(none if d.labels else None, none, d.frames))
-    return torch.lerp(null, m, settings.guidance_scale)
+    scale = settings.guidance_scale
+    return ask_guided(teacher, teacher.network, path, x, t, d.labels, d.captions, d.frames, scale)
 
 
 def _flow_map_loss(settings: Settings, task: Task, teacher: Task | None, global_batch: int) -> Loss:
@@ -185,11 +171,18 @@ def _flow_map_loss(settings: Settings, task: Task, teacher: Task | None, global_
             condition["target_timestep"] = at_times(s, x).flatten()
         with torch.no_grad():
             x_u = noised(d, path, u)[0] if teacher is None else taught(x, t, u, d)
-            x_s = jump(path, kind, x_u, _ask(task, network, path, x_u, u, condition), u, s)
+            x_s = jump(path, kind, x_u, ask(task, network, path, x_u, u, condition), u, s)
             target = average_prediction(path, kind, x, x_s, t, s)
-        return _weighted(settings, path, kind, t, density, _ask(task, network, path, x, t, condition), target)
+        return _weighted(settings, path, kind, t, density, ask(task, network, path, x, t, condition), target)
 
     return loss
+
+
+def _rewarded_loss(network: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Of a part of what a rollout has taught (:mod:`.experience`); without dropout, for the law of the rollout has
+    none."""
+    network.eval()
+    return batch["part"].loss(functools.partial(batch["predict"], network))
 
 
 def _classifier_loss(settings: Settings, task: Task, global_batch: int) -> Loss:

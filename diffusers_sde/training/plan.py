@@ -21,11 +21,14 @@ from diffusers_sde.sampling import CLASS_NAMES
 from diffusers_sde.training import autoencoders, embedding_language, language, networks, text, text_pipelines
 from diffusers_sde.training.arguments import TEXT
 from diffusers_sde.training.data import Images, TrainingData, load_images
+from diffusers_sde.training.framing import Framing
+from diffusers_sde.training.learner import frozen_start
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.objectives import check_objective
 from diffusers_sde.training.parts import add_lora
 from diffusers_sde.training.randomness import seed_of
 from diffusers_sde.training.settings import Settings
+from diffusers_sde.training.wishes import make_wishes
 
 MAX_SHOWN_CLASSES = 100
 
@@ -46,17 +49,7 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
     elif settings.vae_model_name_or_path:
         vae = text_pipelines.load_autoencoder(settings.vae_model_name_or_path)
     resolution = settings.resolution or (native_resolution(pipe) if pipe else 64)
-    images = load_images(
-        settings.data_source,
-        resolution=resolution,
-        channels=image_channels(pipe, vae, settings.model_config),
-        center_crop=settings.center_crop,
-        random_flip=settings.random_flip,
-        caption_column=settings.caption_column,
-        image_column=settings.image_column,
-        label_column=settings.label_column,
-        streaming=settings.streaming,
-    )
+    images = training_data(settings, pipe, resolution, image_channels(pipe, vae, settings.model_config))
     classes = len(images.class_names or ())
     torch.manual_seed(seed_of(settings.seed))  # of the weights of new networks
     if settings.objective == "autoencoder":
@@ -95,9 +88,33 @@ def build_task(settings: Settings) -> tuple[Task, TrainingData, int]:
         task.network.enable_gradient_checkpointing()
     if takes_prompts(task.pipe):
         return task, images, 0
-    if classes:
+    if classes and not settings.rewarded:  # else it has the names that it came with
         task.network.register_to_config(**{CLASS_NAMES: images.class_names})
     return task, images, classes
+
+
+def training_data(settings: Settings, pipe: Any, resolution: int, channels: int | None) -> TrainingData:
+    """The images, or, of an objective that makes its own, what they are to be of."""
+    images = None
+    if settings.data_source:
+        images = load_images(
+            settings.data_source,
+            resolution=resolution,
+            channels=channels,
+            center_crop=settings.center_crop,
+            random_flip=settings.random_flip,
+            caption_column=settings.caption_column,
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+            streaming=settings.streaming,
+        )
+    if not settings.rewarded:
+        assert images is not None  # other objectives have data
+        return images
+    framing = Framing(resolution, channels or 3, center_crop=True, random_flip=False)
+    captions = images.all_captions() if isinstance(images, Images) else None
+    group = 1 if settings.objective == "adjoint_matching" else settings.group_size
+    return make_wishes(pipe, framing, group, settings.prompt_file, captions)
 
 
 def new_network(settings: Settings, images: TrainingData, vae: Any, classes: int) -> Any:
@@ -138,10 +155,12 @@ def all_captions(settings: Settings, images: TrainingData) -> list[str]:
 
 
 def build_teacher(settings: Settings, task: Task, classes: int, captions: bool) -> Task | None:
-    """The frozen network that a flow map is distilled from.
+    """The frozen network that a flow map is distilled from, or that learning from rewards starts from.
 
     Raises ``ValueError`` for one of another process or shape: its trajectories would not be the student's.
     """
+    if settings.rewarded:
+        return frozen_start(settings, task)
     if not settings.teacher_model_name_or_path:
         return None
     pipe = load_pipeline(settings.teacher_model_name_or_path)
@@ -188,13 +207,20 @@ def image_channels(pipe: Any, vae: Any, model_config: str | None) -> int | None:
 @dataclass(frozen=True)
 class Length:
     """How long the training is: ``steps`` optimizer steps of ``global_batch`` images (all processes together, without
-    accumulation), ``accumulate`` of them each; the learning rate grows over the first ``warm_up`` steps."""
+    accumulation), ``accumulate`` of them each; the learning rate grows over the first ``warm_up`` steps.  A batch has
+    ``parts`` losses, and the same batches serve ``updates`` steps."""
 
     steps: int
     global_batch: int
     accumulate: int
     images: int | None
     warm_up: int
+    parts: int = 1
+    updates: int = 1
+
+    def batches_before(self, step: int) -> int:
+        """How many batches of a process are used up after so many optimizer steps."""
+        return step // self.updates * self.accumulate
 
     @property
     def epochs(self) -> float | None:
@@ -204,13 +230,13 @@ class Length:
 def training_length(settings: Settings, images: TrainingData, processes: int) -> Length:
     """``max_train_steps``, or the number of optimizer steps in ``num_train_epochs`` passes over the data."""
     global_batch, accumulate = settings.train_batch_size * processes, settings.gradient_accumulation_steps
-    count = None if settings.streaming else len(images)
+    count = None if settings.streaming or settings.rewarded else len(images)
     steps = settings.max_train_steps
     if steps is None:
-        assert count is not None  # a stream has max_train_steps
+        assert count is not None  # a stream has max_train_steps, and so have rewards
         steps = math.ceil(settings.num_train_epochs * count / (global_batch * accumulate))
     warm_up = min(500, steps // 10) if settings.lr_warmup_steps is None else settings.lr_warmup_steps
-    return Length(steps, global_batch, accumulate, count, warm_up)
+    return Length(steps, global_batch, accumulate, count, warm_up, settings.parts, settings.updates_per_rollout)
 
 
 def describe(settings: Settings, task: Task, images: TrainingData, classes: int, length: Length, processes: int) -> str:
@@ -222,12 +248,15 @@ def describe(settings: Settings, task: Task, images: TrainingData, classes: int,
     epochs = "" if length.epochs is None else f" ({length.epochs:.1f} epochs)"
     # weights and their average, gradients, two moments
     floats = total + trainable * (3 + settings.use_ema)
+    data = (
+        {"rollouts": describe_rollouts(settings, images)} if settings.rewarded else {"data": images.describe(classes)}
+    )
     lines = {
         "network": f"{trained}, {trainable:,} of {total:,} parameters trained",
         "pipeline": pipeline,
         "process": task.forward_process,
         "objective": settings.axes,
-        "data": images.describe(classes),
+        **data,
         **({"classes": count_classes(images)} if images.class_names else {}),
         "length": f"{length.steps} optimizer steps of {length.global_batch} x {length.accumulate} "
         f"{images.unit}{epochs}",
@@ -237,6 +266,18 @@ def describe(settings: Settings, task: Task, images: TrainingData, classes: int,
         "output": f"{settings.output_dir}, a checkpoint every {settings.checkpointing_steps} steps",
     }
     return "\n".join(f"{key + ':':15}{value}" for key, value in lines.items())
+
+
+def describe_rollouts(settings: Settings, wishes: TrainingData) -> str:
+    """What is rolled out, and what is learned of it, in words."""
+    kind = "prompts" if wishes.captions else "classes" if wishes.class_names else "wish"
+    groups = "" if settings.objective == "adjoint_matching" else f", groups of {settings.group_size}"
+    tau = settings.rollout_tau if settings.rollout_tau is not None else float(settings.objective != "nft")
+    return (
+        f"{len(wishes)} {kind}{groups}, {settings.rollout_steps} evaluations at tau {tau:g}, data scale "
+        f"{settings.rollout_data_std:g}, {settings.parts} losses a picture, optimizer steps a rollout: "
+        f"{settings.updates_per_rollout}"
+    )
 
 
 def count_classes(images: TrainingData) -> str:

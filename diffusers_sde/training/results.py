@@ -83,6 +83,10 @@ def finish(session: Session, command: str) -> None:
             )
         measured = measure(session)
 
+        rewards = card.read_curve(session.output / "rewards.csv") if settings.rewarded else []
+        if rewards:
+            measured |= describe_rewards(rewards)
+
         def write(folder: Path) -> None:
             save_weights(task, state, folder, lora=settings.rank is not None, dtype=dtype)
             if isinstance(task, language.LanguageTask):
@@ -93,6 +97,8 @@ def finish(session: Session, command: str) -> None:
             rows = card.read_curve(session.output / "loss.csv")
             if rows:
                 card.draw_curve(rows, folder / "loss.png")
+            if rewards:
+                card.draw_rewards(rewards, folder / "rewards.png")
             if sheet is not None:
                 sheet.save(folder / "samples.png", optimize=True)
             card.write_card(folder, **card_content(session, command, rows, measured))
@@ -119,8 +125,20 @@ def measure(session: Session) -> dict[str, str]:
     return {}
 
 
+def describe_rewards(rows: list[tuple[Any, ...]]) -> dict[str, str]:
+    """What a fine-tuning on rewards has reached, from its curve: means of the first and last tenth of the rollouts."""
+    tenth = max(len(rows) // 10, 1)
+    (first, *_), (last, spread, kl) = (
+        [sum(column) / tenth for column in list(zip(*part, strict=True))[1:]] for part in (rows[:tenth], rows[-tenth:])
+    )
+    return {
+        "Reward": f"{first:.4g} at the start, {last:.4g} at the end with a spread of {spread:.2g} (`rewards.csv`)",
+        "KL to the start": f"{kl:.3g} nats",
+    }
+
+
 def card_content(
-    session: Session, command: str, rows: list[tuple[int, float, float]], measured: dict[str, str]
+    session: Session, command: str, rows: list[tuple[Any, ...]], measured: dict[str, str]
 ) -> dict[str, Any]:
     """The arguments of :func:`card.write_card`; ``measured`` are further facts."""
     settings, task, length = session.settings, session.task, session.length
@@ -129,7 +147,7 @@ def card_content(
         kind = "lora"
     elif task.vae is not None:
         kind = "pipeline"
-    elif settings.objective in ("denoising", "rectification"):
+    elif settings.objective in ("denoising", "rectification") or settings.rewarded:
         kind = "class" if conditional else "unconditional"
     else:
         flow_map = "class_flow_map" if conditional else "flow_map"
@@ -157,7 +175,7 @@ def card_content(
     condition = f"class_labels={shown}" if shown else 'prompt="..."'
     return {
         "title": name,
-        "what": f"Trained with `diffusers_sde.train` on {settings.data_source}"
+        "what": f"Trained with `diffusers_sde.train` on {'rewards' if settings.rewarded else settings.data_source}"
         + (f" ({session.classes} classes)." if session.classes else "."),
         "facts": facts,
         "command": f"{LAUNCH} {command}",

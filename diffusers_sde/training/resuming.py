@@ -23,17 +23,18 @@ from diffusers_sde.training.networks import Task
 from diffusers_sde.training.plan import Length
 from diffusers_sde.training.samples import Images, TrainingData
 from diffusers_sde.training.settings import OUTPUT, VALIDATION, Settings
+from diffusers_sde.training.wishes import Wishes
 
 # What the saved numbers mean.
 FIXED = {
     *("objective", "seed", "rank", "train_text_encoder", "use_ema", "guidance_scale", "revision"),
     *("num_held_out_images", "streaming", "image_column", "caption_column", "label_column"),
-    *("text_column", "prefix_column"),
+    *("text_column", "prefix_column", "group_size", "updates_per_rollout"),
 }
 # Told by a fact instead (`_facts`), or without any influence on the numbers.
 LEFT_OUT = {
-    *("train_data_dir", "dataset_name", "resolution", "prediction_type", "path", "model_config", "ema_sigma_rel"),
-    *("tokenizer_name_or_path", "sequence_length"),
+    *("train_data_dir", "dataset_name", "prompt_file", "resolution", "prediction_type", "path", "model_config"),
+    *("ema_sigma_rel", "tokenizer_name_or_path", "sequence_length"),
     *("pretrained_model_name_or_path", "vae_model_name_or_path", "teacher_model_name_or_path"),
     *("train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers", "gradient_checkpointing"),
 }
@@ -111,7 +112,9 @@ def describe_network(task: Task) -> dict[str, Any]:
 
 
 def describe_data(settings: Settings, images: TrainingData) -> str:
-    """The training images by number and content, wherever they lie."""
+    """The training data by number and content, wherever they lie; what is asked for where there are none."""
+    if isinstance(images, Wishes):
+        return f"{len(images)} wishes, content {_digest([images.prompts, images.class_names])}"
     count = "a stream" if settings.streaming else f"{len(images)} {images.unit}"
     classes = f", {len(images.class_names)} classes" if images.class_names else ""
     folder = Path(settings.data_source).expanduser()

@@ -169,7 +169,7 @@ def prepare(
         seed=settings.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        first_batch=progress.step * length.accumulate,
+        first_batch=length.batches_before(progress.step),
         num_workers=settings.dataloader_num_workers,
     )
     return session, stream

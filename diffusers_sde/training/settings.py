@@ -19,9 +19,12 @@ from typing import Any, Literal, get_args, get_origin
 from diffusers_sde.argument_parser import Formatter, Parser
 from diffusers_sde.training.secrets import redact
 
+# fmt: off
 Objective = Literal[
-    "denoising", "rectification", "consistency", "mean_flow", "classifier", "autoencoder", "masked", "embedding"
+    "denoising", "rectification", "consistency", "mean_flow", "classifier", "autoencoder", "masked", "embedding",
+    "grpo", "adjoint_matching", "nft",
 ]
+# fmt: on
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 ForwardPath = Literal["from_model", "vp", "scaled_linear", "cosine", "ve", "edm", "flow"]
 LossWeighting = Literal["none", "min_snr", "soft_min_snr", "edm", "sigma_sqrt", "cosmap", "likelihood"]
@@ -34,11 +37,14 @@ LearningRateSchedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]
 
+REWARDED = ("grpo", "adjoint_matching", "nft")  # the objectives that make their own pictures
+
 LAUNCH = "accelerate launch --quiet -m diffusers_sde.train"  # quiet: no traceback of the launcher behind an error
 
 MODEL = "model"
 DATA = "data"
 OBJECTIVE = "objective (independent axes of one regression)"
+REWARD = "reward fine-tuning (objectives grpo, adjoint_matching, nft)"
 OPTIMIZATION = "optimization"
 OUTPUT = "output"
 VALIDATION = "validation, sampled with this package's schedulers"
@@ -96,6 +102,9 @@ class Settings:
         "Image folder: class sub-folders are labels; metadata.jsonl or .csv ('text') or text files have captions.",
     )
     dataset_name: str | None = option(DATA, None, "Hub id (or folder) of a data set, instead of --train_data_dir.")
+    prompt_file: str | None = option(
+        DATA, None, "Reward fine-tuning: text file, one prompt a line. Default: captions of the data, or all classes."
+    )
     streaming: bool = option(DATA, False, "Stream the Hub data set; needs --max_train_steps.")
     image_column: str = option(DATA, "image", "Column of a Hub data set.")
     caption_column: str = option(DATA, "text", "Column of a Hub data set or of metadata.jsonl or .csv.")
@@ -144,10 +153,42 @@ class Settings:
         "Flow maps: the two times matched are 1/N apart; rectification: steps of the teacher.",
         positive=True,
     )
-    guidance_scale: float = option(OBJECTIVE, 1.0, "Flow maps and rectification: guidance of the teacher.")
+    guidance_scale: float = option(
+        OBJECTIVE,
+        1.0,
+        "Flow maps and rectification: guidance of the teacher; grpo and adjoint_matching: of the sampler that learns.",
+    )
 
     sharpness_weight: float = option(OBJECTIVE, 1.0, "Autoencoders: weight of the error of edges and lines.")
     kl_weight: float = option(OBJECTIVE, 1e-4, "Autoencoders: weight of the latents' divergence from N(0, I).")
+
+    reward: list[str] | None = option(
+        REWARD,
+        None,
+        "One or several of module:function, file.py:function, agreement, brightness, saturation, symmetry: a function "
+        "of pictures in [0, 1], prompts and labels, one number each.",
+    )
+    reward_weights: list[float] | None = option(REWARD, None, "A weight for each reward. Default: 1.")
+    kl_coefficient: float = option(
+        REWARD, 0.01, "Beta of the law p(x) exp(reward(x)/beta) that is learned: reward a nat away from the start."
+    )
+    rollout_steps: int = option(REWARD, 10, "Network evaluations of a rollout.", positive=True)
+    rollout_tau: float | None = option(
+        REWARD, None, "Noise level of the rollouts. Default: 1, which forgets the first noise; 0 (ODE) for nft."
+    )
+    rollout_data_std: float = option(
+        REWARD, 0.0, "Data scale of the rollouts' steps: exact in law for normal data of this scale; 0: DDPM's steps."
+    )
+    group_size: int = option(REWARD, 8, "Pictures of one prompt or class, compared with each other.", positive=True)
+    window_size: int | None = option(
+        REWARD,
+        None,
+        "Steps of a rollout that are trained (nft: noised states of a picture); the window moves on by one each "
+        "rollout, and of grpo only its steps draw noise. Default: all.",
+        positive=True,
+    )
+    updates_per_rollout: int = option(REWARD, 1, "Optimizer steps on the pictures of one rollout.", positive=True)
+    clip_range: float = option(REWARD, 0.2, "grpo: how far from 1 a likelihood ratio is followed.", positive=True)
 
     train_batch_size: int = option(OPTIMIZATION, 16, "Images per step and process.", positive=True)
     max_train_steps: int | None = option(
@@ -211,8 +252,29 @@ class Settings:
         return self.train_data_dir or self.dataset_name or ""
 
     @property
+    def rewarded(self) -> bool:
+        """Whether the network learns from the rewards of its own pictures."""
+        return self.objective in REWARDED
+
+    @property
+    def stochastic_steps(self) -> int:
+        """How many steps of a rollout draw noise if all may: without a data scale the last one returns x_0."""
+        return self.rollout_steps - (self.rollout_data_std == 0)
+
+    @property
+    def parts(self) -> int:
+        """How many losses a batch has, one after the other."""
+        if not self.rewarded:
+            return 1
+        return self.window_size or (self.rollout_steps if self.objective == "nft" else self.stochastic_steps)
+
+    @property
     def axes(self) -> str:
         """The objective in words."""
+        if self.rewarded:
+            weights = self.reward_weights or [1.0] * len(self.reward or [])
+            rewards = " + ".join(f"{w:g} {name}" for w, name in zip(weights, self.reward or [], strict=True))
+            return f"{self.objective}, reward {rewards}, KL coefficient {self.kl_coefficient:g}"
         if self.objective == "autoencoder":
             return f"autoencoder, loss {self.loss}, sharpness {self.sharpness_weight}, KL {self.kl_weight}"
         if self.objective == "masked":

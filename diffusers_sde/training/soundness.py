@@ -53,7 +53,7 @@ def check(session: Session, loss_of: Loss, reference: dict[str, Any], losses: Se
             loss = loss_of_weights(session, loss_of, reference)
         if not math.isfinite(loss):
             raise diverged(session, f"The weights after step {progress.step} are broken (their loss is {loss})")
-        if 0 < MARGIN * known < abs(loss):
+        if 0 < MARGIN * known < abs(loss) and not session.settings.rewarded:  # rewards have no range
             raise diverged(
                 session,
                 f"The weights after step {progress.step} are broken (their loss is {loss:.3g}, that of the training "
