@@ -70,18 +70,20 @@ def test_falling_levels_are_exact_for_normal_data_of_scale_data_std(n):
 
 
 def test_ten_evaluations_reach_the_sampling_floor():
-    """Sliced Wasserstein of a 36-dimensional mixture: within a tenth of that of true samples, where constant noise is
-    a quarter above it or more."""
-    model, count = oracle(process=PROCESSES["linear"]), 1200
+    """Sliced Wasserstein of a 36-dimensional mixture: that of true samples within a fifth, which is their spread, where
+    constant noise has half as much again."""
+    model, count = oracle(process=PROCESSES["linear"]), 2500
     generator = torch.Generator().manual_seed(1)
     truth = model.sample(count, generator)
     floor = np.mean([sliced_wasserstein(model.sample(count, generator), truth) for _ in range(4)])
-    noise = torch.randn(count, *model.sample_shape, generator=generator)
+    noises = [torch.randn(count, *model.sample_shape, generator=generator) for _ in range(2)]
 
     def distance(**how):
-        scheduler = ReverseSDEScheduler.from_config(PROCESSES["linear"], **how)
-        scheduler.set_timesteps(10)
-        return sliced_wasserstein(sample(network_denoiser(model), scheduler, noise), truth)
+        scheduler, found = ReverseSDEScheduler.from_config(PROCESSES["linear"], **how), []
+        for noise in noises:
+            scheduler.set_timesteps(10)
+            found.append(sliced_wasserstein(sample(network_denoiser(model), scheduler, noise), truth))
+        return np.mean(found)
 
-    assert distance() < 1.1 * floor
-    assert distance(tau=1.0) > 1.25 * floor
+    assert distance() < 1.2 * floor
+    assert distance(tau=1.0) > 1.5 * floor
