@@ -75,8 +75,10 @@ def measured_noise_levels(path: Path, nodes: Nodes) -> list[float]:
     """The reverse SDE's tau of each step where a config names none: ``sigma / sqrt(data_scale^2 alpha^2 + sigma^2)``
     half-way in log-SNR; on a variance preserving path sigma itself, on EDM's the data scale is sigma_data.
 
-    Full noise while the state is noise, none where it is data and a step's error would stay in the picture: on the
-    36-dimensional mixture the sampling floor is reached at 10 evaluations, with constant tau = 1 hardly at 50.
+    Full noise while the state is noise, none where it is data and a step's error would stay in the picture.  Sliced
+    Wasserstein on the 36-dimensional mixture (floor .027 +- .002) at 6, 10, 20 evaluations: .040, .027, .028; constant
+    tau = 1: .048, .045, .037.  On the embedded network the two are not told apart by 120 images (Frechet distance at
+    10: .52 and .46, at 20: .57 and .44, each +- .1).
 
     Args:
         path: the forward process.
