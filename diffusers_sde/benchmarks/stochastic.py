@@ -39,7 +39,8 @@ def best_of_each(
     """
     best: dict[str, tuple[float, ...]] = {}
     ours = functools.partial(ReverseSDEScheduler.from_config, config)
-    for label, make in [(OURS, ours), *stock_sdes(config)]:
+    samplers: list[tuple[str, Callable[[], Any]]] = [(OURS, ours), *stock_sdes(config)]
+    for label, make in samplers:
         family = label if label == OURS else label.split()[0]
         try:
             values = measure(functools.partial(_laid_out, make, (n + 1) // 2 if family == "DPMSolverSDE" else n))
