@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.tables import Table, build_multistep, check_solver
@@ -34,6 +36,7 @@ class Defaults:
         return {"rho": self.rho, "share": self.share}
 
 
+_CLEAN = 40.0  # half log-SNR: there is no step between it and infinity
 # The law of each family's grid in n, the number of evaluations: smooth, so that one step more is no other sampler.
 _Law = Callable[[int], dict[str, Any]]
 _ODE: dict[str, _Law] = {
@@ -59,9 +62,9 @@ def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     equal steps of noise; the angle clock stays finite at alpha = 0, so that the first steps keep their order.  Variance
     exploding: the same steps in the fraction of noise; the data scale is known.
 
-    SDE: data_std 0.  A positive one is exact for data of that scale and reaches the sampling floor of a smooth mixture
-    at 10 steps, but it draws noise that data concentrated on images does not absorb: the embedded network's pictures
-    at 10 steps were visibly speckled from data_std 0.1 on.
+    SDE: data_std 0 and the falling noise levels of :func:`measured_noise_levels`.  A positive one is exact for data of
+    that scale, but the noise it draws at low noise levels is more than data concentrated on images absorb: the embedded
+    network's pictures at 10 steps were visibly speckled from data_std 0.1 on.
 
     Args:
         path: the forward process.
@@ -73,6 +76,27 @@ def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     """
     law = (_SDE if stochastic else _ODE).get(path.family, _robust)
     return Defaults(clock=path.default_clock, data_std=0.0 if stochastic else path.data_scale, **law(n))
+
+
+def measured_noise_levels(path: Path, nodes: Nodes) -> list[float]:
+    """The reverse SDE's tau of each step where a config names none: ``sigma / sqrt(data_scale^2 alpha^2 + sigma^2)``
+    half-way in log-SNR; on a variance preserving path sigma itself, on EDM's the data scale is sigma_data.
+
+    Full noise while the state is noise, none where it is data and a step's error would stay in the picture.  Sliced
+    Wasserstein on the 36-dimensional mixture (floor .027 +- .002) at 6, 10, 20 evaluations: .040, .027, .028; constant
+    tau = 1: .048, .045, .037.  On the embedded network the two are not told apart by 120 images (Frechet distance at
+    10: .52 and .46, at 20: .57 and .44, each +- .1).
+
+    Args:
+        path: the forward process.
+        nodes: of the grid.
+
+    Returns:
+        One number from 0 to 1 a step, falling.
+    """
+    log_snr = np.clip(nodes.log_snr, -_CLEAN, _CLEAN)
+    middle = 0.5 * (log_snr[:-1] + log_snr[1:]) + math.log(path.data_scale)
+    return (1 / np.sqrt(1 + np.exp(2 * middle))).tolist()
 
 
 def check_multistep(config: Any, orders: Sequence[int] = (1, 2, 3, 4)) -> None:

@@ -27,7 +27,7 @@ SECTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    choices = (*SECTIONS, "defaults", "training", "errors", "lora", "rewards")
+    choices = (*SECTIONS, "defaults", "training", "errors", "lora", "rewards", "stochastic")
     parser.add_argument(
         "--sections",
         nargs="+",
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--training_images",
         default=None,
-        help="Folder of a model's training images: of Fashion-MNIST for the calibration section, of the emoji for "
+        help="Folder of a model's training images: of Fashion-MNIST for calibration and stochastic, of the emoji for "
         "those of captions and lora (left out without them).",
     )
     for name, text in {"training": "a training step", "errors": "the error budget of a sampler"}.items():
@@ -95,6 +95,8 @@ def _measure(section: str, args: argparse.Namespace) -> None:
         deterministic.measure_network(args.seed, args.num_images, args.candidates, args.guidance_scale)
     elif section == "sde":
         stochastic.sde_quality(args.seed)
+    elif section == "stochastic":
+        stochastic.network_quality(args.seed, args.training_images)
     elif section == "robustness":
         robustness.measure(args.seed)
     elif section == "labels":

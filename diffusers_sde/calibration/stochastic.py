@@ -24,6 +24,7 @@ from diffusers_sde.calibration.job import Job
 from diffusers_sde.calibration.sources import HELD_OUT
 from diffusers_sde.calibration.stock import best_stock
 from diffusers_sde.calibration.workers import sum_over_workers
+from diffusers_sde.defaults import measured_noise_levels
 from diffusers_sde.grids import Nodes, nodes_from_times
 from diffusers_sde.sampling import sample
 from diffusers_sde.schedulers import ReverseSDEScheduler
@@ -87,23 +88,26 @@ def _entry(job: Job, n: int) -> dict[str, Any]:
             tried[rho, tau] = _distance(job, job.training, grids[rho], tau)
         return tried[rho, tau]
 
-    best = min(((rho, (tau,) * n) for rho, tau in itertools.product(EXPONENTS, LEVELS)), key=lambda v: distance(*v))
+    constant = ((rho, (tau,) * n) for rho, tau in itertools.product(EXPONENTS, LEVELS))
+    falling = ((rho, tuple(measured_noise_levels(path, grids[rho]))) for rho in EXPONENTS)
+    best = min(itertools.chain(constant, falling), key=lambda v: distance(*v))
     for i in range(n - 1):  # the last step draws no noise
         rho, tau = best
         moved = [(*tau[:i], min(tau[i] * f, MAX_LEVEL), *tau[i + 1 :]) for f in FACTORS]
         best = min([best, *((rho, t) for t in moved)], key=lambda v: distance(*v))
-    standard, ones = job.default_nodes(n, stochastic=True), (1.0,) * n
+    standard = job.default_nodes(n, stochastic=True)
+    levels = measured_noise_levels(path, standard)
     nodes, tau = grids[best[0]], best[1]
     errors: dict[str, Any] = {
         "training": tried[best],
         "held_out": _distance(job, job.held_out, nodes, tau),
-        "exact": _distance(job, job.held_out, standard, ones),
+        "exact": _distance(job, job.held_out, standard, levels),
     }
     if job.stock:
         errors |= best_stock(job.stock, job.config, n, job.held_out, lambda ends: _distance_of(job, job.held_out, ends))
     if not errors["held_out"] < errors["exact"]:
         errors |= {"lost": errors["held_out"], "held_out": errors["exact"]}
-        nodes, tau = standard, ones
+        nodes, tau = standard, tuple(levels)
     return written_entry(nodes, None, list(tau), errors)
 
 

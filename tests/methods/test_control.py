@@ -34,7 +34,8 @@ from diffusers_sde.methods.control import (
 from diffusers_sde.sampling import network_denoiser
 
 V, BETA, STEPS = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64), 1.5, 20
-SETTINGS = {"solver_order": 2, "data_std": 0.5}  # the mixture is smooth: 20 steps reach its law
+# the mixture is smooth: 20 steps reach its law; full noise to the end parts the copies of a particle
+SETTINGS = {"solver_order": 2, "data_std": 0.5, "tau": 1.0}
 
 
 def reward(x):
