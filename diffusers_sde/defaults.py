@@ -7,6 +7,7 @@ of evaluations (README, "How the defaults were chosen", says on what and with wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
