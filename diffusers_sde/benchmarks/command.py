@@ -22,12 +22,13 @@ SECTIONS = (
     "parallel",
     "adaptive",
     "text",
+    "defaults",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
-    choices = (*SECTIONS, "defaults", "training", "errors", "lora", "rewards", "stochastic")
+    choices = (*SECTIONS, "training", "errors", "lora", "rewards", "stochastic")
     parser.add_argument(
         "--sections",
         nargs="+",
