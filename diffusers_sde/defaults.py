@@ -63,9 +63,9 @@ def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     equal steps of noise; the angle clock stays finite at alpha = 0, so that the first steps keep their order.  Variance
     exploding: the same steps in the fraction of noise; the data scale is known.
 
-    SDE: data_std 0 and the falling noise levels of :func:`measured_noise_levels`.  A positive one is exact for data of
-    that scale, but the noise it draws at low noise levels is more than data concentrated on images absorb: the embedded
-    network's pictures at 10 steps were visibly speckled from data_std 0.1 on.
+    SDE: data_std 0 and tau 1.  A positive data_std is exact for data of that scale, but the noise it draws at low noise
+    levels is more than data concentrated on images absorb: the embedded network's pictures at 10 steps were visibly
+    speckled from data_std 0.1 on.
 
     Args:
         path: the forward process.
@@ -79,14 +79,15 @@ def measured_defaults(path: Path, n: int, stochastic: bool = False) -> Defaults:
     return Defaults(clock=path.default_clock, data_std=0.0 if stochastic else path.data_scale, **law(n))
 
 
-def measured_noise_levels(path: Path, nodes: Nodes) -> list[float]:
-    """The reverse SDE's tau of each step where a config names none: ``sigma / sqrt(data_scale^2 alpha^2 + sigma^2)``
-    half-way in log-SNR; on a variance preserving path sigma itself, on EDM's the data scale is sigma_data.
+def falling_noise_levels(path: Path, nodes: Nodes) -> list[float]:
+    """Noise levels of the reverse SDE that fall with the noise, tau of each step: ``sigma / sqrt(data_scale^2 alpha^2 +
+    sigma^2)`` half-way in log-SNR; on a variance preserving path sigma itself, on EDM's the data scale is sigma_data.
 
     Full noise while the state is noise, none where it is data and a step's error would stay in the picture.  Sliced
     Wasserstein on the 36-dimensional mixture (floor .027 +- .002) at 6, 10, 20 evaluations: .040, .027, .028; constant
-    tau = 1: .048, .045, .037.  On the embedded network the two are not told apart by 120 images (Frechet distance at
-    10: .52 and .46, at 20: .57 and .44, each +- .1).
+    tau = 1: .048, .045, .037.  It is not the default: posterior samples were farther from the exact ones, and the
+    pictures of the embedded network no better (Frechet distance of 120 at 10 evaluations .52 against .46, at 20 .57
+    against .44, each +- .1).
 
     Args:
         path: the forward process.

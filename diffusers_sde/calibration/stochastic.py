@@ -24,7 +24,7 @@ from diffusers_sde.calibration.job import Job
 from diffusers_sde.calibration.sources import HELD_OUT
 from diffusers_sde.calibration.stock import best_stock
 from diffusers_sde.calibration.workers import sum_over_workers
-from diffusers_sde.defaults import measured_noise_levels
+from diffusers_sde.defaults import falling_noise_levels
 from diffusers_sde.grids import Nodes, nodes_from_times
 from diffusers_sde.sampling import sample
 from diffusers_sde.schedulers import ReverseSDEScheduler
@@ -89,14 +89,14 @@ def _entry(job: Job, n: int) -> dict[str, Any]:
         return tried[rho, tau]
 
     constant = ((rho, (tau,) * n) for rho, tau in itertools.product(EXPONENTS, LEVELS))
-    falling = ((rho, tuple(measured_noise_levels(path, grids[rho]))) for rho in EXPONENTS)
+    falling = ((rho, tuple(falling_noise_levels(path, grids[rho]))) for rho in EXPONENTS)
     best = min(itertools.chain(constant, falling), key=lambda v: distance(*v))
     for i in range(n - 1):  # the last step draws no noise
         rho, tau = best
         moved = [(*tau[:i], min(tau[i] * f, MAX_LEVEL), *tau[i + 1 :]) for f in FACTORS]
         best = min([best, *((rho, t) for t in moved)], key=lambda v: distance(*v))
     standard = job.default_nodes(n, stochastic=True)
-    levels = measured_noise_levels(path, standard)
+    levels = [1.0] * n
     nodes, tau = grids[best[0]], best[1]
     errors: dict[str, Any] = {
         "training": tried[best],

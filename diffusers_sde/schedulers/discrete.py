@@ -105,7 +105,13 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps(c.num_inference_steps)
 
     def set_timesteps(
-        self, num_inference_steps: int, device: str | torch.device | None = None, block_length: int | None = None
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        block_length: int | None = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
     ) -> None:
         """Lay out the times of ``num_inference_steps`` network calls.
 
@@ -113,8 +119,15 @@ class DiscreteScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: calls of the network, whatever the steps are.
             device: of ``timesteps``, float32 in (0, 1].
             block_length: accepted for the pipelines that pass it; a step takes any number of positions.
+            timesteps, sigmas, mu: of Gaussian processes, refused.
+
+        Raises:
+            ValueError: for these, and for no whole number of calls.
         """
+        if timesteps is not None or sigmas is not None or mu is not None:
+            raise ValueError("A discrete process is laid out by its number of calls: pass num_inference_steps alone.")
         check_whole("num_inference_steps", num_inference_steps)
+        assert num_inference_steps is not None
         two_stages = self.config.algorithm_type == "theta_trapezoidal"
         self._rows = rows_of(self._schedule, num_inference_steps, self.config.theta if two_stages else None)
         self.num_inference_steps = num_inference_steps

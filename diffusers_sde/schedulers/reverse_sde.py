@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from diffusers_sde.configs import scheduler_init
-from diffusers_sde.defaults import check_multistep, measured_noise_levels, multistep_table
+from diffusers_sde.defaults import check_multistep, falling_noise_levels, multistep_table
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
 from diffusers_sde.schedulers.base import TableScheduler
@@ -21,8 +21,8 @@ class ReverseSDEScheduler(TableScheduler):
     The noise is a Brownian path: one seed gives the same picture at 10, 20 and 40 steps, for any batch size.
 
     Args:
-        tau: noise level, a number or one per step; None: 1 at order 1, else the measured default, which falls from 1 to
-            0 with the noise (:func:`diffusers_sde.defaults.measured_noise_levels`).
+        tau: noise level, a number or one per step; None: levels that fall from 1 to 0 with the noise
+            (:func:`diffusers_sde.defaults.falling_noise_levels`), 1 at order 1.
         eta: DDIM's eta instead of tau (0 DDIM, 1 DDPM), None for tau.
         solver_order: 1 (DDPM) to 3, in the deterministic part.
         corrector: redo each step with the next evaluation and the same noise (SA-Solver, arXiv:2309.05019); None: for
@@ -42,7 +42,7 @@ class ReverseSDEScheduler(TableScheduler):
     @scheduler_init
     def __init__(
         self,
-        tau: float | Sequence[float] | None = None,
+        tau: float | Sequence[float] | None = 1.0,
         eta: float | None = None,
         solver_order: int = 2,
         corrector: bool | None = None,
@@ -70,7 +70,7 @@ class ReverseSDEScheduler(TableScheduler):
         if c.eta is not None:
             return tau_from_eta(c.eta, nodes)
         if c.tau is None:
-            return [1.0] * steps if c.solver_order == 1 else measured_noise_levels(self.path, nodes)
+            return [1.0] * steps if c.solver_order == 1 else falling_noise_levels(self.path, nodes)
         if not isinstance(c.tau, list | tuple):
             return [float(c.tau)] * steps
         if len(c.tau) != steps:

@@ -51,7 +51,6 @@ class UniformDiffusionScheduler(DiscreteScheduler):
         model_output: torch.Tensor,
         timestep: Any,
         sample: torch.Tensor,
-        *,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,

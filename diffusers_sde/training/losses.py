@@ -26,7 +26,7 @@ from diffusers_sde.training.networks import Task, call_network
 from diffusers_sde.training.objectives import draw_times, loss_weights, prediction_targets, regression_loss
 from diffusers_sde.training.randomness import generator_of
 from diffusers_sde.training.samples import SAMPLE_STREAM
-from diffusers_sde.training.settings import Settings
+from diffusers_sde.training.settings import REWARDED, Settings
 
 Loss = Callable[[Any, dict[str, Any]], torch.Tensor]
 _NOISE = 1  # the stream of a sample's random numbers that its noise, times and dropped condition come from
@@ -93,7 +93,7 @@ def make_loss(settings: Settings, task: Task, teacher: Task | None, global_batch
         return functools.partial(embedding_language.embedding_loss, settings, task)
     if isinstance(task, language.LanguageTask):
         return functools.partial(language.masked_loss, settings, task)
-    if settings.rewarded:
+    if settings.objective in REWARDED:
         return _rewarded_loss
     if settings.objective in ("denoising", "rectification"):
         return _denoising_loss(settings, task, teacher, global_batch)
