@@ -140,10 +140,10 @@ def build_multistep(
             count = len(previous) + 1 if corrector is True else min(int(corrector), i + 1)
             redone = _implicit(method, points[max(i - count + 1, 0) : i + 1][::-1], points[i - 1], taus[i - 1])
             if redone is not None:  # the corrected state is x + sum (redone - previous) F
-                b, correction = _add(b, a * _add(redone, -np.append(0.0, previous))), float(a * redone[0])
+                b, correction = add_weights(b, a * add_weights(redone, -np.append(0.0, previous))), float(a * redone[0])
         row = Row(float(nodes.time[i]), start.alpha, start.sigma, a, _floats(b), c)
         expected = points[i - len(previous) : i][::-1]
-        rows.append(_with_parts(method, row, start, end, taus[i], expected, correction))
+        rows.append(_with_parts(method, row, expected, correction))
         previous = forward
     return Table(tuple(rows), float(data_std))
 
@@ -217,9 +217,9 @@ def build_singlestep(
                 a, c, forward = _explicit(weigh, start, end, [start], taus[i])
             else:
                 (a, c), forward = linear_coefficients(start, end, data_std, taus[i]), weights[::-1]
-            b = _add(forward, -a * np.append(0.0, previous))
+            b = add_weights(forward, -a * np.append(0.0, previous))
             row = Row(float(nodes.time[i]), start.alpha, start.sigma, a, _floats(b), c)
-            rows.append(_with_parts(weigh, row, start, end, taus[i], points[i - len(previous) : i][::-1], 0.0))
+            rows.append(_with_parts(weigh, row, points[i - len(previous) : i][::-1], 0.0))
             previous = forward
     return Table(tuple(rows), float(data_std))
 
@@ -391,10 +391,11 @@ def _denoise(method: Method, start: Point, end: Point) -> tuple[float, float, np
     return end.alpha * k_x, 0.0, np.array([end.alpha * k_f])
 
 
-def _with_parts(
-    method: Method, row: Row, start: Point, end: Point, tau: float, expected: Sequence[Point], correction: float
-) -> Row:
-    """The row, from ``start`` to ``end``, with the parts of b that lean on earlier evaluations: see :class:`Row`.
+def _with_parts(method: Method, row: Row, expected: Sequence[Point], correction: float) -> Row:
+    """The row with the parts of b that lean on earlier evaluations: see :class:`Row`.
+
+    The weights of an interpolation add up to the weight of a constant, and those of a correction to 0: the sum of b is
+    the weight of this row's evaluation alone.
 
     Args:
         expected: where the evaluations were made that the step before used, newest first.
@@ -402,13 +403,12 @@ def _with_parts(
     """
     if len(row.b) == 1:
         return row
-    at = [p.log_snr for p in (start, *expected)]
+    at = [p.log_snr for p in (Point(row.alpha, row.sigma), *expected)]
     clock = clock_values(method.path, method.clock, np.array(at), method.data_std) if len(at) > 2 else np.zeros(2)
     gap = np.append(1.0, -basis_values(clock[:1], clock[1:])[:, 0])
-    first = _explicit(method, start, end, [start], tau)[2] if end.sigma else _denoise(method, start, end)[2]
     slope = np.array(row.b)
-    slope[: len(first)] -= first
-    slope = _add(slope, -correction * gap) if correction else slope
+    slope[0] -= slope.sum()
+    slope = add_weights(slope, -correction * gap) if correction else slope
     return replace(row, slope=_floats(slope), gap=_floats(gap), correction=correction)
 
 
@@ -416,8 +416,8 @@ def _floats(weights: np.ndarray) -> tuple[float, ...]:
     return tuple(map(float, weights))
 
 
-def _add(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Sum of two weight vectors on the same history, the shorter one continued with zeros."""
+def add_weights(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Sum of two weight vectors on the same history, newest first, the shorter one continued with zeros."""
     out = np.zeros(max(len(left), len(right)))
     out[: len(left)] += left
     out[: len(right)] += right

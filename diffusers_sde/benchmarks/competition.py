@@ -6,9 +6,10 @@ Knows these settings, how many steps give each so many evaluations, and the best
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -68,10 +69,10 @@ def stock_odes(config: dict[str, Any], n: int) -> Iterator[tuple[str, Callable[[
         ("KDPM2DiscreteScheduler", SPACINGS + SIGMAS, [{}]),
         ("PNDMScheduler", SPACINGS, [{"skip_prk_steps": True}]),
         ("LMSDiscreteScheduler", SPACINGS + SIGMAS, [{}]),
-        ("DEISMultistepScheduler", SPACINGS + SIGMAS, [{"solver_order": k} for k in (2, 3)]),
-        ("UniPCMultistepScheduler", SPACINGS + SIGMAS, [{"solver_order": k} for k in (2, 3)]),
-        ("DPMSolverMultistepScheduler", SPACINGS + SIGMAS + LU, [{"solver_order": k} for k in (2, 3)]),
-        ("DPMSolverSinglestepScheduler", SIGMAS, [{"solver_order": k} for k in (2, 3)]),
+        ("DEISMultistepScheduler", SPACINGS + SIGMAS, _ORDERS),
+        ("UniPCMultistepScheduler", SPACINGS + SIGMAS, _ORDERS),
+        ("DPMSolverMultistepScheduler", SPACINGS + SIGMAS + LU, _ORDERS),
+        ("DPMSolverSinglestepScheduler", SIGMAS, _ORDERS),
     ]
     for name, grids, solvers in families:
         for solver in solvers:
@@ -109,20 +110,55 @@ def best_stock_ode(
 
     Args:
         config, n: see :func:`stock_odes`.
+        denoiser, noise, reference: see :func:`best_of`.
+
+    Returns:
+        Its error, its name, and which settings were left out, since they refuse this number of evaluations or crash.
+    """
+    schedulers, refused = laid_out_odes(config, n)
+    error, name, crashed = best_of(schedulers, denoiser, noise, reference)
+    return error, name, [f"{setting} at {n} ({reason})" for setting, reason in {**refused, **crashed}.items()]
+
+
+def laid_out_odes(config: dict[str, Any], n: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Those of :func:`stock_odes` that can be laid out, which takes longer than to run them on a mixture.
+
+    Args:
+        config, n: see :func:`stock_odes`.
+
+    Returns:
+        The schedulers by name, and by name the exceptions of those that refuse this number of evaluations or crash.
+    """
+    schedulers, refused = {}, {}
+    for name, make in stock_odes(config, n):
+        try:
+            schedulers[name] = make()
+        except Exception as error:  # a stock scheduler may fail on its own grid in any way
+            refused[name] = type(error).__name__
+    return schedulers, refused
+
+
+def best_of(
+    schedulers: Mapping[str, Any], denoiser: Denoiser, noise: torch.Tensor, reference: torch.Tensor
+) -> tuple[float, str, dict[str, str]]:
+    """The best scheduler on a problem.
+
+    Args:
+        schedulers: laid out, by name; copies of them run.
         denoiser: the network.
         noise: (N, ...), to start from.
         reference: (N, ...), the solution.
 
     Returns:
-        Its error, its name, and which settings were left out, since they refuse this number of evaluations or crash.
+        Its error (inf where all of them crashed), its name, and by name the exceptions of those that crashed.
     """
-    best, left_out = (float("inf"), ""), []
-    for name, make in stock_odes(config, n):
+    best, crashed = (float("inf"), ""), {}
+    for name, scheduler in schedulers.items():
         try:
-            best = min(best, (mean_error(sample(denoiser, make(), noise), reference), name))
-        except Exception as error:  # a stock scheduler may fail on its own grid in any way
-            left_out.append(f"{name} at {n} ({type(error).__name__})")
-    return *best, left_out
+            best = min(best, (mean_error(sample(denoiser, copy.deepcopy(scheduler), noise), reference), name))
+        except Exception as error:  # in any way
+            crashed[name] = type(error).__name__
+    return *best, crashed
 
 
 def published(names: Sequence[str], config: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -7,8 +7,6 @@ number of evaluations of each problem.
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 import math
 import statistics
@@ -20,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_sde.benchmarks.common import mean_error, print_table, reference_solution
-from diffusers_sde.benchmarks.competition import stock_odes
+from diffusers_sde.benchmarks.competition import best_of, laid_out_odes
 from diffusers_sde.benchmarks.suite import GUIDANCE, PROCESSES, Problem, problems
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.named_grids import make_grid
@@ -101,20 +99,18 @@ def _results(
     half: str, processes: Sequence[str] | None, candidates: Callable[[str], Mapping[str, Grid | None]]
 ) -> Iterable[tuple[Problem, int, float, dict[str, float]]]:
     """Of each problem at each number of evaluations the best stock error, and those of the candidates."""
-    stock: dict[tuple[str, int], list[Any]] = {}
+    stock: dict[tuple[str, int], dict[str, Any]] = {}
     count = 3 * len(processes or PROCESSES) * len(GUIDANCE)
     for problem in tqdm(problems(half, processes), total=count, desc=f"{half} problems", leave=False):
         reference = reference_solution(problem.denoiser, problem.noise, problem.config, REFERENCE_STEPS)
         for n in STEPS:
             key = str(problem.config), n
-            if key not in stock:  # laid out once for all problems of a process: that takes longer than to run them
-                stock[key] = [made for _, make in stock_odes(problem.config, n) if (made := _attempt(make)) is not None]
-            run = functools.partial(_error, problem, reference)
-            rivals = [_attempt(functools.partial(run, copy.deepcopy(scheduler))) for scheduler in stock[key]]
-            best = min((error for error in rivals if error is not None), default=math.inf)
+            if key not in stock:  # once for all problems of a process
+                stock[key], _ = laid_out_odes(problem.config, n)
+            best, _, _ = best_of(stock[key], problem.denoiser, problem.noise, reference)
             if math.isfinite(best):
                 grids = candidates(problem.family).items()
-                yield problem, n, best, {name: run(_ours(problem, n, grid)) for name, grid in grids}
+                yield problem, n, best, {name: _error(problem, reference, _ours(problem, n, g)) for name, g in grids}
 
 
 def _ours(problem: Problem, n: int, grid: Grid | None) -> ProbabilityFlowScheduler:
@@ -131,14 +127,6 @@ def _ours(problem: Problem, n: int, grid: Grid | None) -> ProbabilityFlowSchedul
 
 def _error(problem: Problem, reference: torch.Tensor, scheduler: Any) -> float:
     return mean_error(sample(problem.denoiser, scheduler, problem.noise), reference)
-
-
-def _attempt(make: Callable[[], Any]) -> Any:
-    """What ``make`` returns, None where it raises: a stock scheduler may fail on its own grid in any way."""
-    try:
-        return make()
-    except Exception:
-        return None
 
 
 def _joined(by_n: Mapping[int, list[float]]) -> list[float]:

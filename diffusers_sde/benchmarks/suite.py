@@ -14,19 +14,22 @@ from typing import Any
 import torch
 
 from diffusers_sde.analytic import GaussianMixture
+from diffusers_sde.benchmarks.common import BETAS
+from diffusers_sde.benchmarks.common import PROCESSES as VARIANCE_PRESERVING
 from diffusers_sde.configs import path_from_config
 from diffusers_sde.prediction import to_model
 from diffusers_sde.sampling import Denoiser
 from diffusers_sde.stock_configs import canonical_config
 
-_BETAS = {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
-_SCALED = {**_BETAS, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
 PROCESSES: dict[str, dict[str, Any]] = {
-    "linear": {**_BETAS, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"},
-    "scaled linear": _SCALED,
-    "cosine": {**_BETAS, "beta_schedule": "squaredcos_cap_v2"},
-    "zero SNR": {**_SCALED, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    **VARIANCE_PRESERVING,
+    "cosine": {**BETAS, "beta_schedule": "squaredcos_cap_v2"},
+    "zero SNR": {
+        **VARIANCE_PRESERVING["scaled linear"],
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    },
     "flow": {**_FLOW, "shift": 1.0},
     "flow, shift 3": {**_FLOW, "shift": 3.0},
     "flow, shift 6": {**_FLOW, "shift": 6.0},

@@ -12,7 +12,7 @@ from diffusers_sde.paths import Path
 from diffusers_sde.published import _extended_reverse
 from diffusers_sde.published._recipes import Recipe
 from diffusers_sde.published._stages import in_sigma, levels, lower_level, step_groups
-from diffusers_sde.tables import Row, Table
+from diffusers_sde.tables import Row, Table, add_weights
 from diffusers_sde.weights import Point, lagrange_weights, linear_coefficients
 
 VELOCITY = (1.0, -1.0)  # F = x_0 - eps of flow matching, minus the velocity
@@ -75,9 +75,9 @@ def build_published(path: Path, nodes: Nodes, recipe: Recipe, *, taus: Sequence[
                 up, c = _renoised(target, end, nodes.alpha[first + size], in_sigma(path, recipe))
                 a, forward = up * a, up * forward
             if size > 1:  # the anchor is an affine function of the present state
-                b = _sum(forward, -a / scale * np.append(0.0, previous if i > first else ()))
+                b = add_weights(forward, -a / scale * np.append(0.0, previous if i > first else ()))
             else:
-                b = _sum(forward, a * method.correction(i, previous)) if recipe.corrector else forward
+                b = add_weights(forward, a * method.correction(i, previous)) if recipe.corrector else forward
             row_a = a / scale
             rows.append(
                 Row(float(nodes.time[i]), float(nodes.alpha[i]), float(nodes.sigma[i]), row_a, tuple(b.tolist()), c)
@@ -148,10 +148,10 @@ class _Formula:
         older = [p for p in self.points[i - count + 1 : i][::-1] if math.isfinite(p.log_snr)]
         start, end = self.points[i - 1], self.points[i]
         if count < 2 or not older or not math.isfinite(start.log_snr):
-            return _sum(self._interpolated(start, end, [end], self.taus[i - 1]), -np.append(0.0, previous))
+            return add_weights(self._interpolated(start, end, [end], self.taus[i - 1]), -np.append(0.0, previous))
         weights = self._ruled(start, end, [start, end, *older[1:]], self.taus[i - 1])
         weights[[0, 1]] = weights[[1, 0]]
-        return _sum(weights, -np.append(0.0, previous))
+        return add_weights(weights, -np.append(0.0, previous))
 
     def _ruled(self, start: Point, end: Point, basis: Sequence[Point], tau: float) -> np.ndarray:
         """Weights of evaluations at ``basis``, that of ``start`` first, by the recipe's rule."""
@@ -199,11 +199,3 @@ def _renoised(lower: Point, end: Point, alpha: float, flow: bool) -> tuple[float
     ``sqrt(sigma_t^2 - (alpha_t/alpha_d)^2 sigma_d^2)``; in coordinates with the alpha of the end the factor is 1."""
     up = alpha / (1 - lower.sigma) if flow else 1.0
     return up, math.sqrt(max(end.sigma**2 - (up * lower.sigma) ** 2, 0.0))
-
-
-def _sum(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Sum of two weight vectors on the same evaluations, the shorter one continued with zeros."""
-    out = np.zeros(max(len(left), len(right)))
-    out[: len(left)] += left
-    out[: len(right)] += right
-    return out

@@ -22,12 +22,11 @@ from diffusers_sde.configs import settled
 from diffusers_sde.grids import Nodes, check_final
 from diffusers_sde.named_grids import check_grid
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import model_coefficients, split_variance
+from diffusers_sde.prediction import model_coefficients
 from diffusers_sde.schedulers import traced
 from diffusers_sde.schedulers.compiled import Compiled, CompiledRow, Normals, compiled_rows
 from diffusers_sde.schedulers.conversion import Conversion
-from diffusers_sde.schedulers.data_prediction import limited
-from diffusers_sde.schedulers.execution import next_mean
+from diffusers_sde.schedulers.execution import HALF, data_prediction, evaluate_row, for_arithmetic, next_mean
 from diffusers_sde.schedulers.layout import RunLayout
 from diffusers_sde.schedulers.per_token import per_token_step
 from diffusers_sde.schedulers.runs import (
@@ -40,8 +39,6 @@ from diffusers_sde.schedulers.runs import (
 )
 from diffusers_sde.schedulers.transitions import Transitions
 from diffusers_sde.tables import Table
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -165,7 +162,7 @@ class TableScheduler(RunLayout, Conversion):
         normals: list[Normals] = [()] * (len(nodes) - 1)
         if self.stochastic:
             normals = self._normals(nodes, tau, table.data_std)
-        rows = compiled_rows(table, path, kind, normals[begin:], trusting=not self._doubts)
+        rows = compiled_rows(table, path, kind, normals[begin:], doubting=self._doubts)
         return Compiled(begin, rows, bool(self.config.clip_sample or self.config.thresholding), settings)
 
     # -- the step --
@@ -232,29 +229,14 @@ class TableScheduler(RunLayout, Conversion):
         row = run.compiled.rows[i - run.compiled.begin]
 
         dtype = sample.dtype
-        if model_output.shape != sample.shape:
-            model_output = split_variance(model_output, sample, self.config.variance_type)
+        model_output, sample = for_arithmetic(model_output, sample, self.config.variance_type)
         history, tiled = run.history, False
         if history and history[0].shape != sample.shape:
             history, tiled = _tiled(history, sample), True
-        if dtype in HALF:
-            sample = sample.float()
-        if model_output.dtype != sample.dtype:
-            model_output = model_output.to(sample.dtype)
-
-        # E = m + kappa x is the row's evaluation up to a factor that the weights carry; a limited or given x_0 takes
-        # the place of what the network said, so that the whole step follows it
-        x0 = kwargs.get("pred_original_sample")
-        if x0 is None and run.compiled.limits:
-            x0 = limited(torch.mul(model_output, row.d_m).add_(sample, alpha=row.d_x), self.config)
-        if x0 is not None:  # the model output that says this x_0
-            x0 = x0.to(sample.dtype)
-            model_output = torch.sub(x0, sample, alpha=row.d_x).div_(row.d_m)
-        evaluation = torch.add(model_output, sample, alpha=row.kappa)
+        limits = self.config if run.compiled.limits else None
+        evaluation, x0 = evaluate_row(row, model_output, sample, limits, kwargs.get("pred_original_sample"))
         if x0 is None:
-            x0 = torch.mul(evaluation, row.d_m)
-            if row.d_rest:
-                x0.add_(sample, alpha=row.d_rest)
+            x0 = data_prediction(row, sample, evaluation)
         mean = next_mean(row, sample, evaluation, history)
         prev, seeds = mean, run.seeds
         if row.noise and row.c:

@@ -64,7 +64,7 @@ class Compiled:
 
 
 def compiled_rows(
-    table: Table, path: Path, kind: str, normals: Sequence[Normals], trusting: bool = True
+    table: Table, path: Path, kind: str, normals: Sequence[Normals], doubting: bool = False
 ) -> list[CompiledRow]:
     """The rows of ``table`` for a network whose ``prediction_type`` is ``kind``.
 
@@ -76,7 +76,7 @@ def compiled_rows(
         table, path: what to run, on which process.
         kind: the network's prediction type.
         normals: for each row the normals of its z, see :func:`diffusers_sde.noise.brownian_weights`.
-        trusting: the rows are followed as they are, those with a gap too.
+        doubting: rows with a gap are followed only as far as a run's own errors let them.
     """
     rows: list[CompiledRow] = []
     scales: list[float] = []  # F = scale (m + kappa x)
@@ -85,7 +85,7 @@ def compiled_rows(
         k_x, k_m = from_model(path, kind, row.alpha, row.sigma, evaluation)
         scales.append(k_m)
         weights, slope = (tuple(b * scales[i - j] for j, b in enumerate(part)) for part in (row.b, row.slope))
-        gap = () if trusting else tuple(b * scales[i - j] / k_m for j, b in enumerate(row.gap))
+        gap = tuple(b * scales[i - j] / k_m for j, b in enumerate(row.gap)) if doubting else ()
         d_x, d_m = from_model(path, kind, row.alpha, row.sigma)
         d_rest = d_x - d_m * k_x / k_m if table.data_std else 0.0
         parts = weights, slope, gap, row.correction * k_m

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from diffusers_sde.prediction import split_variance
-from diffusers_sde.schedulers.base import HALF, TableScheduler, _unchanged
+from diffusers_sde.schedulers.base import TableScheduler, _unchanged
 from diffusers_sde.schedulers.compiled import Compiled
-from diffusers_sde.schedulers.data_prediction import limited
-from diffusers_sde.schedulers.execution import next_mean
+from diffusers_sde.schedulers.execution import evaluate_row, for_arithmetic, next_mean
 from diffusers_sde.tables import points_of
 from diffusers_sde.transitions import GaussianTransition
 
@@ -57,16 +55,8 @@ def transition(
         compiled = scheduler._compile(run.layout, run.begin if run.begin is not None and run.begin <= i else 0)
     _check_markov(compiled)
     row = compiled.rows[i - compiled.begin]
-    if model_output.shape != sample.shape:
-        model_output = split_variance(model_output, sample, scheduler.config.variance_type)
-    if sample.dtype in HALF:
-        sample = sample.float()
-    if model_output.dtype != sample.dtype:
-        model_output = model_output.to(sample.dtype)
-    if compiled.limits:
-        x0 = limited(torch.mul(model_output, row.d_m).add_(sample, alpha=row.d_x), scheduler.config)
-        model_output = torch.sub(x0, sample, alpha=row.d_x).div_(row.d_m)
-    evaluation = torch.add(model_output, sample, alpha=row.kappa)
+    model_output, sample = for_arithmetic(model_output, sample, scheduler.config.variance_type)
+    evaluation, _ = evaluate_row(row, model_output, sample, scheduler.config if compiled.limits else None)
     mean = next_mean(row, sample, evaluation, ())
     start, end = points_of(scheduler._nodes(run.layout)[i : i + 2])
     return GaussianTransition(mean, row.c if row.noise else 0.0, row.weights[0], start, end)

@@ -15,10 +15,8 @@ import torch
 from diffusers_sde import noise
 from diffusers_sde.grids import Nodes
 from diffusers_sde.paths import Path
-from diffusers_sde.prediction import split_variance
 from diffusers_sde.schedulers.compiled import CompiledRow
-from diffusers_sde.schedulers.data_prediction import limited
-from diffusers_sde.schedulers.execution import next_mean
+from diffusers_sde.schedulers.execution import data_prediction, evaluate_row, for_arithmetic, next_mean
 
 
 @dataclass(frozen=True)
@@ -53,18 +51,12 @@ class Transitions:
 
     def evaluation(self, i: int, sample: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
         """The evaluation E of row ``i`` at the state ``sample`` (N, ...), from what the network said there."""
-        row = self.rows[i]
-        if model_output.shape != sample.shape:
-            model_output = split_variance(model_output, sample, self.variance_type)
-        model_output = model_output.to(sample.dtype)
-        if self.limits is not None:
-            x0 = limited(torch.mul(model_output, row.d_m).add_(sample, alpha=row.d_x), self.limits)
-            model_output = torch.sub(x0, sample, alpha=row.d_x).div_(row.d_m)
-        return torch.add(model_output, sample, alpha=row.kappa)
+        model_output, sample = for_arithmetic(model_output, sample, self.variance_type)
+        return evaluate_row(self.rows[i], model_output, sample, self.limits)[0]
 
     def data_prediction(self, i: int, sample: torch.Tensor, evaluation: torch.Tensor) -> torch.Tensor:
         """``E[x_0|x]`` that an evaluation of row ``i`` says at the state ``sample``."""
-        return torch.mul(evaluation, self.rows[i].d_m).add_(sample, alpha=self.rows[i].d_rest)
+        return data_prediction(self.rows[i], sample, evaluation)
 
     def supposed(self, i: int, sample: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         """The evaluation of row ``i`` at ``sample`` that says ``x0``."""

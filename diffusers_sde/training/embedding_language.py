@@ -20,7 +20,14 @@ from diffusers_sde.methods.word_embeddings import embedding_denoiser, words_of
 from diffusers_sde.models.embedding_text import EmbeddingTextModel
 from diffusers_sde.sampling import sample
 from diffusers_sde.schedulers import ProbabilityFlowScheduler
-from diffusers_sde.training.language import LanguageTask, items_of, new_network
+from diffusers_sde.training.language import (
+    MEASURE_STREAM,
+    NOISE_STREAM,
+    SAMPLES_STREAM,
+    LanguageTask,
+    items_of,
+    new_network,
+)
 from diffusers_sde.training.networks import Task
 from diffusers_sde.training.objectives import check_objective, draw_times, loss_weights
 from diffusers_sde.training.randomness import generator_of
@@ -29,7 +36,6 @@ from diffusers_sde.training.settings import Settings
 
 DIMENSION = 32  # of an embedding
 TOLD = 0.5  # share of the batch that is told a prediction of its own
-_NOISE, _MEASURE, _SAMPLES = 1, 5, 6  # streams of random numbers
 
 
 class Joint(torch.nn.Module):
@@ -78,7 +84,7 @@ class EmbeddingTask(LanguageTask):
         for rows, items in items_of(data, count):
             words = torch.stack([item["input_ids"] for item in items]).to(network.device)
             x0 = network.embeddings[words][:, None]
-            generators = [generator_of(settings.seed, i, _MEASURE) for i in rows]
+            generators = [generator_of(settings.seed, i, MEASURE_STREAM) for i in rows]
             noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0)
             u = np.array([(i * 0.6180339887498949 + 0.5) % 1 for i in rows])  # evenly spread, any number of them
             times, density = draw_times(path, "uniform", u)
@@ -100,7 +106,7 @@ class EmbeddingTask(LanguageTask):
     def sample_texts(self, settings: Settings) -> list[str]:
         """Texts of the deterministic sampler, with self-conditioning; the same noise in every call."""
         shape = (settings.num_validation_images, 1, *self.network.config.sample_size)
-        noise = torch.randn(shape, generator=generator_of(settings.seed, 0, _SAMPLES)).to(self.network.device)
+        noise = torch.randn(shape, generator=generator_of(settings.seed, 0, SAMPLES_STREAM)).to(self.network.device)
         scheduler = ProbabilityFlowScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(settings.validation_inference_steps)
         made = sample(embedding_denoiser(self.network), scheduler, noise)
@@ -140,7 +146,7 @@ def embedding_loss(settings: Settings, task: EmbeddingTask, network: Any, batch:
     """:func:`diffusers_sde.discrete.embeddings.joint_loss`, the mean over a batch; times and weights as for pictures.
     Half of the samples are told a first prediction of the network."""
     words, path = batch["input_ids"].to(task.network.device), task.path
-    generators = [generator_of(settings.seed, int(p), _NOISE) for p in batch["positions"]]
+    generators = [generator_of(settings.seed, int(p), NOISE_STREAM) for p in batch["positions"]]
     numbers = torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in generators])
     u = numbers[:, 0].numpy()
     if settings.time_sampling == "stratified":

@@ -30,7 +30,7 @@ from diffusers_sde.training.settings import Settings
 
 MEASURED = 512  # sequences that the bound is measured on, if there are so many
 MEASURED_AT_ONCE = 32
-_NOISE, _MEASURE, _SAMPLES = 1, 5, 6  # streams of random numbers
+NOISE_STREAM, MEASURE_STREAM, SAMPLES_STREAM = 1, 5, 6  # streams of random numbers
 
 
 @dataclass
@@ -64,7 +64,7 @@ class LanguageTask(Task):
         device, total = self.network.device, 0.0
         for rows, items in items_of(data, count):
             x0 = torch.stack([item["input_ids"] for item in items]).to(device)
-            generators = [generator_of(settings.seed, i, _MEASURE) for i in rows]
+            generators = [generator_of(settings.seed, i, MEASURE_STREAM) for i in rows]
             keys = torch.stack([torch.rand(x0.shape[1], generator=g) for g in generators])
             first = torch.tensor([item.get("prefix_length", 0) for item in items])
             learned = torch.arange(x0.shape[1]) >= first[:, None]
@@ -79,7 +79,7 @@ class LanguageTask(Task):
         """``num_validation_images`` texts from masks alone, in ``validation_inference_steps`` calls of the
         first-hitting sampler; the same random numbers in every call."""
         count, length = settings.num_validation_images, settings.sequence_length
-        mask, generator = self.tokenizer.mask_token_id, generator_of(settings.seed, 0, _SAMPLES)
+        mask, generator = self.tokenizer.mask_token_id, generator_of(settings.seed, 0, SAMPLES_STREAM)
         scheduler = MaskedDiffusionScheduler(mask_token_id=mask)
         scheduler.set_timesteps(min(settings.validation_inference_steps, length))
         x = torch.full((count, length), mask, device=self.network.device)
@@ -205,7 +205,7 @@ def masked_loss(settings: Settings, task: LanguageTask, network: Any, batch: dic
     compares with.
     """
     x0 = batch["input_ids"].to(task.network.device)
-    generators = [generator_of(settings.seed, int(p), _NOISE) for p in batch["positions"]]
+    generators = [generator_of(settings.seed, int(p), NOISE_STREAM) for p in batch["positions"]]
     numbers = torch.stack([torch.rand(2 + x0.shape[1], generator=g, dtype=torch.float64) for g in generators])
     u, dropped, keys = numbers[:, 0], numbers[:, 1] < settings.label_dropout, numbers[:, 2:]
     if settings.time_sampling == "stratified":

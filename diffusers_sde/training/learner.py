@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from diffusers_sde.errors import UsageError
+from diffusers_sde.methods.pipeline_io import sample_shape
 from diffusers_sde.schedulers import FlowMapScheduler
 from diffusers_sde.training.asking import ask_guided
 from diffusers_sde.training.encoding import decoded, drawn, encoder_output
@@ -107,8 +108,7 @@ class Learner:
     def shape(self, resolution: int) -> tuple[int, ...]:
         """Of the state of one picture of this resolution (C, H, W)."""
         if self.task.vae is None:
-            size = self.task.network.config.sample_size
-            return (self.task.network.config.in_channels, *((size, size) if isinstance(size, int) else size))
+            return sample_shape(self.task.network)
         grey = torch.zeros(1, self.task.channels, resolution, resolution)
         return tuple(drawn(encoder_output(self.task.vae, grey), [generator_of(0)]).shape[1:])
 

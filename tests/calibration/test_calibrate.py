@@ -1,11 +1,7 @@
 """What ``calibrate`` promises: a learned table cannot hurt, an interrupted run goes on, several processes agree."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ from calibration_helpers import EDM, FLOW, QUIET, SHAPE, VP, calibrated, denoise
 from contract_helpers import randn
 from diffusers import UniPCMultistepScheduler
 from helpers import COSINE, SD, mixture
+from two_processes import run_on_two_processes
 
 from diffusers_sde import ProbabilityFlowScheduler, ReverseSDEScheduler, calibrate
 from diffusers_sde.benchmarks.common import oracle
@@ -245,13 +242,7 @@ state.destroy_process_group()
 def test_two_processes_agree_with_one(tmp_path):
     """Accelerate with two gloo processes: both end with one result, that of a single process up to the
     rounding of sums."""
-    script = tmp_path / "run.py"
-    script.write_text(SHARED_RUN.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path / "out")))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    left, right = (json.loads((tmp_path / f"out{k}-of-2").read_text()) for k in (0, 1))
+    left, right = run_on_two_processes(SHARED_RUN, tmp_path)
     one = calibrate(
         denoiser_of(VP), [4], 16, scheduler=ProbabilityFlowScheduler(), batch_size=4, **QUIET
     ).config.calibration

@@ -1,18 +1,13 @@
 """methods/parallel.py, sample_parallel and pipelines/parallel_sampling.py: many steps at once, the result of one after
 the other."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler
 from pipeline_parts import PROCESSES, oracle, tiny_unet
 from snippets import run
+from two_processes import run_on_two_processes
 
 from diffusers_sde import (
     ClassConditionalPipeline,
@@ -188,13 +183,7 @@ state.destroy_process_group()
 def test_two_processes_share_each_batch_and_get_the_pictures_of_one(tmp_path):
     """Accelerate with two gloo processes and different generators: the main one's noise counts, and each evaluates
     half of every batch, of which an odd one is filled up."""
-    script = tmp_path / "run.py"
-    script.write_text(SHARED_RUN.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path / "out")))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    left, right = (json.loads((tmp_path / f"out{k}-of-2").read_text()) for k in (0, 1))
+    left, right = run_on_two_processes(SHARED_RUN, tmp_path)
     model, scheduler = oracle()
     pipe = ClassConditionalPipeline(model, ReverseSDEScheduler.from_config(scheduler.config))
     pipe.set_progress_bar_config(disable=True)
